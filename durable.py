@@ -482,16 +482,32 @@ def _for_any(*signals: _Signal, timeout: float | None = None) -> _Wait[None]:
 class _Write:
     """A statement that the journal makes for one row, or for many at once; {rows} stands for them."""
 
-    def __init__(self, columns: str, key: tuple[str, ...], sql: str, returning: str = "") -> None:
+    def __init__(
+        self, name: str, columns: str, key: tuple[str, ...], sql: str, returning: str, before: str = ""
+    ) -> None:
+        self.name = name
         self.key = key  # the columns of a row that the statement returns, if it takes the row
         names = ", ".join(column.split()[0] for column in columns.split(", "))
         typed = ", ".join("%({})s::{}".format(*column.split(" ", 1)) for column in columns.split(", "))
         # Alone, a row comes in plain parameters, and the count of rows says whether it was taken.
-        self.one = sql.format(rows=f"(values ({typed})) as new({names})")
+        one = f"(values ({typed})) as new({names})"
+        self.one = (f"with {before} {sql}" if before else sql).format(rows=one)
         # Together, they come in one JSON parameter.  The condition, always true, makes the planner expect
         # few rows, and so look each of them up by its key, whatever it knows of the tables.
-        many = f"(select * from json_to_recordset(%(rows)s::json) as r({columns}) where r.id = r.id || '') as new"
-        self.many = sql.format(rows=many) + returning
+        many = f"(select * from json_to_recordset(%({name})s::json) as r({columns}) where r.id = r.id || '') as new"
+        part = f"{before}, {name} as ({sql} {returning})" if before else f"{name} as ({sql} {returning})"
+        self.part = part.format(rows=many)
+
+
+@functools.cache
+def _together(*writes: _Write) -> str:
+    """Write rows of several kinds in one statement: one plan, one round trip, one wait for the GIL."""
+    parts = ",\n".join(write.part for write in writes)
+    taken = " union all ".join(
+        f"select '{write.name}', id, {'position' if 'position' in write.key else 'null::integer'} from {write.name}"
+        for write in writes
+    )
+    return f"with {parts}\n{taken}"
 
 
 _START_COLUMNS = (
@@ -507,33 +523,38 @@ _INSERT_WORKFLOW = f"""
 
 # A workflow begins.  An ID or a deduplication ID that is taken inserts nothing.
 _START = _Write(
-    _START_COLUMNS + ", delay_s double precision", ("id",),
-    _INSERT_WORKFLOW + "from {rows} on conflict do nothing", " returning id",
+    "start",
+    _START_COLUMNS + ", delay_s double precision",
+    ("id",),
+    _INSERT_WORKFLOW + "from {rows} on conflict do nothing",
+    "returning id",
 )
 
 # A child begins, and its parent's history says so, in one statement: a crash leaves both or neither.
 _START_CHILD = _Write(
+    "start_child",
     _START_COLUMNS + ", delay_s double precision, parent_claim bigint, position integer",
     ("id",),
-    """
-    with new as (select * from {rows}),
+    "select id from born",
+    "",
+    before="""
+         child as (select * from {rows}),
          parent as (select w.id, w.claim
-                      from durable.workflows as w join new on w.id = new.parent_workflow_id
-                     where w.claim = new.parent_claim and w.status = 'PENDING' for share of w),
-         started as ("""
+                      from durable.workflows as w join child on w.id = child.parent_workflow_id
+                     where w.claim = child.parent_claim and w.status = 'PENDING' for share of w),
+         born as ("""
     + _INSERT_WORKFLOW
-    + """from new where (parent_workflow_id, parent_claim) in (select id, claim from parent)
+    + """from child where (parent_workflow_id, parent_claim) in (select id, claim from parent)
                      on conflict do nothing returning id),
          noted as (insert into durable.steps
                           (workflow_id, position, name, child_workflow_id, started_at, completed_at)
                    select parent_workflow_id, position, name, id, clock_timestamp(), clock_timestamp()
-                     from new join started using (id) on conflict do nothing)
-    select id from started
-    """,
+                     from child join born using (id) on conflict do nothing)""",
 )
 
 # A step is done.  The share lock makes a later claim wait for this record, or this record miss.
 _RECORD = _Write(
+    "record",
     "id text, claim bigint, position integer, name text, output text, error text, "
     "child_workflow_id text, took_s double precision",
     ("id", "position"),
@@ -546,7 +567,7 @@ _RECORD = _Write(
      where w.status = 'PENDING' for share of w
         on conflict do nothing
     """,
-    "returning workflow_id, position",
+    "returning workflow_id as id, position",
 )
 
 # The record of a transaction, in that transaction's last round trip.  Unlike _RECORD it fails where it
@@ -562,6 +583,7 @@ _RECORD_OR_FAIL = """
 
 # The function has returned or raised.
 _FINISH = _Write(
+    "finish",
     "id text, claim bigint, status text, output text, error text",
     ("id",),
     """
@@ -665,7 +687,7 @@ def _release_delayed(conn: Conn) -> None:
     """Let the workflows whose delay is over be taken, in the place that they had from the start."""
     conn.execute("""
         update durable.workflows set status = 'ENQUEUED', updated_at = clock_timestamp()
-         where status = 'DELAYED' and delayed_until <= clock_timestamp()
+         where status = 'DELAYED' and delayed_until <= statement_timestamp()
     """)
 
 
@@ -696,6 +718,10 @@ def _dequeue(conn: Conn, queue: "Queue", room: int, me: dict[str, Any]) -> list[
     across executors, those take turns: an advisory lock comes in the same round trip, in a statement
     of its own, so that the next one counts what the previous holder committed.  `least` passes over
     the limits that are null.
+
+    Written so that the planner walks workflows_due in order and stops at the limit, however long the queue:
+    `lateral` instead of a join before the limit, few rows expected (`|| ''`) behind it, and a
+    statement_timestamp() where clock_timestamp() could use no index.
     """
     query = f"""
         with {_KNOWN},
@@ -705,10 +731,12 @@ def _dequeue(conn: Conn, queue: "Queue", room: int, me: dict[str, Any]) -> list[
                                                         and status = 'PENDING' and incarnation is not null),
                          %(limit)s::bigint - (select count(*) from durable.workflows
                                                where queue = %(queue)s and dequeued_at
-                                                   > clock_timestamp() - make_interval(secs => %(period)s))
+                                                   > statement_timestamp() - make_interval(secs => %(period)s))
                         ) as n),
         due as (
-            select w.id, known.most from durable.workflows as w join known on {_IS_KNOWN}
+            select w.id, known.most
+              from durable.workflows as w
+             cross join lateral (select most from known where {_IS_KNOWN} limit 1) as known
              where w.queue = %(queue)s and w.status = 'ENQUEUED'
                and (w.application_version = %(version)s or w.application_version is null)
              order by w.priority, w.number
@@ -723,7 +751,7 @@ def _dequeue(conn: Conn, queue: "Queue", room: int, me: dict[str, Any]) -> list[
                    dequeued_at = clock_timestamp(), updated_at = clock_timestamp(),
                    deadline_at = coalesce(w.deadline_at,
                                           clock_timestamp() + make_interval(secs => w.timeout_s))
-              from due where w.id = due.id returning w.*)
+              from due where w.id = due.id and due.id = due.id || '' returning w.*)
         select {_CLAIMED} from taken as w order by w.priority, w.number
     """
     limiter = queue.limiter or {"limit": None, "period": None}
@@ -741,8 +769,8 @@ _ALIVE = f"""(select objid::integer from pg_locks
                  and database = (select oid from pg_database where datname = current_database()))"""
 
 
-class _Orphans(NamedTuple):
-    """PENDING workflows of one function, begun by one incarnation that is ours or whose lock is free."""
+class _Pending(NamedTuple):
+    """How many workflows of one function are PENDING under one incarnation, and what we know of that."""
 
     incarnation: int
     executor_id: str
@@ -750,22 +778,24 @@ class _Orphans(NamedTuple):
     class_name: str | None
     config_name: str | None
     number: int
-    alive: bool
+    alive: bool  # somebody holds its lock
+    stopped: bool  # it ended in good order
 
 
-def _pending(conn: Conn, me: dict[str, Any]) -> list[_Orphans]:
+def _pending(conn: Conn, me: dict[str, Any]) -> list[_Pending]:
     """Count who is running, or left behind, which workflows of this version.
 
     Just after Postgres came up everybody counts as alive: they need a moment to take their locks again.
     """
     query = f"""
         select incarnation, executor_id, name, class_name, config_name, count(*) as number, incarnation in {_ALIVE}
-               or pg_postmaster_start_time() > clock_timestamp() - make_interval(secs => %(grace_s)s) as alive
+               or pg_postmaster_start_time() > clock_timestamp() - make_interval(secs => %(grace_s)s) as alive,
+               incarnation in (select incarnation from durable.executors where stopped_at is not null) as stopped
           from durable.workflows
          where status = 'PENDING' and incarnation is not null and application_version = %(version)s
          group by incarnation, executor_id, name, class_name, config_name
     """
-    return conn.cursor(row_factory=class_row(_Orphans)).execute(query, {**me, "grace_s": _RESTART_GRACE_S}).fetchall()
+    return conn.cursor(row_factory=class_row(_Pending)).execute(query, {**me, "grace_s": _RESTART_GRACE_S}).fetchall()
 
 
 def _sweep(
@@ -894,8 +924,9 @@ class _Entry:
         self.error: BaseException | None = None
         self.lane: _Lane | None = None  # given to one who is woken to lead
 
-    def row_keys(self) -> list[tuple[Any, ...]]:
-        return [tuple(row[name] for name in self.write.key) for row in self.rows]
+    def row_keys(self) -> list[tuple[str, Any, Any]]:
+        name, position = self.write.name, "position" in self.write.key
+        return [(name, row["id"], row["position"] if position else None) for row in self.rows]
 
     def result(self) -> list[bool]:
         if self.error is not None:
@@ -996,12 +1027,12 @@ class _Journal:
             later: deque[_Entry] = deque()
             seen: set[tuple[Any, ...]] = set()
             for entry in (own, *self._gathered):
-                keys = {(id(entry.write), *key) for key in entry.row_keys()}
-                if keys & seen:
-                    later.append(entry)
-                else:
-                    seen |= keys
+                keys = entry.row_keys()
+                if seen.isdisjoint(keys):
+                    seen.update(keys)
                     batch.append(entry)
+                else:
+                    later.append(entry)
             self._gathered = later
             return batch
 
@@ -1024,7 +1055,7 @@ class _Journal:
                 lane.conn = self._executor.pool.getconn()
                 lane.cursor = lane.conn.cursor()
             try:
-                _commit(lane.conn, lane.cursor, batch)
+                _commit(lane.cursor, batch)
             except BaseException:
                 self._executor.pool.putconn(lane.conn)  # the pool looks whether it is still good
                 lane.conn = None
@@ -1041,22 +1072,20 @@ class _Journal:
                     lane.conn = None
 
 
-def _commit(conn: Conn, cursor: "psycopg.Cursor[Any]", batch: list[_Entry]) -> None:
+def _commit(cursor: "psycopg.Cursor[Any]", batch: list[_Entry]) -> None:
     """Write a batch in one transaction and one round trip, and note in the entries which rows were taken."""
     if len(batch) == 1 and len(batch[0].rows) == 1:
         (entry,) = batch
         entry.taken = [cursor.execute(entry.write.one, entry.rows[0]).rowcount > 0]
         return
-    kinds = {write: [e for e in batch if e.write is write] for write in dict.fromkeys(e.write for e in batch)}
-    with conn.pipeline():  # in autocommit mode, all up to the pipeline's end is one transaction
-        cursors = [
-            conn.execute(write.many, {"rows": json.dumps([row for entry in entries for row in entry.rows])})
-            for write, entries in kinds.items()
-        ]
-    for entries, answer in zip(kinds.values(), cursors, strict=True):
-        taken = set(answer.fetchall())
-        for entry in entries:
-            entry.taken = [key in taken for key in entry.row_keys()]
+    kinds: dict[_Write, list[dict[str, Any]]] = {}
+    for entry in batch:
+        kinds.setdefault(entry.write, []).extend(entry.rows)
+    writes = sorted(kinds, key=lambda write: write.name)  # so that few statements are made, and kept prepared
+    cursor.execute(_together(*writes), {write.name: json.dumps(kinds[write]) for write in writes})
+    taken = set(cursor.fetchall())
+    for entry in batch:
+        entry.taken = [key in taken for key in entry.row_keys()]
 
 
 # --- Steps --------------------------------------------------------------------------------------------
@@ -2399,8 +2428,8 @@ class _Executor:
         self.stopping.set()
         self.work.set()
         deadline = time.monotonic() + patience_s
-        for run in tuple(self.running.values()):
-            _for_any(run.done, timeout=max(0.0, deadline - time.monotonic())).block()
+        while (left := deadline - time.monotonic()) > 0 and (runs := tuple(self.running.values())):
+            _for_any(runs[0].done, timeout=left).block()
         with suppress(Exception), self.pool.connection(timeout=1.0) as conn:
             _delist(conn, self.me["incarnation"])
             self.closed.set()
@@ -2452,7 +2481,7 @@ def _recover(executor: _Executor, listed: Sequence[str] = ()) -> list[str]:
                 except _Stopped as why:
                     run.halt(why)
         pending = executor.now(_pending, executor.me)
-        dead = _dead(executor, {(p.incarnation, p.executor_id) for p in pending if not p.alive})
+        dead = _dead(executor, pending)
         claimed = executor.now(_sweep, executor.me, list(executor.running), dead, list(listed))
         taken = executor.take_up(claimed)
     known = executor.registry.known()
@@ -2468,21 +2497,21 @@ def _recover(executor: _Executor, listed: Sequence[str] = ()) -> list[str]:
     return taken
 
 
-def _dead(executor: _Executor, missing: set[tuple[int, str]]) -> list[int]:
-    """Of the incarnations whose lock is free, say which we may believe dead and are to succeed.
+def _dead(executor: _Executor, pending: list[_Pending]) -> list[int]:
+    """Of the incarnations with PENDING workflows, say which are dead and ours to succeed.
 
-    A process that has just come up under a name believes that name's former holders dead at one look;
-    everybody else wants two.
+    One that stopped in good order is.  One whose lock is free is believed dead at one look by a process
+    that has just come up under its name; everybody else wants two.
     """
     newcomer = time.monotonic() < executor.launched_at + _RESTART_GRACE_S + _SWEEP_S / 2
-    dead = [
-        incarnation
-        for incarnation, name in missing
-        if (name == executor.me["executor_id"] and (newcomer or incarnation in executor.missed))
-        or (executor.failover and incarnation in executor.missed)
-    ]
-    executor.missed = {incarnation for incarnation, _ in missing}
-    return dead
+    dead = set()
+    for p in pending:
+        namesake = p.executor_id == executor.me["executor_id"]
+        certain = p.stopped or (not p.alive and (p.incarnation in executor.missed or (newcomer and namesake)))
+        if certain and (namesake or executor.failover) and p.incarnation != executor.me["incarnation"]:
+            dead.add(p.incarnation)
+    executor.missed = {p.incarnation for p in pending if not p.alive}
+    return list(dead)
 
 
 def _without_password(url: str) -> str:
