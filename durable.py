@@ -1001,22 +1001,26 @@ class _Journal:
 
     def _lead(self, lane: _Lane, own: _Entry) -> None:
         """Write our own entry and what has gathered by now, then let others lead."""
-        batch = self._take(own)
+        try:
+            batch = self._take(own)
+            self._write_or_split(lane, batch)
+            for entry in batch:
+                entry.wake()
+        finally:
+            self._hand_on(lane)
+
+    def _write_or_split(self, lane: _Lane, batch: list[_Entry]) -> None:
+        """Write a batch; if that fails, each entry by itself: one row's fault must not be everybody's."""
         try:
             self._write(lane, batch)
         except BaseException as error:
-            own.error = error
-            for entry in batch if len(batch) > 1 else ():  # one row's fault must not be everybody's
-                try:
-                    entry.error = None
-                    self._write(lane, [entry])
-                except BaseException as its_own:
-                    entry.error = its_own
+            if len(batch) == 1:
+                batch[0].error = error
+                return
+            for entry in batch:
+                self._write_or_split(lane, [entry])
             if not isinstance(error, Exception):
-                own.error = error  # KeyboardInterrupt is for this thread
-        for entry in batch:
-            entry.wake()
-        self._hand_on(lane)
+                batch[0].error = error  # KeyboardInterrupt is for this thread, whose entry is the first
 
     def _take(self, own: _Entry) -> list[_Entry]:
         """Take what has gathered, but no key twice: a statement could not tell which of two rows it took."""
@@ -2134,8 +2138,17 @@ class _Executor:
         return options if self.listens else {**options, "prepare_threshold": None}
 
     def _configure(self, conn: Conn) -> None:
-        if self.listens:
-            conn.execute(f"set idle_in_transaction_session_timeout = '{_IDLE_TRANSACTION_S}s'")
+        if self.listens:  # how soon the server misses us: at once in a crash, in 30 s if our host vanished
+            conn.execute(f"""
+                set idle_in_transaction_session_timeout = '{_IDLE_TRANSACTION_S}s';
+                set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 4;
+            """)
+
+    def connect(self) -> Conn:
+        """Open a connection outside of the pool, as those in it are."""
+        conn = _Connection.connect(self.url, **self._connection_options())
+        self._configure(conn)
+        return conn
 
     # What the operations use: statements, waits, threads.
 
@@ -2346,7 +2359,7 @@ class _Executor:
     def _first_connection(self) -> Conn:
         """Connect, or say in one sentence why not; later on, a database that is away is waited for."""
         try:
-            return _Connection.connect(self.url, **self._connection_options())
+            return self.connect()
         except psycopg.Error as error:
             raise DBOSInitializationError(
                 f"cannot connect to the database {_without_password(self.url)}: {str(error).strip()}"
@@ -2358,7 +2371,7 @@ class _Executor:
         while not self.closed.is_set:
             try:
                 if conn.closed:
-                    conn = _Connection.connect(self.url, **self._connection_options())
+                    conn = self.connect()
                     held = _hold(conn, self.me["incarnation"], self.listens)
                     if self.listens:
                         conn.execute(f"listen {_CHANNEL}")

@@ -3231,6 +3231,19 @@ def test_an_executor_recovers_its_own_name_and_version_only(dbos, finished, witn
     assert (recovered.executor_id, recovered.incarnation) == ("local", dbos.incarnation)
 
 
+def test_one_look_is_not_enough_to_call_an_executor_dead(dbos, finished, witness, monkeypatch):
+    """A free lock may be a connection that dropped; only at the second look is its work taken up."""
+    finished("w")
+    dbos.destroy()
+    monkeypatch.setattr(durable, "_SWEEP_S", 1e6)  # no sweeps but ours
+    dbos.launch()
+    orphan(witness, "w")
+    dbos._executor.launched_at = float("-inf")  # no newcomer any more
+    assert durable._recover(dbos._executor) == []
+    assert durable._recover(dbos._executor) == ["w"]
+    assert result_of(dbos, "w") == "hello w"
+
+
 def test_failover_recovers_dead_executors_of_other_names(executor, finished, witness, fast_sweeps):
     """Switched on, it takes what any dead executor of this version left; never another version's."""
     finished("w", "old")
