@@ -2119,7 +2119,7 @@ class _Executor:
         self.work = threading.Event()  # the dispatcher has something to do
         self.due: set[str] = set()  # queues to look at now
         self.cramped: set[str] = set()  # queues that had more than we had room for
-        self.missed: set[int] = set()  # incarnations whose lock was free at the last sweep
+        self.missed: dict[int, float] = {}  # incarnations whose lock is free, and since when we know
         self.reported: set[tuple[str, str | None, str | None]] = set()  # what was logged as unknown
         self.me: dict[str, Any] = {}
         self.admin: _AdminServer | None = None
@@ -2514,16 +2514,18 @@ def _dead(executor: _Executor, pending: list[_Pending]) -> list[int]:
     """Of the incarnations with PENDING workflows, say which are dead and ours to succeed.
 
     One that stopped in good order is.  One whose lock is free is believed dead at one look by a process
-    that has just come up under its name; everybody else wants two.
+    that has just come up under its name; for everybody else it must stay free from one sweep to the next.
     """
-    newcomer = time.monotonic() < executor.launched_at + _RESTART_GRACE_S + _SWEEP_S / 2
+    now = time.monotonic()
+    newcomer = now < executor.launched_at + _RESTART_GRACE_S + _SWEEP_S / 2
+    executor.missed = {p.incarnation: executor.missed.get(p.incarnation, now) for p in pending if not p.alive}
     dead = set()
     for p in pending:
         namesake = p.executor_id == executor.me["executor_id"]
-        certain = p.stopped or (not p.alive and (p.incarnation in executor.missed or (newcomer and namesake)))
+        missed_s = now - executor.missed.get(p.incarnation, now)
+        certain = p.stopped or missed_s > _SWEEP_S / 2 or (not p.alive and newcomer and namesake)
         if certain and (namesake or executor.failover) and p.incarnation != executor.me["incarnation"]:
             dead.add(p.incarnation)
-    executor.missed = {p.incarnation for p in pending if not p.alive}
     return list(dead)
 
 
