@@ -46,6 +46,7 @@ Needs Python 3.10+, psycopg 3 with psycopg_pool, PostgreSQL 13+, and schema.sql 
 Licence: MIT.  Made to be copied into your project and read.
 """
 
+import ast
 import asyncio
 import atexit
 import base64
@@ -56,7 +57,6 @@ import hmac
 import http.server
 import importlib
 import inspect
-import io
 import ipaddress
 import itertools
 import json
@@ -67,11 +67,10 @@ import pickle
 import random
 import re
 import socket
+import socketserver
 import sys
-import textwrap
 import threading
 import time
-import tokenize
 import types
 import urllib.parse
 import uuid
@@ -79,7 +78,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -384,9 +383,7 @@ def _in_colour_of(fn: Callable[P, R], body: Callable[..., Coroutine[Any, Any, An
     return cast(Callable[P, R], functools.wraps(fn)(chosen))
 
 
-def _twins(body: Callable[Concatenate[Self, P], Coroutine[Any, Any, R]]) -> tuple[
-    Callable[Concatenate[Self, P], R], Callable[Concatenate[Self, P], Coroutine[Any, Any, R]],
-]:
+def _twins(body: Callable[P, Coroutine[Any, Any, R]]) -> tuple[Callable[P, R], Callable[P, Coroutine[Any, Any, R]]]:
     """Make the methods `name` and `name_async` of one body called `_name`.
 
     The first refuses (RuntimeError) to block a running event loop.
@@ -394,13 +391,13 @@ def _twins(body: Callable[Concatenate[Self, P], Coroutine[Any, Any, R]]) -> tupl
     name = body.__name__.lstrip("_")
 
     @functools.wraps(body)
-    def blocking(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def blocking(*args: P.args, **kwargs: P.kwargs) -> R:
         _refuse_to_block_a_loop(name)
-        return _block(body(self, *args, **kwargs))
+        return _block(body(*args, **kwargs))
 
     @functools.wraps(body)
-    async def awaiting(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return await _suspend(body(self, *args, **kwargs))
+    async def awaiting(*args: P.args, **kwargs: P.kwargs) -> R:
+        return await _suspend(body(*args, **kwargs))
 
     blocking.__name__, awaiting.__name__ = name, f"{name}_async"
     return blocking, awaiting
@@ -429,6 +426,17 @@ class _Signal:
             wake()
 
 
+def _waker(event: asyncio.Event) -> Callable[[], None]:
+    """What sets an event of the running loop, from any thread."""
+    loop = asyncio.get_running_loop()
+
+    def wake() -> None:
+        with suppress(RuntimeError):  # the loop has ended, and the waiter with it
+            loop.call_soon_threadsafe(event.set)
+
+    return wake
+
+
 @contextmanager
 def _waking(wake: Callable[[], None], signals: Sequence[_Signal]) -> Iterator[None]:
     for signal in signals:
@@ -451,19 +459,9 @@ def _for_any(*signals: _Signal, timeout: float | None = None) -> _Wait[None]:
             woken.wait(timeout)
 
     async def on_loop() -> None:
-        loop, woken = asyncio.get_running_loop(), asyncio.Event()
-
-        def wake() -> None:
-            with suppress(RuntimeError):  # the loop has ended, and the waiter with it
-                loop.call_soon_threadsafe(woken.set)
-
-        timer = None if timeout is None else loop.call_later(timeout, woken.set)
-        try:
-            with _waking(wake, signals):
-                await woken.wait()
-        finally:
-            if timer is not None:
-                timer.cancel()
+        woken = asyncio.Event()
+        with _waking(_waker(woken), signals), suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(woken.wait(), timeout)
 
     return _Wait(block, on_loop)
 
@@ -482,11 +480,8 @@ def _for_any(*signals: _Signal, timeout: float | None = None) -> _Wait[None]:
 class _Write:
     """A statement that the journal makes for one row, or for many at once; {rows} stands for them."""
 
-    def __init__(
-        self, name: str, columns: str, key: tuple[str, ...], sql: str, returning: str, before: str = ""
-    ) -> None:
+    def __init__(self, name: str, columns: str, sql: str, returning: str = "", before: str = "") -> None:
         self.name = name
-        self.key = key  # the columns of a row that the statement returns, if it takes the row
         names = ", ".join(column.split()[0] for column in columns.split(", "))
         typed = ", ".join("%({})s::{}".format(*column.split(" ", 1)) for column in columns.split(", "))
         # Alone, a row comes in plain parameters, and the count of rows says whether it was taken.
@@ -495,18 +490,14 @@ class _Write:
         # Together, they come in one JSON parameter.  The condition, always true, makes the planner expect
         # few rows, and so look each of them up by its key, whatever it knows of the tables.
         many = f"(select * from json_to_recordset(%({name})s::json) as r({columns}) where r.id = r.id || '') as new"
-        part = f"{before}, {name} as ({sql} {returning})" if before else f"{name} as ({sql} {returning})"
-        self.part = part.format(rows=many)
+        self.part = ", ".join(filter(None, [before, f"{name} as ({sql} {returning})"])).format(rows=many)
 
 
 @functools.cache
 def _together(*writes: _Write) -> str:
     """Write rows of several kinds in one statement: one plan, one round trip, one wait for the GIL."""
     parts = ",\n".join(write.part for write in writes)
-    taken = " union all ".join(
-        f"select '{write.name}', id, {'position' if 'position' in write.key else 'null::integer'} from {write.name}"
-        for write in writes
-    )
+    taken = " union all ".join(f"select '{write.name}', id, position from {write.name}" for write in writes)
     return f"with {parts}\n{taken}"
 
 
@@ -525,18 +516,15 @@ _INSERT_WORKFLOW = f"""
 _START = _Write(
     "start",
     _START_COLUMNS + ", delay_s double precision",
-    ("id",),
     _INSERT_WORKFLOW + "from {rows} on conflict do nothing",
-    "returning id",
+    "returning id, 0 as position",
 )
 
 # A child begins, and its parent's history says so, in one statement: a crash leaves both or neither.
 _START_CHILD = _Write(
     "start_child",
     _START_COLUMNS + ", delay_s double precision, parent_claim bigint, position integer",
-    ("id",),
-    "select id from born",
-    "",
+    "select id, 0 as position from born",
     before="""
          child as (select * from {rows}),
          parent as (select w.id, w.claim
@@ -557,7 +545,6 @@ _RECORD = _Write(
     "record",
     "id text, claim bigint, position integer, name text, output text, error text, "
     "child_workflow_id text, took_s double precision",
-    ("id", "position"),
     """
     insert into durable.steps
            (workflow_id, position, name, output, error, child_workflow_id, started_at, completed_at)
@@ -585,7 +572,6 @@ _RECORD_OR_FAIL = """
 _FINISH = _Write(
     "finish",
     "id text, claim bigint, status text, output text, error text",
-    ("id",),
     """
     update durable.workflows as w
        set status = new.status, output = new.output, error = new.error,
@@ -593,7 +579,7 @@ _FINISH = _Write(
       from {rows}
      where w.id = new.id and w.claim = new.claim and w.status = 'PENDING'
     """,
-    "returning w.id",
+    "returning w.id, 0 as position",
 )
 
 
@@ -622,11 +608,16 @@ def _claims(conn: Conn, ids: list[str]) -> dict[str, tuple[int, str]]:
     return {id: (claim, status) for id, claim, status in rows}
 
 
+_UNFINISHED = "('DELAYED', 'ENQUEUED', 'PENDING')"
 _MS = "(extract(epoch from {0}) * 1000)::bigint"  # instants leave the database as milliseconds since 1970
 
 
-def _find(conn: Conn, id: str) -> dict[str, Any] | None:
-    """Read a workflow's row, under the names of WorkflowStatus."""
+def _find(conn: Conn, id: str, holder_in: str | None = None) -> dict[str, Any] | None:
+    """Read a workflow's row, under the names of WorkflowStatus.
+
+    With `holder_in`, a queue, the ID is a deduplication ID, and the row that of its unfinished holder.
+    """
+    where = f"deduplication_id = %s and queue = %s and status in {_UNFINISHED}" if holder_in else "id = %s"
     query = f"""
         select id as workflow_id, status, name, class_name, config_name, inputs as input, output, error,
                {_MS.format("created_at")} as created_at, {_MS.format("updated_at")} as updated_at,
@@ -636,9 +627,9 @@ def _find(conn: Conn, id: str) -> dict[str, Any] | None:
                (timeout_s * 1000)::bigint as workflow_timeout_ms,
                queue as queue_name, priority, deduplication_id, executor_id, claim, incarnation,
                application_version as app_version, recovery_attempts, forked_from, parent_workflow_id
-          from durable.workflows where id = %s
+          from durable.workflows where {where}
     """
-    return conn.cursor(row_factory=dict_row).execute(query, (id,)).fetchone()
+    return conn.cursor(row_factory=dict_row).execute(query, (id, holder_in) if holder_in else (id,)).fetchone()
 
 
 def _steps_of(conn: Conn, id: str) -> list[dict[str, Any]]:
@@ -650,19 +641,6 @@ def _steps_of(conn: Conn, id: str) -> list[dict[str, Any]]:
           from durable.steps where workflow_id = %s order by position
     """
     return conn.cursor(row_factory=dict_row).execute(query, (id,)).fetchall()
-
-
-_UNFINISHED = "('DELAYED', 'ENQUEUED', 'PENDING')"
-
-
-def _holder(conn: Conn, queue: str, deduplication_id: str) -> str | None:
-    """Find the unfinished workflow of a queue that has this deduplication ID."""
-    query = f"""
-        select id from durable.workflows
-         where queue = %s and deduplication_id = %s and status in {_UNFINISHED}
-    """
-    row = conn.execute(query, (queue, deduplication_id)).fetchone()
-    return row and row[0]
 
 
 def _ended(conn: Conn, ids: list[str]) -> list[str]:
@@ -925,8 +903,7 @@ class _Entry:
         self.lane: _Lane | None = None  # given to one who is woken to lead
 
     def row_keys(self) -> list[tuple[str, Any, Any]]:
-        name, position = self.write.name, "position" in self.write.key
-        return [(name, row["id"], row["position"] if position else None) for row in self.rows]
+        return [(self.write.name, row["id"], row["position"] if self.write is _RECORD else 0) for row in self.rows]
 
     def result(self) -> list[bool]:
         if self.error is not None:
@@ -973,13 +950,8 @@ class _Journal:
 
     async def _write_off_loop(self, write: _Write, rows: Sequence[dict[str, Any]]) -> list[bool]:
         # A coroutine never leads: its loop may be busy, or end, and everybody would wait for it.
-        loop, written = asyncio.get_running_loop(), asyncio.Event()
-
-        def wake() -> None:
-            with suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(written.set)
-
-        entry = _Entry(write, rows, True, wake)
+        written = asyncio.Event()
+        entry = _Entry(write, rows, True, _waker(written))
         lane = self._join(entry)
         if lane is not None:
             self._executor.callers.submit(functools.partial(self._lead, lane, entry))
@@ -1025,19 +997,14 @@ class _Journal:
     def _take(self, own: _Entry) -> list[_Entry]:
         """Take what has gathered, but no key twice: a statement could not tell which of two rows it took."""
         with self._lock:
-            if not self._gathered:
-                return [own]
+            waiting = (own, *self._gathered)
+            self._gathered.clear()
             batch: list[_Entry] = []
-            later: deque[_Entry] = deque()
-            seen: set[tuple[Any, ...]] = set()
-            for entry in (own, *self._gathered):
-                keys = entry.row_keys()
-                if seen.isdisjoint(keys):
-                    seen.update(keys)
-                    batch.append(entry)
-                else:
-                    later.append(entry)
-            self._gathered = later
+            seen: set[tuple[str, Any, Any]] = set()
+            for entry in waiting:
+                keys = entry.row_keys() if len(waiting) > 1 else []
+                (batch if seen.isdisjoint(keys) else self._gathered).append(entry)
+                seen.update(keys)
             return batch
 
     def _hand_on(self, lane: _Lane) -> None:
@@ -1168,12 +1135,9 @@ def _framed(frame: _Frame) -> Iterator[None]:
 class _Run:
     """One run of a workflow by this process, under one claim."""
 
-    def __init__(
-        self, executor: "_Executor", function: "_Function", id: str, claim: int, inputs: str, queue: str | None
-    ) -> None:
-        self.executor, self.function, self.id, self.claim = executor, function, id, claim
-        self.inputs, self.queue = inputs, queue
-        self.target: tuple[str | None, str | None] = (None, None)  # class and instance of a method
+    def __init__(self, executor: "_Executor", row: _Claimed) -> None:
+        self.executor, self.row, self.id, self.claim, self.queue = executor, row, row.id, row.claim, row.queue
+        self.function = executor.registry.functions[row.name]
         self.begun = _Signal()  # its row is committed, or was refused
         self.done = _Signal()  # it has ended: with `result`, or else the database knows how
         self.result: tuple[Any] | None = None
@@ -1181,17 +1145,14 @@ class _Run:
         self.stop = _Signal()  # and at the same time this, for those who wait
         self._position = 0
         self._history: dict[int, _Record] = {}
-        self._read_to: int | None = 0 if claim > 1 else None  # None: nothing left to read
-
-    def reread(self) -> None:
-        """Expect a history after all: the row of this fresh start turned out to be there already."""
-        self._read_to = 0
+        self.history_to: int | None = 0 if row.claim > 1 else None  # None: nothing left to read
 
     def arguments(self) -> tuple[list[Any], dict[str, Any]]:
         """Read the arguments back; an error here is the workflow's outcome, and names it."""
         try:
-            inputs = self.executor.serializer.deserialize(self.inputs)
-            args = self.executor.registry.receiver(self.function, *self.target) + list(inputs["args"])
+            inputs = self.executor.serializer.deserialize(self.row.inputs)
+            receiver = self.executor.registry.receiver(self.row.class_name, self.row.config_name)
+            args = receiver + list(inputs["args"])
             self.function.signature.bind(*args, **inputs["kwargs"])
         except Exception as cause:
             raise DBOSException(
@@ -1209,10 +1170,10 @@ class _Run:
         """Find what is on record at this position, and check that it is the record of this call."""
         if self.stopped is not None:
             raise self.stopped
-        while self._read_to is not None and position > self._read_to:
-            chunk = await self.executor.ask(_read_history, self.id, self._read_to)
+        while self.history_to is not None and position > self.history_to:
+            chunk = await self.executor.ask(_read_history, self.id, self.history_to)
             self._history.update((record.position, record) for record in chunk)
-            self._read_to = chunk[-1].position if len(chunk) == _HISTORY_CHUNK else None
+            self.history_to = chunk[-1].position if len(chunk) == _HISTORY_CHUNK else None
         record = self._history.pop(position, None)
         return record and self.same(record, name)
 
@@ -1393,11 +1354,10 @@ def _transaction(name: str, isolation: psycopg.IsolationLevel, call: Callable[[]
 
 
 def _commit_together(
-    conn: Conn, run: _Run, position: int, name: str, isolation: psycopg.IsolationLevel, call: Callable[[], Any],
+    conn: _Connection, run: _Run, position: int, name: str, isolation: psycopg.IsolationLevel, call: Callable[[], Any],
     began: float,
 ) -> tuple[Any, Exception | None]:
     """Call the function and commit; or roll back and return what it raised of its own accord."""
-    assert isinstance(conn, _Connection)
     conn.autocommit, conn.isolation_level = False, isolation
     try:
         conn.in_function = True
@@ -1441,40 +1401,31 @@ class _Function:
         self.source = source
         self.receiver: Literal["class", "instance"] | None = None  # set by dbos_class for methods
 
-    def is_again(self, other: "_Function") -> bool:
-        """Whether the other is this one met again: a closure made anew, or a module loaded twice."""
-        ours, theirs = self.code, other.code
-        return (ours.co_filename, ours.co_firstlineno) == (theirs.co_filename, theirs.co_firstlineno)
+    def where(self) -> tuple[str, int]:
+        """Where it is defined: one function met again (a closure made anew, a module loaded twice) keeps its place."""
+        return self.code.co_filename, self.code.co_firstlineno
 
     def hash(self) -> str:
-        return hashlib.sha256(f"{self.name}\n{_normalised(self.source)}".encode()).hexdigest()[:16]
+        """Tell this code from another; what has no source (in a REPL) is known by its bytecode."""
+        try:
+            source = inspect.getsource(self.source)
+            tree = ast.parse(f"if 1:\n{source}" if source[0].isspace() else source)
+            kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+            code: object = _shape(next((node for node in ast.walk(tree) if isinstance(node, kinds)), tree))
+        except (OSError, TypeError, SyntaxError):
+            code = self.code.co_code.hex()
+        return hashlib.sha256(f"{self.name}\n{code}".encode()).hexdigest()[:16]
 
 
-def _normalised(fn: Callable[..., Any]) -> str:
-    """A function's source as its tokens, so that comments, blank lines and layout do not count.
+def _shape(node: object) -> object:
+    """A piece of syntax as nested lists, so that comments, blank lines and layout do not count.
 
-    Python 3.12 cut f-strings into several tokens; they are taken as written, so that the same source
-    has the same hash on every version.  What has no source (a REPL) is known by its bytecode.
+    What is empty is left out: the fields that newer versions of Python add are, in older code.
     """
-    try:
-        source = textwrap.dedent(inspect.getsource(fn))
-    except (OSError, TypeError):
-        return fn.__code__.co_code.hex()
-    starts = [0, *itertools.accumulate(map(len, source.splitlines(keepends=True)))]
-    kept, depth, opened = [], 0, 0
-    layout = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER)
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        kind = tokenize.tok_name[token.type]
-        if kind.endswith("STRING_START"):
-            opened = opened if depth else starts[token.start[0] - 1] + token.start[1]
-            depth += 1
-        elif kind.endswith("STRING_END"):
-            depth -= 1
-            if depth == 0:
-                kept.append(source[opened : starts[token.end[0] - 1] + token.end[1]])
-        elif depth == 0 and token.type not in layout:
-            kept.append(kind if kind in ("INDENT", "DEDENT", "NEWLINE") else token.string)
-    return " ".join(kept)
+    if isinstance(node, ast.AST):
+        fields = [(name, _shape(value)) for name, value in ast.iter_fields(node) if value not in (None, [])]
+        return [type(node).__name__, *fields]
+    return [_shape(each) for each in node] if isinstance(node, list) else ascii(node)
 
 
 @dataclass
@@ -1613,20 +1564,21 @@ def _prepare_start(
     return _Start(row, parent, position)
 
 
-async def _begin(executor: "_Executor", start: _Start, function: _Function) -> tuple[str, _Run | None]:
+async def _has_begun(start: _Start) -> bool:
+    """Whether the parent's history has this start: then take the ID from there, or raise what refused it."""
+    past = start.parent and await start.parent.recall(start.position, start.row["name"])
+    if past and start.parent:
+        start.parent.outcome(past)
+        start.row["id"] = past.child_workflow_id
+    return past is not None
+
+
+async def _begin(executor: "_Executor", start: _Start) -> tuple[str, _Run | None]:
     """Commit the row; return the ID, and the run if it is ours to execute now."""
-    row, parent, position = start
-    if parent is not None:
-        past = await parent.recall(position, function.name)
-        if past is not None:
-            parent.outcome(past)  # raises, if the start was refused
-            return past.child_workflow_id or row["id"], None
-    if row["queue"] is not None:
-        await _insert(executor, start)
-        executor.hint_queue(row["queue"])
+    row = start.row
+    if await _has_begun(start):
         return row["id"], None
-    run = _Run(executor, function, row["id"], 1, row["inputs"], None)
-    run.target = (row["class_name"], row["config_name"])
+    run = _Run(executor, _Claimed(**{name: row[name] for name in _Claimed._fields}))
     other = executor.running.setdefault(run.id, run)  # before the row is there: a sweep must not take it for lost
     if other is not run:
         await _for_any(other.begun)
@@ -1643,7 +1595,7 @@ async def _begin(executor: "_Executor", start: _Start, function: _Function) -> t
         return run.id, run
     me = executor.me["incarnation"]
     if (existing["status"], existing["claim"], existing["incarnation"]) == ("PENDING", 1, me):
-        run.reread()  # our own row, whose acknowledgement was lost
+        run.history_to = 0  # our own row, whose acknowledgement was lost: it may have a history after all
         return run.id, run
     executor.forget(run)
     return run.id, None
@@ -1660,11 +1612,11 @@ async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None
                 await parent.record(position, row["name"], None, None, 0.0, child=row["id"])
             return existing
         if row["deduplication_id"] is not None:
-            holder = await executor.ask(_holder, row["queue"], row["deduplication_id"])
+            holder = await executor.ask(_find, row["deduplication_id"], row["queue"])
             if holder is not None:
                 refusal = DBOSQueueDeduplicatedError(
-                    f"workflow {row['id']} was not enqueued on {row['queue']}: unfinished workflow {holder} "
-                    f"has the deduplication ID {row['deduplication_id']!r}"
+                    f"workflow {row['id']} was not enqueued on {row['queue']}: unfinished workflow "
+                    f"{holder['workflow_id']} has the deduplication ID {row['deduplication_id']!r}"
                 )
                 if parent is not None:
                     await parent.record(position, row["name"], None, refusal, 0.0)
@@ -1693,7 +1645,9 @@ async def _execute(run: _Run) -> Any:
     """Run the function to its end, write the outcome, and return or raise it."""
     value, error = None, None
     try:
-        with _framed(_Frame(run)), _OptionBlock(**vars(_NO_OPTIONS)):
+        if run.stopped is not None:  # while it waited for a thread
+            raise run.stopped
+        with _OptionBlock(**vars(_NO_OPTIONS)), _framed(_Frame(run)):
             try:
                 args, kwargs = run.arguments()
                 value = run.function.call(*args, **kwargs)
@@ -1727,7 +1681,7 @@ async def _call(executor: "_Executor", function: _Function, args: tuple[Any, ...
     In a parent this takes two positions: the start, and behind it the result.
     """
     start = _prepare_start(executor, function, args, kwargs, None, positions=2)
-    id, run = await _begin(executor, start, function)
+    id, run = await _begin(executor, start)
 
     async def see_through() -> Any:
         if run is not None:
@@ -1889,75 +1843,61 @@ class Queue:
         worker_concurrency: int | None = None, priority_enabled: bool = False,
         polling_interval_sec: float = _POLL_S, durable: "Durable | None" = None,
     ) -> None:
-        _valid_limits(name, concurrency, worker_concurrency, limiter, polling_interval_sec)
+        for limit, value in (("concurrency", concurrency), ("worker_concurrency", worker_concurrency)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"queue {name}: {limit} is {value!r}; it must be a whole number from 1, or None")
+        if concurrency is not None and worker_concurrency is not None and worker_concurrency > concurrency:
+            raise ValueError(
+                f"queue {name}: worker_concurrency ({worker_concurrency}) is more than concurrency ({concurrency})"
+            )
+        if limiter is not None and not (limiter.get("limit", 0) >= 1 and limiter.get("period", 0) > 0):
+            raise ValueError(f'queue {name}: limiter is {limiter!r}; it must be {{"limit": from 1, "period": seconds}}')
+        if not polling_interval_sec > 0:
+            raise ValueError(f"queue {name}: polling_interval_sec is {polling_interval_sec}; it must be above 0")
         self.name, self.concurrency, self.worker_concurrency = name, concurrency, worker_concurrency
         self.limiter, self.priority_enabled = limiter, priority_enabled
         self.polling_interval_sec = polling_interval_sec
         self._durable = DBOS if durable is None else durable
         self._durable._add_queue(self)
 
-    async def _enqueue(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        executor = self._durable._launched()
-        function, args = executor.registry.function_of(func, args)
-        id, _ = await _begin(executor, _prepare_start(executor, function, args, kwargs, self.name), function)
-        return id
-
     def enqueue(self, func: Callable[P, Any], *args: P.args, **kwargs: P.kwargs) -> "WorkflowHandle[Any]":
         """Put a workflow, or a step as a workflow of its own, on this queue.
 
         Returns once its row is committed.  Raises DBOSQueueDeduplicatedError.
         """
-        return WorkflowHandle(self._durable, _block(self._enqueue(func, args, kwargs)))
+        (id,) = _block(self._enqueue([(func, args, kwargs)]))
+        return WorkflowHandle(self._durable, id)
 
     async def enqueue_async(
         self, func: Callable[P, Any], *args: P.args, **kwargs: P.kwargs
     ) -> "WorkflowHandleAsync[Any]":
         """Do as `enqueue`, without blocking the event loop."""
-        return WorkflowHandleAsync(self._durable, await _suspend(self._enqueue(func, args, kwargs)))
+        (id,) = await _suspend(self._enqueue([(func, args, kwargs)]))
+        return WorkflowHandleAsync(self._durable, id)
 
     def enqueue_many(self, func: Callable[..., Any], calls: Sequence[Any]) -> "list[WorkflowHandle[Any]]":
         """Enqueue one workflow for each element of `calls` (a tuple is the arguments, else the only one).
 
         All are committed together, in this order, and share the options of the surrounding blocks.
         """
-        return [WorkflowHandle(self._durable, id) for id in _block(self._enqueue_many(func, calls))]
+        ids = _block(self._enqueue([(func, call if isinstance(call, tuple) else (call,), {}) for call in calls]))
+        return [WorkflowHandle(self._durable, id) for id in ids]
 
-    async def _enqueue_many(self, func: Callable[..., Any], calls: Sequence[Any]) -> list[str]:
+    async def _enqueue(self, calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]) -> list[str]:
         executor = self._durable._launched()
         starts = []
-        for call in calls:
-            function, args = executor.registry.function_of(func, call if isinstance(call, tuple) else (call,))
-            starts.append(_prepare_start(executor, function, args, {}, self.name))
-        new = [
-            start
-            for start in starts
-            if start.parent is None or not await start.parent.recall(start.position, function.name)
-        ]
+        for func, args, kwargs in calls:
+            function, bound = executor.registry.function_of(func, args)
+            starts.append(_prepare_start(executor, function, bound, kwargs, self.name))
+        new = [start for start in starts if not await _has_begun(start)]
         if new:
             kind = _START_CHILD if new[0].parent else _START
             taken = await executor.journal.write(kind, *(start.row for start in new))
             for start, was_taken in zip(new, taken, strict=True):
-                if not was_taken:  # the ID was there, or is refused: settle it as for a single one
+                if not was_taken:  # the ID was there, or is refused: find out which
                     await _insert(executor, start)
-            executor.hint_queue(self.name)
+            executor.hints.send(f"q:{self.name}")
         return [start.row["id"] for start in starts]
-
-
-def _valid_limits(
-    name: str, concurrency: int | None, worker_concurrency: int | None, limiter: QueueRateLimit | None,
-    polling_interval_sec: float,
-) -> None:
-    for limit, value in (("concurrency", concurrency), ("worker_concurrency", worker_concurrency)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"queue {name}: {limit} is {value!r}; it must be a whole number from 1, or None")
-    if concurrency is not None and worker_concurrency is not None and worker_concurrency > concurrency:
-        raise ValueError(
-            f"queue {name}: worker_concurrency ({worker_concurrency}) is more than concurrency ({concurrency})"
-        )
-    if limiter is not None and not (limiter.get("limit", 0) >= 1 and limiter.get("period", 0) > 0):
-        raise ValueError(f'queue {name}: limiter is {limiter!r}; it must be {{"limit": 1 or more, "period": seconds}}')
-    if not polling_interval_sec > 0:
-        raise ValueError(f"queue {name}: polling_interval_sec is {polling_interval_sec}; it must be above 0")
 
 
 def _dequeue_round(executor: "_Executor", queue: Queue) -> None:
@@ -2095,7 +2035,7 @@ class _Executor:
         self.listens = config.get("use_listen_notify", True)
         self.failover = config["failover"]
         size = config.get("sys_db_pool_size", 20)
-        self.pool = ConnectionPool(
+        self.pool: ConnectionPool[_Connection] = ConnectionPool(
             url,
             connection_class=_Connection,
             kwargs=self._connection_options(),
@@ -2172,14 +2112,11 @@ class _Executor:
             future: Future[T] = Future()
 
             def job() -> None:
-                try:
-                    result = call()
-                except BaseException as error:
-                    with suppress(InvalidStateError):
+                if future.set_running_or_notify_cancel():
+                    try:
+                        future.set_result(call())
+                    except BaseException as error:
                         future.set_exception(error)
-                else:
-                    with suppress(InvalidStateError):
-                        future.set_result(result)
 
             self.callers.submit(job)
             return await asyncio.wrap_future(future)
@@ -2245,8 +2182,7 @@ class _Executor:
         """Run what was claimed; return the IDs that will run (here now, or from their queue)."""
         for row in claimed:
             if row.status == "PENDING":
-                run = _Run(self, self.registry.functions[row.name], row.id, row.claim, row.inputs, row.queue)
-                run.target = (row.class_name, row.config_name)
+                run = _Run(self, row)
                 run.begun.set()
                 former = self.running.get(row.id)
                 self.running[row.id] = run
@@ -2254,7 +2190,7 @@ class _Executor:
                     former.halt(_Superseded(f"workflow {row.id} was taken up anew (claim {row.claim})"))
                 self.spawn(run)
             elif row.status == "ENQUEUED":
-                self.hint_queue(row.queue or "")
+                self.hints.send(f"q:{row.queue}")
             else:
                 _log.error("workflow %s (%s) is dead-lettered: it was begun too often", row.id, row.name)
                 self.hints.send(f"w:{row.id}")
@@ -2266,7 +2202,7 @@ class _Executor:
             if run.function.is_async:
                 asyncio.run_coroutine_threadsafe(self._background_async(run), self.loop())
             else:
-                self.threads.submit(lambda: self._background(run))
+                self.threads.submit(lambda: _block(self._background(run)))
         except BaseException:  # no thread to be had: the next sweep finds the row
             self.forget(run)
             raise
@@ -2277,19 +2213,13 @@ class _Executor:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _background(self, run: _Run) -> None:
-        with self._reported(run):
-            _block(_execute(run))
-
     async def _background_async(self, run: _Run) -> None:
-        with self._reported(run):
-            await _suspend(_execute(run))
+        await _suspend(self._background(run))
 
-    @contextmanager
-    def _reported(self, run: _Run) -> Iterator[None]:
-        """Nobody waits here for what the run raises: its row, or else the log, has it."""
+    async def _background(self, run: _Run) -> None:
+        """Execute; nobody waits here for what the run raises: its row, or else the log, has it."""
         try:
-            yield
+            await _execute(run)
         except _Stopped as why:
             _log.info("stopped a run of %s: %s", run.function.name, why)
         except Exception as error:
@@ -2309,22 +2239,19 @@ class _Executor:
             self.hints.send(f"w:{run.id}")
             queue = self.registry.queues.get(run.queue)
             if queue is not None and queue.concurrency is not None:
-                self.hint_queue(run.queue)  # its place is free for any executor
+                self.hints.send(f"q:{run.queue}")  # its place is free for any executor
         self.room_again()
 
     def room_again(self) -> None:
         """Look again at the queues that had more than we had room for."""
         names = tuple(self.cramped)
         if names:
-            self.due.update(names)
             self.cramped.difference_update(names)
-            self.work.set()
+            self.look_at(*names)
 
-    def hint_queue(self, name: str) -> None:
-        self.hints.send(f"q:{name}")
-
-    def look_at(self, name: str) -> None:
-        self.due.add(name)
+    def look_at(self, *names: str) -> None:
+        """Have the dispatcher look at these queues."""
+        self.due.update(names)
         self.work.set()
 
     # Life and death.
@@ -2337,9 +2264,7 @@ class _Executor:
             self.me = self.registry.identity()
             self.registry._publish()
             self.me["incarnation"] = _enlist(conn, self.me)
-            _hold(conn, self.me["incarnation"], self.listens)
-            if self.listens:
-                conn.execute(f"listen {_CHANNEL}")
+            self._announce(conn)
         except BaseException:
             conn.close()
             raise
@@ -2367,23 +2292,25 @@ class _Executor:
 
     def _listen(self, conn: Conn) -> None:
         """Keep the lock that says we live, and pass on the hints; on a new connection whenever one is lost."""
-        held = True
         while not self.closed.is_set:
             try:
                 if conn.closed:
                     conn = self.connect()
-                    held = _hold(conn, self.me["incarnation"], self.listens)
-                    if self.listens:
-                        conn.execute(f"listen {_CHANNEL}")
+                    self._announce(conn)
                     self.work.set()  # hints were missed
-                elif not held:  # the server has not noticed yet that our former connection is gone
-                    held = _hold(conn, self.me["incarnation"], self.listens)
+                elif not self._held:  # the server has not noticed yet that our former connection is gone
+                    self._announce(conn)
                 self._hear(conn)
             except psycopg.Error as error:
                 conn.close()
                 with suppress(_Closing):
                     self.pause(random.uniform(0.05, 0.1), error)
         conn.close()
+
+    def _announce(self, conn: Conn) -> None:
+        self._held = _hold(conn, self.me["incarnation"], self.listens)
+        if self.listens:
+            conn.execute(f"listen {_CHANNEL}")
 
     def _hear(self, conn: Conn) -> None:
         if not self.listens:
@@ -2566,12 +2493,13 @@ def _embedded_url() -> str:
 # else is sent on it is dropped.
 
 
-class _AdminServer(http.server.ThreadingHTTPServer):
+class _AdminServer(socketserver.ThreadingTCPServer):
     """Serves the admin API of one executor, on threads that cannot hold anything up."""
 
     daemon_threads = True
-    block_on_close = False
+    allow_reuse_address = True
     executor: _Executor
+    token: str | None
 
     @classmethod
     def start(cls, executor: _Executor) -> "_AdminServer | None":
@@ -2590,15 +2518,6 @@ class _AdminServer(http.server.ThreadingHTTPServer):
         server.token = config.get("admin_token")
         executor._spawn_thread("durable-admin", functools.partial(server.serve_forever, 0.1))
         return server
-
-    token: str | None = None
-
-    def server_bind(self) -> None:
-        # Unlike http.server's own, this does not ask DNS for our name, which can take seconds.
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         _log.debug("admin: a connection from %s failed", client_address, exc_info=True)
@@ -2650,7 +2569,8 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
             if not hmac.compare_digest(given, f"Bearer {self.server.token}".encode()):
                 raise _Refusal(401, "a bearer token is required", **{"WWW-Authenticate": "Bearer"})
         host = self.headers.get("Host", "")
-        if self.server.token is None and host and not _is_loopback(_host_of(host)):
+        name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+        if self.server.token is None and host and not _is_loopback(name):
             raise _Refusal(403, f"the Host {host!r} is not this machine's loopback")
         origin = self.headers.get("Origin")
         if origin is not None and origin.partition("://")[2] != host:
@@ -2693,14 +2613,12 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
         return "deactivated"
 
     def _queues(self) -> list[dict[str, Any]]:
-        described = [
-            {
-                "name": queue.name, "concurrency": queue.concurrency,
-                "workerConcurrency": queue.worker_concurrency, "rateLimit": queue.limiter,
-            }
-            for queue in tuple(self.server.executor.registry.queues.values())
-        ]
-        return [{key: value for key, value in queue.items() if value is not None} for queue in described]
+        keys = ("name", "concurrency", "workerConcurrency", "rateLimit")
+        described = []
+        for q in tuple(self.server.executor.registry.queues.values()):
+            values = zip(keys, (q.name, q.concurrency, q.worker_concurrency, q.limiter), strict=True)
+            described.append({key: value for key, value in values if value is not None})
+        return described
 
     def _recovery(self) -> list[str]:
         names = self._json()
@@ -2765,16 +2683,11 @@ def _decoded(path: str) -> str:
         raise _Refusal(400, f"the path {path!r} is wrongly encoded: {error}") from None
 
 
-def _host_of(header: str) -> str:
-    """The host in a Host header, without its port."""
-    return header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0]
-
-
 def _is_loopback(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host.lower() == "localhost"
+        return False
 
 
 # --- The public face ----------------------------------------------------------------------------------
@@ -2878,7 +2791,7 @@ class Durable:
         self._classes: dict[str, type] = {}
         self._instances: dict[tuple[str | None, str | None], object] = {}
         self.logger = _log
-        self._add_internal_queue()
+        Queue(_INTERNAL_QUEUE, durable=self)
 
     def __call__(self, *, config: DBOSConfig | None = None) -> "Durable":
         """Configure the instance (before its launch) and return it.
@@ -2977,11 +2890,10 @@ class Durable:
     def _register(self, function: _Function, call: Callable[P, R]) -> Callable[P, R]:
         with self._lock:
             former = self.functions.get(function.name)
-            if former is not None and not former.is_again(function):
+            if former is not None and former.where() != function.where():
                 raise DBOSConflictingRegistrationError(
-                    f"two functions are called {function.name}: one in {former.code.co_filename}, line "
-                    f"{former.code.co_firstlineno}, one in {function.code.co_filename}, line "
-                    f"{function.code.co_firstlineno}; give one of them a name="
+                    "two functions are called {}: one in {}, line {}, one in {}, line {}; give one of them a "
+                    "name=".format(function.name, *former.where(), *function.where())
                 )
             self.functions[function.name] = function
             self._publish()
@@ -3041,7 +2953,7 @@ class Durable:
             return _class_name(type(args[0])), name
         return None, None
 
-    def receiver(self, function: _Function, class_name: str | None, config_name: str | None) -> list[object]:
+    def receiver(self, class_name: str | None, config_name: str | None) -> list[object]:
         """The opposite: the class or instance that a row names, as a list of none or one."""
         if class_name is None:
             return []
@@ -3055,9 +2967,6 @@ class Durable:
             if queue.name in self.queues:
                 raise DBOSConflictingRegistrationError(f"queue {queue.name} is declared twice")
             self.queues[queue.name] = queue
-
-    def _add_internal_queue(self) -> None:
-        Queue(_INTERNAL_QUEUE, durable=self)
 
     def register_queue(self, name: str, **limits: Any) -> Queue:
         """Declare a queue of this instance; the keywords are those of `Queue`."""
@@ -3091,9 +3000,8 @@ class Durable:
         What has not finished stays PENDING, and the next launch under this name takes it up.
         """
         with self._lock:
-            executor, self._executor = self._executor, None
+            executor = self._executor  # stays in place while it closes: what still runs may need it
             if executor is not None:
-                self._executor = executor  # what still runs may need it
                 try:
                     executor.close(workflow_completion_timeout_sec)
                 finally:
@@ -3102,7 +3010,7 @@ class Durable:
             if destroy_registry:
                 for known in (self.functions, self.queues, self._classes, self._instances):
                     known.clear()
-                self._add_internal_queue()
+                Queue(_INTERNAL_QUEUE, durable=self)
 
     def _launched(self) -> _Executor:
         if self._executor is None:
@@ -3164,7 +3072,7 @@ class Durable:
     def admin_port(self) -> int | None:
         """The port that the admin server listens on; None without one."""
         admin = self._launched().admin
-        return None if admin is None else admin.server_port
+        return None if admin is None else admin.server_address[1]
 
     @property
     def workflow_id(self) -> str | None:
@@ -3224,7 +3132,7 @@ class Durable:
     ) -> tuple[str, _Run | None]:
         executor = self._launched()
         function, args = self.function_of(func, args)
-        return await _begin(executor, _prepare_start(executor, function, args, kwargs, None), function)
+        return await _begin(executor, _prepare_start(executor, function, args, kwargs, None))
 
     def enqueue_workflow(
         self, queue_name: str, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs
@@ -3253,12 +3161,8 @@ class Durable:
         _refuse_to_block_a_loop("run_step")
         call = functools.partial(func, *args, **kwargs)
         if inspect.iscoroutinefunction(func):
-            loop = self._launched().loop()
-            return _block(
-                self._run_step(
-                    dbos_step_options, func, lambda: asyncio.run_coroutine_threadsafe(call(), loop).result()
-                )
-            )
+            loop, start = self._launched().loop(), call
+            call = functools.partial(lambda: asyncio.run_coroutine_threadsafe(start(), loop).result())
         return _block(self._run_step(dbos_step_options, func, call))
 
     async def run_step_async(
@@ -3267,7 +3171,7 @@ class Durable:
         """Await any function as a step; a plain one runs on a thread, so that it does not block the loop."""
         call = functools.partial(func, *args, **kwargs)
         if not inspect.iscoroutinefunction(func):
-            return await _suspend(self._run_step(dbos_step_options, func, lambda: asyncio.to_thread(call)))
+            call = functools.partial(asyncio.to_thread, call)
         return await _suspend(self._run_step(dbos_step_options, func, call))
 
     def _run_step(
@@ -3310,7 +3214,8 @@ class Durable:
         executor = self._launched()
 
         async def look() -> list[StepInfo]:
-            return [_step_info(executor.serializer, row) for row in await executor.ask(_steps_of, workflow_id)]
+            rows = await executor.ask(_steps_of, workflow_id)
+            return [cast(StepInfo, _read_outcome(executor.serializer, row)) for row in rows]
 
         return await _recorded("DBOS.listWorkflowSteps", look)
 
@@ -3428,22 +3333,15 @@ class StepInfo(TypedDict):
 
 
 def _status_of(serializer: Serializer, row: dict[str, Any]) -> WorkflowStatus:
-    status = WorkflowStatus(**{name: row[name] for name in WorkflowStatus.__dataclass_fields__})
-    status.input = _inputs_of(serializer, row["input"])
-    status.output = _readable(serializer, row["output"])
-    status.error = row["error"] and _load_error(serializer, row["error"])
-    return status
+    inputs = _readable(serializer, row["input"])
+    row["input"] = {**inputs, "args": tuple(inputs["args"])} if isinstance(inputs, dict) else inputs
+    read = _read_outcome(serializer, row)
+    return WorkflowStatus(**{name: read[name] for name in WorkflowStatus.__dataclass_fields__})
 
 
-def _inputs_of(serializer: Serializer, text: str) -> Any:
-    inputs = _readable(serializer, text)
-    return {**inputs, "args": tuple(inputs["args"])} if isinstance(inputs, dict) else inputs
-
-
-def _step_info(serializer: Serializer, row: dict[str, Any]) -> StepInfo:
-    row["output"] = _readable(serializer, row["output"])
-    row["error"] = row["error"] and _load_error(serializer, row["error"])
-    return cast(StepInfo, row)
+def _read_outcome(serializer: Serializer, row: dict[str, Any]) -> dict[str, Any]:
+    error = row["error"] and _load_error(serializer, row["error"])
+    return {**row, "output": _readable(serializer, row["output"]), "error": error}
 
 
 def _readable(serializer: Serializer, text: str | None) -> Any:
