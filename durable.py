@@ -50,6 +50,7 @@ import ast
 import asyncio
 import atexit
 import base64
+import builtins
 import contextvars
 import functools
 import hashlib
@@ -107,7 +108,7 @@ Self = TypeVar("Self")
 Conn = psycopg.Connection[Any]
 
 _SCHEMA_VERSION = 1  # the edition of schema.sql that this code was written for
-_LOCKS = 730624  # first key of our advisory locks; the second is an incarnation, or 0 for the schema
+_LOCKS = 730624  # first key of our advisory locks, the second is an incarnation, or 0 for the schema; -_LOCKS: queues
 _CHANNEL = "durable"  # where hints travel
 _INTERNAL_QUEUE = "_dbos_internal_queue"  # the library's name, kept so that tools know it
 
@@ -120,19 +121,24 @@ _LANES = 2  # connections that write the journal; two keep a slow disk busy, mor
 _HISTORY_CHUNK = 1000  # recorded steps read at a time
 _DEQUEUE_BATCH = 100  # rows of a queue claimed at a time
 _IDLE_TRANSACTION_S = 300  # a transaction function that leaves its transaction idle for longer is cut off
+_LONGEST_NAME = 1000  # bytes of an ID or a queue's name: an entry of an index takes 2,700
 _BODY_LIMIT = 1 << 20  # bytes of a request to the admin server
 _RETRY_CEILING_S = 3600.0  # the longest wait between two tries of a step, as in DBOS
 
 
-class _Logger(logging.LoggerAdapter):  # type: ignore[type-arg]  # generic only from Python 3.11 on
+class _WorkflowID(logging.Filter):
     """Puts the ID of the workflow that logs into its lines."""
 
-    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+    def filter(self, record: logging.LogRecord) -> bool:
         frame = _frame.get()
-        return (msg if frame is None else f"[{frame.run.id.replace('%', '%%')}] {msg}"), kwargs
+        if frame is not None:
+            id = frame.run.id.replace("%", "%%") if record.args else frame.run.id
+            record.msg = f"[{id}] {record.msg}"
+        return True
 
 
-_log = _Logger(logging.getLogger("durable"), {})
+_log = logging.getLogger("durable")
+_log.addFilter(_WorkflowID())
 
 
 # --- Errors -------------------------------------------------------------------------------------------
@@ -142,7 +148,12 @@ _log = _Logger(logging.getLogger("durable"), {})
 
 
 class DBOSException(Exception):
-    """Base of the errors that this library raises."""
+    """Base of the errors that this library raises; some carry what they are about as attributes."""
+
+    def __init__(self, message: str, **about: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.__dict__.update(about)
 
 class DBOSInitializationError(DBOSException):
     """The configuration or the database does not allow a launch."""
@@ -165,9 +176,7 @@ class DBOSUnexpectedStepError(DBOSException):
 class DBOSMaxStepRetriesExceeded(DBOSException):
     """A step failed at each of its tries; `errors` holds what each of them raised."""
 
-    def __init__(self, message: str, errors: list[Exception]) -> None:
-        super().__init__(message)
-        self.errors = errors
+    errors: list[Exception]
 
 class DBOSQueueDeduplicatedError(DBOSException):
     """An unfinished workflow of the queue has the same deduplication ID."""
@@ -252,10 +261,15 @@ class _JSONElsePickle(JSONSerializer):
         return json.loads(serialized_data)
 
 
+_SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # two that JSON would take for one character
+
+
 def _survives_json(value: Any, depth: int = 0) -> bool:
     """Whether JSON returns exactly this: same types, no subclasses, nothing that it would round or refuse."""
     kind = type(value)
-    if kind is str or kind is bool or value is None:
+    if kind is str:
+        return cast(str, value).isascii() or not _SURROGATES.search(value)
+    if kind is bool or value is None:
         return True
     if kind is int:
         return cast(int, value).bit_length() < 10_000  # Python refuses to parse much longer ones
@@ -270,36 +284,40 @@ def _survives_json(value: Any, depth: int = 0) -> bool:
     return False
 
 
-def _dump_error(serializer: Serializer, error: BaseException) -> str:
+def _dump_error(serializer: Serializer, error: Exception) -> tuple[str, Exception]:
     """Store an exception as JSON: its type's name and its text for people, the rest for `_load_error`.
 
     Many exceptions can be pickled but not unpickled, because their constructor does not take their
-    `args`.  So the form that goes in is one that was seen to come out: the exception itself, or else
-    its class, arguments and attributes, or else just name and text.
+    `args`.  So the form that goes in is one that was seen to come out: the exception itself, or its
+    class, arguments and attributes, or (for a built-in) just arguments, or else only name and text.
+    Returned too is what to raise now: the exception, or what will stand for it at a replay.
     """
     stored = {"type": _type_name(error), "text": _text_of(error)}
-    for form in (error, (type(error), error.args, error.__dict__)):
+    for form in (error, [type(error), error.args, error.__dict__], list(error.args)):
         with suppress(Exception):
-            value = serializer.serialize(form)
-            copy = _rebuild_error(serializer.deserialize(value))
+            stored["value"] = serializer.serialize(form)
+            copy = _load_error(serializer, json.dumps(stored))
             if type(copy) is type(error) and _text_of(copy) == stored["text"]:
-                return json.dumps({**stored, "value": value})
-    return json.dumps(stored)
+                return json.dumps(stored), error
+    stored.pop("value", None)
+    substitute = DBOSRestoredError(stored["type"], stored["text"])
+    substitute.__cause__ = error
+    return json.dumps(stored), substitute
 
 
 def _load_error(serializer: Serializer, text: str) -> Exception:
     stored = json.loads(text)
     with suppress(Exception):
-        return _rebuild_error(serializer.deserialize(stored["value"]))
+        return _rebuild_error(serializer.deserialize(stored["value"]), stored["type"])
     return DBOSRestoredError(stored["type"], stored["text"])
 
 
-def _rebuild_error(form: Any) -> Exception:
+def _rebuild_error(form: Any, name: str) -> Exception:
     if isinstance(form, Exception):
         return form
-    kind, args, attributes = form
+    kind, args, attributes = form if form and isinstance(form[0], type) else (getattr(builtins, name), form, {})
     rebuilt: Exception = kind.__new__(kind, *args)
-    rebuilt.args = args
+    rebuilt.args = tuple(args)
     rebuilt.__dict__.update(attributes)
     return rebuilt
 
@@ -460,8 +478,13 @@ def _for_any(*signals: _Signal, timeout: float | None = None) -> _Wait[None]:
 
     async def on_loop() -> None:
         woken = asyncio.Event()
-        with _waking(_waker(woken), signals), suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(woken.wait(), timeout)
+        timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, woken.set)
+        try:
+            with _waking(_waker(woken), signals):
+                await woken.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
 
     return _Wait(block, on_loop)
 
@@ -916,6 +939,7 @@ class _Lane:
 
     conn: "_Connection | None" = None
     cursor: "psycopg.Cursor[Any]"
+    holder: _Entry | None = None  # who leads with it
 
 
 class _Journal:
@@ -925,7 +949,8 @@ class _Journal:
         self._executor = executor
         self._lock = threading.Lock()
         lanes = _LANES if executor.pool.max_size >= 4 else 1  # of a small pool, leave something to the others
-        self._free = [_Lane() for _ in range(lanes)]
+        self._lanes = [_Lane() for _ in range(lanes)]
+        self._free = list(self._lanes)
         self._gathered: deque[_Entry] = deque()  # invariant: empty while a lane is free
 
     def write(self, write: _Write, *rows: dict[str, Any]) -> _Wait[list[bool]]:
@@ -936,16 +961,16 @@ class _Journal:
         gate = threading.Lock()  # the cheapest thing to wait at
         gate.acquire()
         entry = _Entry(write, rows, False, gate.release)
-        lane = self._join(entry)
-        if lane is None:
-            try:
+        try:
+            lane = self._join(entry)
+            if lane is None:
                 gate.acquire()
-            except BaseException:  # KeyboardInterrupt: we leave, perhaps with a lane just given to us
-                self._leave(entry)
-                raise
-            lane = entry.lane
-        if lane is not None:
-            self._lead(lane, entry)
+                lane = entry.lane
+            if lane is not None:
+                self._lead(lane, entry)
+        except BaseException:  # KeyboardInterrupt, anywhere: we leave, perhaps with a lane
+            self._leave(entry)
+            raise
         return entry.result()
 
     async def _write_off_loop(self, write: _Write, rows: Sequence[dict[str, Any]]) -> list[bool]:
@@ -961,6 +986,7 @@ class _Journal:
     def _join(self, entry: _Entry) -> _Lane | None:
         with self._lock:
             if self._free:
+                self._free[-1].holder = entry
                 return self._free.pop()
             self._gathered.append(entry)
             return None
@@ -968,8 +994,9 @@ class _Journal:
     def _leave(self, entry: _Entry) -> None:
         with self._lock, suppress(ValueError):
             self._gathered.remove(entry)
-        if entry.lane is not None:
-            self._hand_on(entry.lane)
+        for lane in self._lanes:
+            if lane.holder is entry:
+                self._hand_on(lane)
 
     def _lead(self, lane: _Lane, own: _Entry) -> None:
         """Write our own entry and what has gathered by now, then let others lead."""
@@ -1011,14 +1038,14 @@ class _Journal:
         """Give the lane to whoever waits longest; nobody goes on writing while its own caller waits."""
         with self._lock:
             if not self._gathered:
+                lane.holder = None
                 self._free.append(lane)
                 return
             heir = self._gathered.popleft()
-            heir.lane = lane
-        if heir.on_loop:
-            self._executor.callers.submit(functools.partial(self._lead, lane, heir))
-        else:
-            heir.wake()
+            lane.holder, heir.lane = heir, lane
+            if not heir.on_loop:
+                return heir.wake()
+        self._executor.callers.submit(functools.partial(self._lead, lane, heir))
 
     def _write(self, lane: _Lane, batch: list[_Entry]) -> None:
         def attempt() -> None:
@@ -1135,9 +1162,10 @@ def _framed(frame: _Frame) -> Iterator[None]:
 class _Run:
     """One run of a workflow by this process, under one claim."""
 
-    def __init__(self, executor: "_Executor", row: _Claimed) -> None:
+    def __init__(self, executor: "_Executor", function: "_Function", row: _Claimed) -> None:
         self.executor, self.row, self.id, self.claim, self.queue = executor, row, row.id, row.claim, row.queue
-        self.function = executor.registry.functions[row.name]
+        self.function = function
+        self.loop: asyncio.AbstractEventLoop | None = None  # that of its caller, which may end before it does
         self.begun = _Signal()  # its row is committed, or was refused
         self.done = _Signal()  # it has ended: with `result`, or else the database knows how
         self.result: tuple[Any] | None = None
@@ -1175,7 +1203,11 @@ class _Run:
             self._history.update((record.position, record) for record in chunk)
             self.history_to = chunk[-1].position if len(chunk) == _HISTORY_CHUNK else None
         record = self._history.pop(position, None)
-        return record and self.same(record, name)
+        if record is not None:
+            self.same(record, name)
+            # Other tasks get their turn here as they did when the step ran, and so take the positions they took.
+            await _Wait(lambda: None, lambda: asyncio.sleep(0))
+        return record
 
     def outcome(self, record: _Record) -> Any:
         """Return, or raise, what a record says."""
@@ -1200,7 +1232,7 @@ class _Run:
             except Exception as cause:
                 kind = _type_name(value)
                 error = DBOSException(f"{what} of workflow {self.id} returned a {kind} that cannot be stored: {cause}")
-        return None, _dump_error(self.executor.serializer, error), error
+        return None, *_dump_error(self.executor.serializer, error)
 
     async def record(
         self, position: int, name: str, value: Any, error: Exception | None, took_s: float, child: str | None = None
@@ -1303,11 +1335,14 @@ async def _attempts(run: _Run, position: int, name: str, retries: _Retries, call
             except Exception as error:
                 if retries.should_retry and not await _value_of(retries.should_retry(error)):
                     raise
-                errors.append(error)
+                errors.append(_dump_error(run.executor.serializer, error)[1])  # as a replay will see it
         _log.warning("step %s failed (try %d of %d): %r", name, attempt + 1, retries.max_attempts, errors[-1])
         if attempt + 1 < retries.max_attempts:
             await _pause_run(run.executor, timeout=retries.pause(attempt))
-    raise DBOSMaxStepRetriesExceeded(f"step {name} failed at each of its {retries.max_attempts} tries", errors)
+    raise DBOSMaxStepRetriesExceeded(
+        f"step {name} failed at each of its {retries.max_attempts} tries",
+        errors=errors, step_name=name, max_retries=retries.max_attempts,
+    )
 
 
 class _Connection(psycopg.Connection[Any]):
@@ -1317,14 +1352,17 @@ class _Connection(psycopg.Connection[Any]):
 
     def commit(self) -> None:
         if self.in_function:
-            raise DBOSException(
-                "commit() in a DBOS.transaction function would part its work from its checkpoint: "
-                "return, and both are committed together"
-            )
+            raise DBOSException(_PARTED.format("called commit()"))
         super().commit()
 
 
-def _transaction(name: str, isolation: psycopg.IsolationLevel, call: Callable[[], Any]) -> Any:
+_PARTED = (
+    "a DBOS.transaction function {}, which parts its work from its checkpoint: "
+    "let it return, and both are committed together"
+)
+
+
+def _transaction(name: str, isolation: str, call: Callable[[], Any]) -> Any:
     """Run a transaction function; its work and its record commit together, or neither does."""
     run = _current_run()
     if run is None:
@@ -1354,23 +1392,25 @@ def _transaction(name: str, isolation: psycopg.IsolationLevel, call: Callable[[]
 
 
 def _commit_together(
-    conn: _Connection, run: _Run, position: int, name: str, isolation: psycopg.IsolationLevel, call: Callable[[], Any],
-    began: float,
+    conn: Conn, run: _Run, position: int, name: str, isolation: str, call: Callable[[], Any], began: float
 ) -> tuple[Any, Exception | None]:
     """Call the function and commit; or roll back and return what it raised of its own accord."""
-    conn.autocommit, conn.isolation_level = False, isolation
+    assert isinstance(conn, _Connection)
     try:
-        conn.in_function = True
+        conn.execute(f"begin isolation level {isolation}")  # so that `with connection.transaction()` is a savepoint
         try:
+            conn.in_function = True
             with _framed(_Frame(run, StepStatus(position), conn)):
                 value = call()
+            if conn.info.transaction_status == pq.TransactionStatus.IDLE:
+                raise DBOSException(_PARTED.format("ended its transaction by itself"))
+            output, _, unstorable = run.store(f"transaction {name}", value, None)
         except Exception as error:
-            if conn.closed or conn.info.transaction_status == pq.TransactionStatus.INERROR:
-                raise  # it may be Postgres's, and pass
+            if conn.closed or str(getattr(error, "sqlstate", None))[:2] in ("40", "53", "25"):
+                raise  # lost, a conflict, out of resources, read-only: the whole may be tried again
             return None, error
         finally:
             conn.in_function = False
-        output, _, unstorable = run.store(f"transaction {name}", value, None)
         if unstorable is not None:
             return None, unstorable
         row = {"id": run.id, "claim": run.claim, "position": position, "name": name, "output": output}
@@ -1380,14 +1420,20 @@ def _commit_together(
         return value, None
     finally:
         with suppress(psycopg.Error):
-            conn.rollback()
-            conn.autocommit, conn.isolation_level = True, None
+            conn.rollback()  # of what was not committed; the pool would do it too, and say so
 
 
 # --- Workflows ----------------------------------------------------------------------------------------
 #
 # A workflow is begun (its row is committed), executed (the function runs, under a claim) and finished
 # (the outcome is written).  Whoever begins an ID that exists already gets the existing execution.
+
+
+def _name_of(fn: Callable[..., Any]) -> str:
+    """What a function is called, the same in every process; for a callable object, its class."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return str(getattr(fn, "__qualname__", type(fn).__qualname__))
 
 
 class _Function:
@@ -1397,13 +1443,13 @@ class _Function:
         self.name, self.call, self.max_recovery_attempts = name, call, most
         self.is_async = inspect.iscoroutinefunction(call)
         self.signature = inspect.signature(source)
-        self.code = source.__code__
-        self.source = source
+        self.source = inspect.unwrap(source)
+        self.code: types.CodeType | None = getattr(self.source, "__code__", None)  # a callable object has none
         self.receiver: Literal["class", "instance"] | None = None  # set by dbos_class for methods
 
     def where(self) -> tuple[str, int]:
         """Where it is defined: one function met again (a closure made anew, a module loaded twice) keeps its place."""
-        return self.code.co_filename, self.code.co_firstlineno
+        return (self.code.co_filename, self.code.co_firstlineno) if self.code else (repr(self.source), 0)
 
     def hash(self) -> str:
         """Tell this code from another; what has no source (in a REPL) is known by its bytecode."""
@@ -1413,7 +1459,7 @@ class _Function:
             kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
             code: object = _shape(next((node for node in ast.walk(tree) if isinstance(node, kinds)), tree))
         except (OSError, TypeError, SyntaxError):
-            code = self.code.co_code.hex()
+            code = self.code.co_code.hex() if self.code else _name_of(self.source)
         return hashlib.sha256(f"{self.name}\n{code}".encode()).hexdigest()[:16]
 
 
@@ -1463,7 +1509,7 @@ class SetWorkflowID(_OptionBlock):
     """Give the first workflow started in this block the ID `wfid`; a second one gets a generated ID."""
 
     def __init__(self, wfid: str) -> None:
-        super().__init__(ids=[_valid_id(wfid)])
+        super().__init__(ids=[_valid_name("workflow ID", wfid)])
 
 
 class SetEnqueueOptions(_OptionBlock):
@@ -1480,6 +1526,8 @@ class SetEnqueueOptions(_OptionBlock):
     ) -> None:
         if priority is not None and not 0 <= priority <= 2**31 - 1:
             raise ValueError(f"priority is {priority}: it must be from 0 (first) to 2147483647")
+        if deduplication_id is not None:
+            _valid_name("deduplication ID", deduplication_id)
         if delay_seconds is not None and not 0 <= delay_seconds < math.inf:
             raise ValueError(f"delay_seconds is {delay_seconds}: it must be 0 or more")
         super().__init__(
@@ -1488,12 +1536,15 @@ class SetEnqueueOptions(_OptionBlock):
         )
 
 
-def _valid_id(id: object) -> str:
-    if not isinstance(id, str) or not id.strip():
-        raise DBOSException(f"workflow ID {id!r}: it must be a string that is not empty or blank")
-    if not _storable(id):
-        raise DBOSException(f"workflow ID {id!r}: Postgres cannot store NUL characters or lone surrogates")
-    return id
+def _valid_name(what: str, name: object) -> str:
+    """Refuse a name that Postgres cannot store or index, or that nobody could see."""
+    if not isinstance(name, str) or not name.strip():
+        raise DBOSException(f"{what} {name!r}: it must be a string that is not empty or blank")
+    if not _storable(name):
+        raise DBOSException(f"{what} {name!r}: Postgres cannot store NUL characters or lone surrogates")
+    if len(name.encode()) > _LONGEST_NAME:
+        raise DBOSException(f"{what} {name[:50]!r}...: it must not be longer than {_LONGEST_NAME} bytes")
+    return name
 
 
 def _storable(text: str) -> bool:
@@ -1514,6 +1565,7 @@ class _Start(NamedTuple):
     """A workflow about to begin."""
 
     row: dict[str, Any]
+    function: _Function
     parent: _Run | None
     position: int  # of its start, in the parent
 
@@ -1523,6 +1575,8 @@ def _prepare_start(
     queue: str | None, positions: int = 1,
 ) -> _Start:
     """Take the position and the ID, and prepare the row, all before the first wait."""
+    if function.name not in executor.registry.functions:
+        raise DBOSWorkflowFunctionNotFoundError(f"{function.name} is no longer registered: the registry was destroyed")
     frame = _frame.get()
     if frame is not None and frame.step is not None:
         raise DBOSException(
@@ -1536,8 +1590,6 @@ def _prepare_start(
             f"start {function.name} on another, or enqueue it"
         )
     options = _options.get()
-    if queue is None and options.deduplication_id is not None:
-        raise DBOSException("a deduplication_id is for queues: enqueue the workflow instead of starting it")
     function.signature.bind(*args, **kwargs)  # TypeError now, rather than in a row that nobody can run
     class_name, config_name = executor.registry.name_receiver(function, args)
     position = parent.advance(positions) if parent else 0
@@ -1553,7 +1605,7 @@ def _prepare_start(
         "inputs": text, "parent_workflow_id": parent and parent.id, "parent_claim": parent and parent.claim,
         "position": position, "application_version": (queue and options.app_version) or executor.me["version"],
         "queue": queue, "priority": (options.priority or 0) if queue else 0,
-        "deduplication_id": options.deduplication_id, "delay_s": delay_s,
+        "deduplication_id": options.deduplication_id if queue else None, "delay_s": delay_s,
     }
     if queue is None:  # begun under our own claim
         row |= {"status": "PENDING", "claim": 1, "recovery_attempts": 1}
@@ -1561,7 +1613,7 @@ def _prepare_start(
     else:
         row |= {"status": "ENQUEUED" if delay_s is None else "DELAYED", "claim": 0, "recovery_attempts": 0}
         row |= {"executor_id": None, "incarnation": None}
-    return _Start(row, parent, position)
+    return _Start(row, function, parent, position)
 
 
 async def _has_begun(start: _Start) -> bool:
@@ -1578,12 +1630,13 @@ async def _begin(executor: "_Executor", start: _Start) -> tuple[str, _Run | None
     row = start.row
     if await _has_begun(start):
         return row["id"], None
-    run = _Run(executor, _Claimed(**{name: row[name] for name in _Claimed._fields}))
-    other = executor.running.setdefault(run.id, run)  # before the row is there: a sweep must not take it for lost
-    if other is not run:
+    run = _Run(executor, start.function, _Claimed(**{name: row[name] for name in _Claimed._fields}))
+    # It is entered before the row is there: a sweep must not take it for lost.
+    while (other := executor.running.setdefault(run.id, run)) is not run:
         await _for_any(other.begun)
-        await _insert(executor, start)
-        return run.id, None
+        if await executor.ask(_find, run.id) is not None:  # else that start was refused, and it is our turn
+            await _insert(executor, start)
+            return run.id, None
     try:
         existing = await _insert(executor, start)
     except BaseException:
@@ -1595,7 +1648,8 @@ async def _begin(executor: "_Executor", start: _Start) -> tuple[str, _Run | None
         return run.id, run
     me = executor.me["incarnation"]
     if (existing["status"], existing["claim"], existing["incarnation"]) == ("PENDING", 1, me):
-        run.history_to = 0  # our own row, whose acknowledgement was lost: it may have a history after all
+        run.history_to = 0  # our own row, whose acknowledgement was lost, or that was interrupted: it has a history
+        executor.interrupted.discard(run.id)
         return run.id, run
     executor.forget(run)
     return run.id, None
@@ -1603,7 +1657,7 @@ async def _begin(executor: "_Executor", start: _Start) -> tuple[str, _Run | None
 
 async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None:
     """Insert the row and, in the parent's history, its start; return the row that was there before, if any."""
-    row, parent, position = start
+    row, _, parent, position = start
     while not (await executor.journal.write(_START_CHILD if parent else _START, row))[0]:
         existing = await executor.ask(_find, row["id"])
         if existing is not None:
@@ -1616,7 +1670,8 @@ async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None
             if holder is not None:
                 refusal = DBOSQueueDeduplicatedError(
                     f"workflow {row['id']} was not enqueued on {row['queue']}: unfinished workflow "
-                    f"{holder['workflow_id']} has the deduplication ID {row['deduplication_id']!r}"
+                    f"{holder['workflow_id']} has the deduplication ID {row['deduplication_id']!r}",
+                    workflow_id=row["id"], queue_name=row["queue"], deduplication_id=row["deduplication_id"],
                 )
                 if parent is not None:
                     await parent.record(position, row["name"], None, refusal, 0.0)
@@ -1652,10 +1707,14 @@ async def _execute(run: _Run) -> Any:
                 args, kwargs = run.arguments()
                 value = run.function.call(*args, **kwargs)
                 if run.function.is_async:
+                    run.loop = asyncio.get_running_loop()
                     value = await value
             except Exception as raised:
                 error = raised
         error = await _finish(run, value, error)
+    except (KeyboardInterrupt, SystemExit):
+        run.executor.interrupted.add(run.id)  # somebody wants it to stop: it stays PENDING until the next launch
+        raise
     finally:
         run.executor.forget(run)
     if error is not None:
@@ -1665,7 +1724,8 @@ async def _execute(run: _Run) -> Any:
 
 async def _finish(run: _Run, value: Any, error: Exception | None) -> Exception | None:
     """Write the outcome, if this run still may, and return the error that it came to."""
-    output, problem, error = run.store(f"function {run.function.name}", value, error)
+    output, problem, substitute = run.store(f"function {run.function.name}", value, error)
+    error = error or substitute  # a result that cannot be stored
     status = "ERROR" if error else "SUCCESS"
     row = {"id": run.id, "claim": run.claim, "status": status, "output": output, "error": problem}
     while not (await run.executor.journal.write(_FINISH, row))[0]:
@@ -1742,11 +1802,12 @@ def _outcome_of(executor: "_Executor", row: dict[str, Any]) -> Any:
         return executor.serializer.deserialize(row["output"])
     if row["status"] == "ERROR":
         raise _load_error(executor.serializer, row["error"])
+    id = row["workflow_id"]
     if row["status"] == "CANCELLED":
-        raise DBOSAwaitedWorkflowCancelledError(f"workflow {row['workflow_id']} was cancelled")
+        raise DBOSAwaitedWorkflowCancelledError(f"workflow {id} was cancelled", workflow_id=id)
     raise DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded(
-        f"workflow {row['workflow_id']} was begun {row['recovery_attempts']} times without coming to an end and is not "
-        f"run again: see what takes its process down"
+        f"workflow {id} was begun {row['recovery_attempts']} times without coming to an end and is not run again: "
+        f"see what takes its process down", workflow_id=id,
     )
 
 
@@ -1840,9 +1901,11 @@ class Queue:
 
     def __init__(
         self, name: str, concurrency: int | None = None, limiter: QueueRateLimit | None = None, *,
-        worker_concurrency: int | None = None, priority_enabled: bool = False,
-        polling_interval_sec: float = _POLL_S, durable: "Durable | None" = None,
+        worker_concurrency: int | None = None, global_concurrency: int | None = None,
+        priority_enabled: bool = False, polling_interval_sec: float = _POLL_S, durable: "Durable | None" = None,
     ) -> None:
+        _valid_name("queue", name)
+        concurrency = global_concurrency if concurrency is None else concurrency  # two names for one thing
         for limit, value in (("concurrency", concurrency), ("worker_concurrency", worker_concurrency)):
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"queue {name}: {limit} is {value!r}; it must be a whole number from 1, or None")
@@ -1850,7 +1913,8 @@ class Queue:
             raise ValueError(
                 f"queue {name}: worker_concurrency ({worker_concurrency}) is more than concurrency ({concurrency})"
             )
-        if limiter is not None and not (limiter.get("limit", 0) >= 1 and limiter.get("period", 0) > 0):
+        numbers = [dict(limiter or {}).get(key) for key in ("limit", "period")]
+        if limiter is not None and not all(isinstance(n, (int, float)) and n > 0 for n in numbers):
             raise ValueError(f'queue {name}: limiter is {limiter!r}; it must be {{"limit": from 1, "period": seconds}}')
         if not polling_interval_sec > 0:
             raise ValueError(f"queue {name}: polling_interval_sec is {polling_interval_sec}; it must be above 0")
@@ -1860,7 +1924,7 @@ class Queue:
         self._durable = DBOS if durable is None else durable
         self._durable._add_queue(self)
 
-    def enqueue(self, func: Callable[P, Any], *args: P.args, **kwargs: P.kwargs) -> "WorkflowHandle[Any]":
+    def enqueue(self, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> "WorkflowHandle[R]":
         """Put a workflow, or a step as a workflow of its own, on this queue.
 
         Returns once its row is committed.  Raises DBOSQueueDeduplicatedError.
@@ -1869,8 +1933,8 @@ class Queue:
         return WorkflowHandle(self._durable, id)
 
     async def enqueue_async(
-        self, func: Callable[P, Any], *args: P.args, **kwargs: P.kwargs
-    ) -> "WorkflowHandleAsync[Any]":
+        self, func: Callable[P, Coroutine[Any, Any, R]] | Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> "WorkflowHandleAsync[R]":
         """Do as `enqueue`, without blocking the event loop."""
         (id,) = await _suspend(self._enqueue([(func, args, kwargs)]))
         return WorkflowHandleAsync(self._durable, id)
@@ -1885,6 +1949,8 @@ class Queue:
 
     async def _enqueue(self, calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]) -> list[str]:
         executor = self._durable._launched()
+        if len(calls) > 1 and _options.get().deduplication_id is not None:
+            raise DBOSException("a deduplication_id is for one workflow: enqueue_many cannot give it to several")
         starts = []
         for func, args, kwargs in calls:
             function, bound = executor.registry.function_of(func, args)
@@ -1945,8 +2011,10 @@ class _Threads:
 
     def submit(self, job: Callable[[], object]) -> None:
         with self._lock:
-            self._jobs.append(job)
-            self._start_jobs()
+            if not self._closed:
+                self._jobs.append(job)
+                return self._start_jobs()
+        threading.Thread(target=job, daemon=True).start()  # it finds the executor closed, and tells who waits
 
     def room(self) -> int:
         """How many more jobs would start at once."""
@@ -1972,9 +2040,9 @@ class _Threads:
             if self._idle:
                 self._idle.pop().put(self._jobs.popleft())
             else:
-                thread = threading.Thread(target=self._work, args=(self._jobs[0],), daemon=True, name=self._name)
-                thread.start()  # may raise; then the job is still queued, and the sweep finds its workflow
-                self._jobs.popleft()
+                job = self._jobs.popleft()
+                thread = threading.Thread(target=self._work, args=(job,), daemon=True, name=self._name)
+                thread.start()  # may raise; the job is dropped then, and the sweep finds its workflow
                 self._threads.add(thread)
             self._free -= 1
 
@@ -2000,10 +2068,13 @@ class _Threads:
         """Let idle threads end; those in the user's code end when it returns."""
         with self._lock:
             self._closed = True
+            left = list(self._jobs)
             self._jobs.clear()
             for inbox in self._idle:
                 inbox.put(None)
             self._idle.clear()
+        for job in left:
+            self.submit(job)
         deadline = time.monotonic() + patience_s
         for thread in tuple(self._threads):
             if thread is not threading.current_thread():
@@ -2023,7 +2094,8 @@ def _may_pass(error: BaseException) -> bool:
     serialization failures (all OperationalError), and a server that is read-only for a while.
     """
     more = (psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.IdleInTransactionSessionTimeout)
-    return isinstance(error, (psycopg.OperationalError, *more))
+    too_large = str(getattr(error, "sqlstate", "")).startswith("54")  # for an index, or for Postgres at all
+    return isinstance(error, (psycopg.OperationalError, *more)) and not too_large
 
 
 class _Executor:
@@ -2052,6 +2124,7 @@ class _Executor:
         self.journal = _Journal(self)
         self.hints = _Hints(self)
         self.running: dict[str, _Run] = {}
+        self.interrupted: set[str] = set()  # runs that KeyboardInterrupt or SystemExit ended
         self.claiming = threading.Lock()  # from a claim in the table to its entry in `running`
         self.stopping = threading.Event()  # no more claims
         self.closed = _Signal()  # no more anything
@@ -2073,13 +2146,15 @@ class _Executor:
 
     def _connection_options(self) -> dict[str, Any]:
         # Prepared statements and settings belong to a session; behind a PgBouncer there is none to rely on.
-        options: dict[str, Any] = {"autocommit": True, "application_name": f"durable {self.config['name']}"[:63]}
+        options: dict[str, Any] = {"application_name": f"durable {self.config['name']}"[:63]}
+        options |= {"autocommit": True, "client_encoding": "utf8"}
         options |= {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 4}
         return options if self.listens else {**options, "prepare_threshold": None}
 
     def _configure(self, conn: Conn) -> None:
         if self.listens:  # how soon the server misses us: at once in a crash, in 30 s if our host vanished
             conn.execute(f"""
+                set default_transaction_isolation = 'read committed'; set statement_timeout = 0; set lock_timeout = 0;
                 set idle_in_transaction_session_timeout = '{_IDLE_TRANSACTION_S}s';
                 set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 4;
             """)
@@ -2094,6 +2169,9 @@ class _Executor:
 
     def now(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Make a statement, waiting out whatever keeps the database from answering."""
+        frame = _frame.get()
+        if frame is not None and frame.connection is not None:  # in a transaction: to want a second one could deadlock
+            return statement(frame.connection, *args, **kwargs)
 
         def attempt() -> T:
             with self.pool.connection() as conn:
@@ -2168,8 +2246,16 @@ class _Executor:
         with self._loop_lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                self._spawn_thread("durable-loop", self._loop.run_forever)
+                self._spawn_thread("durable-loop", functools.partial(self._run_loop, self._loop))
             return self._loop
+
+    def _run_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        while not self.closed.is_set:
+            try:
+                loop.run_forever()
+            except BaseException:  # a task that raises SystemExit or KeyboardInterrupt ends the loop for all
+                _log.exception("a coroutine tried to end the event loop, which goes on")
+        loop.close()
 
     def _spawn_thread(self, name: str, target: Callable[[], object]) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)
@@ -2182,7 +2268,7 @@ class _Executor:
         """Run what was claimed; return the IDs that will run (here now, or from their queue)."""
         for row in claimed:
             if row.status == "PENDING":
-                run = _Run(self, row)
+                run = _Run(self, self.registry.functions[row.name], row)
                 run.begun.set()
                 former = self.running.get(row.id)
                 self.running[row.id] = run
@@ -2224,6 +2310,8 @@ class _Executor:
             _log.info("stopped a run of %s: %s", run.function.name, why)
         except Exception as error:
             _log.debug("workflow %s (%s) failed: %r", run.id, run.function.name, error)
+        except (SystemExit, KeyboardInterrupt) as end:
+            _log.error("workflow %s (%s) raised %r; it waits for the next launch", run.id, run.function.name, end)
         except asyncio.CancelledError:
             _log.warning("workflow %s (%s) lost its event loop; a sweep takes it up", run.id, run.function.name)
 
@@ -2265,6 +2353,12 @@ class _Executor:
             self.registry._publish()
             self.me["incarnation"] = _enlist(conn, self.me)
             self._announce(conn)
+        except psycopg.Error as error:
+            conn.close()
+            raise DBOSInitializationError(
+                f"cannot prepare the database: {str(error).strip()}; if this role may not create tables, let another "
+                f"apply schema.sql, and set run_migrations to False"
+            ) from error
         except BaseException:
             conn.close()
             raise
@@ -2328,14 +2422,15 @@ class _Executor:
         """Dequeue at each hint, look once in a while whether one was missed, and sweep."""
         next_look, next_sweep = 0.0, time.monotonic() + _SWEEP_S
         polled: dict[str, float] = {}
-        while not self.stopping.is_set():
+        while not self.closed.is_set:
             self.work.clear()
             now = time.monotonic()
             try:
                 if now >= next_look:
-                    next_look = now + _POLL_S
+                    intervals = [queue.polling_interval_sec for queue in tuple(self.registry.queues.values())]
+                    next_look = now + min(_POLL_S, *intervals)
                     self._look(polled, now)
-                if now >= next_sweep:
+                if now >= next_sweep and not self.stopping.is_set():
                     next_sweep = now + _SWEEP_S * random.uniform(0.9, 1.1)
                     _recover(self)
                 while self.due:
@@ -2346,22 +2441,23 @@ class _Executor:
                 return
             except Exception:
                 _log.exception("the dispatcher failed, and goes on")
-            self.work.wait(max(0.0, min(next_look, next_sweep) - time.monotonic()))
+            pause = next_look if self.stopping.is_set() else min(next_look, next_sweep)
+            self.work.wait(max(0.0, pause - time.monotonic()))
 
     def _look(self, polled: dict[str, float], now: float) -> None:
         """Look for what hints should have told: due queues, finished workflows; three statements for all."""
+        waited = [key[2:] for key in self.hints.awaited() if key.startswith("w:")]
+        for id in self.now(_ended, waited) if waited else ():
+            self.hints.arrive(f"w:{id}")
+        if self.deactivated or self.stopping.is_set():
+            return
         self.now(_release_delayed)
         names = []
         for queue in tuple(self.registry.queues.values()):
-            if now >= polled.get(queue.name, 0.0) + queue.polling_interval_sec - _POLL_S / 2:
+            if now >= polled.get(queue.name, 0.0) + queue.polling_interval_sec * 0.9:
                 polled[queue.name] = now
                 names.append(queue.name)
-        if not self.deactivated:
-            self.due.update(self.now(_busy, names))
-        waited = [key[2:] for key in self.hints.awaited() if key.startswith("w:")]
-        if waited:
-            for id in self.now(_ended, waited):
-                self.hints.arrive(f"w:{id}")
+        self.due.update(self.now(_busy, names))
 
     def close(self, patience_s: float) -> None:
         """Stop claiming, wait for what runs, then end everything; what did not finish stays PENDING."""
@@ -2376,6 +2472,7 @@ class _Executor:
             if self.listens:  # wakes our own listener
                 _notify(conn, self.me["incarnation"], [""])
         self.closed.set()
+        self.work.set()
         for run in tuple(self.running.values()):
             run.halt(_Closing("the executor was destroyed"))
         if self.admin is not None:
@@ -2414,6 +2511,9 @@ def _recover(executor: _Executor, listed: Sequence[str] = ()) -> list[str]:
         begun = [run for run in tuple(executor.running.values()) if run.begun.is_set and not run.done.is_set]
         claims = executor.now(_claims, [run.id for run in begun]) if begun else {}
         for run in begun:
+            if run.loop is not None and run.loop.is_closed():
+                executor.forget(run)  # it will never go on: take it up below
+                continue
             claim, status = claims.get(run.id, (None, "deleted"))
             if (claim, status) not in ((run.claim, "SUCCESS"), (run.claim, "ERROR")):
                 try:
@@ -2422,7 +2522,8 @@ def _recover(executor: _Executor, listed: Sequence[str] = ()) -> list[str]:
                     run.halt(why)
         pending = executor.now(_pending, executor.me)
         dead = _dead(executor, pending)
-        claimed = executor.now(_sweep, executor.me, list(executor.running), dead, list(listed))
+        ours = [*executor.running, *(() if executor.me["executor_id"] in listed else executor.interrupted)]
+        claimed = executor.now(_sweep, executor.me, ours, dead, list(listed))
         taken = executor.take_up(claimed)
     known = executor.registry.known()
     for p in pending:
@@ -2505,9 +2606,8 @@ class _AdminServer(socketserver.ThreadingTCPServer):
     def start(cls, executor: _Executor) -> "_AdminServer | None":
         config = executor.config
         host, port = config["admin_host"], config.get("admin_port", 3001)
-        cls.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            server = cls((host, port), _AdminRequest)
+            server = (_AdminServerV6 if ":" in host else cls)((host, port), _AdminRequest)
         except OSError as error:
             _log.warning(
                 "no admin server: port %d on %s cannot be had (%s); set admin_port (0 picks a free one)",
@@ -2525,6 +2625,10 @@ class _AdminServer(socketserver.ThreadingTCPServer):
     def stop(self) -> None:
         self.shutdown()
         self.server_close()
+
+
+class _AdminServerV6(_AdminServer):
+    address_family = socket.AF_INET6
 
 
 class _Refusal(Exception):
@@ -2727,9 +2831,11 @@ _FOREIGN_KEYS = {
 
 def _checked(config: Any) -> DBOSConfig:
     """Refuse what is not a setting or not of its type, warn of what has no effect here; None is unset."""
+    if not isinstance(config, dict):
+        raise DBOSInitializationError(f"the config is {config!r}; it must be a dict")
     checked: dict[str, Any] = {}
     settings = get_type_hints(DBOSConfig)
-    for key, value in dict(config).items():
+    for key, value in config.items():
         kind = settings.get(key)
         if key in _FOREIGN_KEYS:
             _log.warning("the setting %r of the DBOS library has no effect in durable.py", key)
@@ -2739,9 +2845,10 @@ def _checked(config: Any) -> DBOSConfig:
             if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
                 raise DBOSInitializationError(f"the setting {key!r} is {value!r}; it must be of type {kind.__name__}")
             checked[key] = value
-    for key, least in (("sys_db_pool_size", 2), ("max_executor_threads", 1), ("admin_port", 0)):
-        if checked.get(key, least) < least:
-            raise DBOSInitializationError(f"the setting {key!r} is {checked[key]}; it must be at least {least}")
+    limits = (("sys_db_pool_size", 2, 1000), ("max_executor_threads", 1, 100_000), ("admin_port", 0, 65535))
+    for key, least, most in limits:
+        if not least <= checked.get(key, least) <= most:
+            raise DBOSInitializationError(f"the setting {key!r} is {checked[key]}; it must be from {least} to {most}")
     return cast(DBOSConfig, checked)
 
 
@@ -2758,6 +2865,9 @@ def _resolved(config: DBOSConfig) -> DBOSConfig:
         "system_database_url": env.get("DBOS_SYSTEM_DATABASE_URL") or env.get("DATABASE_URL"),
         **{key: value for key, value in config.items() if value != ""},
     }
+    for key, value in filled.items():
+        if isinstance(value, str) and not _storable(value):
+            raise DBOSInitializationError(f"the setting {key!r} is {value!r}: no NUL characters or lone surrogates")
     if filled["admin_token"] is None and not _is_loopback(filled["admin_host"]):
         raise DBOSInitializationError(
             f"the admin server may listen on {filled['admin_host']} only with an admin_token: "
@@ -2784,7 +2894,8 @@ class Durable:
 
     def __init__(self, config: DBOSConfig | None = None) -> None:
         self._config = _checked(config or {})
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # what is registered
+        self._life = threading.RLock()  # launch and destroy
         self._executor: _Executor | None = None
         self.functions: dict[str, _Function] = {}
         self.queues: dict[str, Queue] = {}
@@ -2817,7 +2928,7 @@ class Durable:
         """
 
         def decorate(fn: Callable[P, R]) -> Callable[P, R]:
-            registered = _Function(name or fn.__qualname__, fn, fn, max_recovery_attempts)
+            registered = _Function(name or _name_of(fn), fn, fn, max_recovery_attempts)
 
             async def body(*args: Any, **kwargs: Any) -> Any:
                 return await _call(self._launched(), registered, args, kwargs)
@@ -2840,7 +2951,7 @@ class Durable:
         retries = _Retries(retries_allowed, interval_seconds, max_attempts, backoff_rate, should_retry)
 
         def decorate(fn: Callable[P, R]) -> Callable[P, R]:
-            known_as = name or fn.__qualname__
+            known_as = name or _name_of(fn)
             retries.check(known_as, fn)
 
             async def body(*args: Any, **kwargs: Any) -> Any:
@@ -2861,12 +2972,11 @@ class Durable:
         or a lost connection, so everything but its SQL may happen more than once.  Left idle within the
         transaction for five minutes, Postgres cuts it off.  Called outside a workflow, it is one.
         """
-        isolation = getattr(psycopg.IsolationLevel, str(isolation_level).replace(" ", "_"), None)
-        if not isinstance(isolation, psycopg.IsolationLevel):
+        if isolation_level not in ("SERIALIZABLE", "REPEATABLE READ", "READ COMMITTED"):
             raise DBOSException(f"isolation_level is {isolation_level!r}; it must be 'SERIALIZABLE' or a lower level")
 
         def decorate(fn: Callable[P, R]) -> Callable[P, R]:
-            known_as = name or fn.__qualname__
+            known_as = name or _name_of(fn)
             if inspect.iscoroutinefunction(fn):
                 raise DBOSException(
                     f"{known_as} is async, and a transaction cannot be: make it a plain function, "
@@ -2880,7 +2990,7 @@ class Durable:
                     return cast(R, _block(_call(self._launched(), alone, args, kwargs)))
                 if frame.connection is not None:
                     return fn(*args, **kwargs)  # a transaction within a transaction is part of it
-                return cast(R, _transaction(known_as, isolation, functools.partial(fn, *args, **kwargs)))
+                return cast(R, _transaction(known_as, isolation_level, functools.partial(fn, *args, **kwargs)))
 
             alone = _Function(f"<temp>.{known_as}", call, fn, 100)
             return self._register(alone, call)
@@ -2893,7 +3003,7 @@ class Durable:
             if former is not None and former.where() != function.where():
                 raise DBOSConflictingRegistrationError(
                     "two functions are called {}: one in {}, line {}, one in {}, line {}; give one of them a "
-                    "name=".format(function.name, *former.where(), *function.where())
+                    "name=".format(function.name.removeprefix("<temp>."), *former.where(), *function.where())
                 )
             self.functions[function.name] = function
             self._publish()
@@ -2912,7 +3022,7 @@ class Durable:
                 raise DBOSConflictingRegistrationError(f"two classes are called {known_as}: give one a class_name")
             self._classes[known_as] = cls
             cls._durable_class_name = known_as  # type: ignore[attr-defined]
-            for attribute in vars(cls).values():
+            for attribute in [each for base in cls.__mro__ for each in vars(base).values()]:
                 function = getattr(getattr(attribute, "__func__", attribute), "_durable_function", None)
                 if isinstance(function, _Function) and not isinstance(attribute, staticmethod):
                     function.receiver = "class" if isinstance(attribute, classmethod) else "instance"
@@ -2951,6 +3061,8 @@ class Durable:
             if (_class_name(type(args[0])), name) not in self._instances:
                 self.register_instance(args[0])  # of an instance of Durable that is not DBOS
             return _class_name(type(args[0])), name
+        if args and next(iter(function.signature.parameters), "") in ("self", "cls"):
+            raise DBOSException(f"{function.name} is a method: put @DBOS.dbos_class() on its class")
         return None, None
 
     def receiver(self, class_name: str | None, config_name: str | None) -> list[object]:
@@ -2968,9 +3080,29 @@ class Durable:
                 raise DBOSConflictingRegistrationError(f"queue {queue.name} is declared twice")
             self.queues[queue.name] = queue
 
-    def register_queue(self, name: str, **limits: Any) -> Queue:
-        """Declare a queue of this instance; the keywords are those of `Queue`."""
-        return Queue(name, **limits, durable=self)
+    def register_queue(self, name: str, *, on_conflict: str = "always_update", **limits: Any) -> Queue:
+        """Declare a queue of this instance, or change its limits; the keywords are those of `Queue`.
+
+        With `on_conflict` "never_update", a queue that is declared already stays as it is.
+        """
+        with self._lock:
+            known = self.queues.pop(name, None)
+            if known is not None and on_conflict == "never_update":
+                return self.queues.setdefault(name, known)
+            try:
+                declared = Queue(name, **limits, durable=self)
+            except BaseException:
+                if known is not None:
+                    self.queues[name] = known
+                raise
+            if known is not None:
+                known.__dict__.update(declared.__dict__)
+                self.queues[name] = known
+            return self.queues[name]
+
+    async def register_queue_async(self, name: str, **options: Any) -> Queue:
+        """Do as `register_queue`, which does not block."""
+        return self.register_queue(name, **options)
 
     # Launch and destroy.
 
@@ -2979,7 +3111,7 @@ class Durable:
 
         Harmless when launched already.  Raises DBOSInitializationError when it cannot.
         """
-        with self._lock:
+        with self._life:
             if self._executor is not None:
                 return
             config = _resolved(self._config)
@@ -2999,7 +3131,7 @@ class Durable:
 
         What has not finished stays PENDING, and the next launch under this name takes it up.
         """
-        with self._lock:
+        with self._life:
             executor = self._executor  # stays in place while it closes: what still runs may need it
             if executor is not None:
                 try:
@@ -3045,7 +3177,8 @@ class Durable:
     @property
     def executor_id(self) -> str:
         """The name of this executor, which outlives the process."""
-        return str(_resolved(self._config)["executor_id"])
+        launched = self._executor.me if self._executor is not None else {}
+        return str(launched.get("executor_id") or _resolved(self._config)["executor_id"])
 
     @property
     def application_version(self) -> str:
@@ -3132,6 +3265,9 @@ class Durable:
     ) -> tuple[str, _Run | None]:
         executor = self._launched()
         function, args = self.function_of(func, args)
+        for option in ("deduplication_id", "priority", "delay_seconds"):
+            if getattr(_options.get(), option) is not None:
+                raise DBOSException(f"{option} is for queues: enqueue {function.name} instead of starting it")
         return await _begin(executor, _prepare_start(executor, function, args, kwargs, None))
 
     def enqueue_workflow(
@@ -3178,7 +3314,10 @@ class Durable:
         self, options: StepOptions | None, func: Callable[..., Any], call: Callable[[], Any]
     ) -> Coroutine[Any, Any, Any]:
         given = dict(options or {})
-        name = given.pop("name", None) or getattr(func, "__qualname__", None) or repr(func)
+        name = given.pop("name", None) or _name_of(func)
+        unknown = given.keys() - StepOptions.__annotations__.keys()
+        if unknown:
+            raise DBOSException(f"run_step: unknown step option {min(unknown)!r} for {name}")
         return _step(str(name), _Retries(**given), call)  # type: ignore[arg-type]
 
     # Looking at workflows.
@@ -3265,7 +3404,7 @@ class WorkflowHandle(_Handle[R]):
         `polling_interval_sec` is accepted as in DBOS; here hints wake who waits, and one look a second
         serves them all.
         """
-        _refuse_to_block_a_loop("get_result")
+        _refuse_to_block_a_loop("DBOS.get_result")
         return cast(R, _block(self._durable._result_of(self.workflow_id, self._exists)))
 
     def get_status(self) -> "WorkflowStatus":
@@ -3371,15 +3510,14 @@ def _class_name(cls: type) -> str:
 
 def _set_up_logging(level: str) -> None:
     """Set the level, and print log lines if the application has not said where they go."""
-    logger = logging.getLogger("durable")
     try:
-        logger.setLevel(level.upper())
+        _log.setLevel(level.upper())
     except ValueError:
         raise DBOSInitializationError(f"the setting 'log_level' is {level!r}; try DEBUG, INFO, WARNING") from None
-    if not logger.hasHandlers():
+    if not _log.hasHandlers():
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        logger.addHandler(handler)
+        _log.addHandler(handler)
 
 
 DBOS = Durable()

@@ -750,6 +750,59 @@ def test_an_exception_that_cannot_be_rebuilt_still_tells_what_it_was(dbos, error
     assert all(word in str(caught.value) or word in type(caught.value).__name__ for word in told)
 
 
+def test_steps_without_a_name_have_one_that_any_process_would_give(dbos):
+    """A partial is named for its function, a callable object for its class."""
+
+    class Adder:
+        def __call__(self, n):
+            return n + 1
+
+    @dbos.workflow()
+    def work():
+        return dbos.run_step(None, functools.partial(max, 1), 2) + dbos.run_step(None, Adder(), 3)
+
+    with SetWorkflowID("w"):
+        assert work() == 6
+    assert [name for _, name in steps_of(dbos, "w")] == ["max", "Adder"]
+    assert dbos.step(name="length")(len)([1, 2]) == 2
+
+
+def test_a_replay_raises_what_the_step_raised(dbos, witness):
+    """Where an exception cannot be rebuilt, the first run gets the substitute that a replay will get."""
+
+    @dbos.step()
+    def fail():
+        raise Holding("busy")
+
+    @dbos.workflow()
+    def branching():
+        try:
+            fail()
+        except Exception as error:
+            return type(error).__name__
+
+    with SetWorkflowID("w"):
+        first = branching()
+    rewind(dbos, witness, "w", keep=1)
+    assert result_of(dbos, "w") == first == "DBOSRestoredError"
+
+
+def test_built_in_exceptions_survive_a_serializer_of_json_only(executor):
+    """No pickle is needed to rebuild a ValueError."""
+    dbos = executor(serializer=JSONSerializer())
+
+    @dbos.workflow()
+    def failing():
+        raise ValueError("no", 7)
+
+    dbos.launch()
+    with SetWorkflowID("w"), pytest.raises(ValueError):
+        failing()
+    with pytest.raises(ValueError) as caught:
+        result_of(dbos, "w")
+    assert caught.value.args == ("no", 7)
+
+
 def test_an_exception_without_words_is_recorded_too(dbos, witness):
     """An exception whose own __str__ raises ends its workflow like any other."""
 
@@ -1673,6 +1726,7 @@ def test_an_interrupted_process_leaves_its_workflow_pending(dbos, witness, end):
         work()
     assert witness.status("work") == "PENDING"
     assert witness.steps("work") == []
+    assert durable._recover(dbos._executor) == []  # this process was told to stop it
     dbos.destroy()
     dbos.launch()
     assert result_of(dbos, "work") == 2
@@ -1866,6 +1920,60 @@ def test_a_transaction_cannot_be_committed_from_inside(dbos, witness):
     with SetWorkflowID("work"), pytest.raises((DBOSException, psycopg.Error), match="commit"):
         work()
     assert (witness.status("work"), witness.ledger()) == ("ERROR", {})
+
+
+def test_a_transaction_block_inside_is_a_savepoint(dbos, witness):
+    """`with connection.transaction()` commits nothing by itself: what follows can still undo it."""
+    witness.run("create table if not exists blocks (n int)")
+
+    @dbos.transaction()
+    def work():
+        with DBOS.connection.transaction():
+            DBOS.connection.execute("insert into blocks values (1)")
+        raise ValueError("undo it all")
+
+    with pytest.raises(ValueError):
+        work()
+    assert witness.one("select count(*) from blocks") == 0
+
+
+def test_a_transaction_that_commits_in_sql_is_told_so(dbos, witness):
+    """A COMMIT of the function's own parts its work from the record, and is an error."""
+
+    @dbos.transaction()
+    def work():
+        DBOS.connection.execute("select 1")
+        DBOS.connection.execute("commit")
+
+    with pytest.raises(DBOSException, match="checkpoint"):
+        work()
+
+
+@pytest.mark.parametrize("sqlstate", ["55P03", "57014"])
+def test_a_timeout_within_a_transaction_is_its_outcome(dbos, witness, sqlstate):
+    """A lock that is not to be had and a statement that takes too long are the function's business."""
+    tries = []
+
+    @dbos.transaction()
+    def work():
+        tries.append(1)
+        DBOS.connection.execute(f"do $$ begin raise exception using errcode = '{sqlstate}'; end $$")
+
+    with pytest.raises(psycopg.errors.lookup(sqlstate)):
+        work()
+    assert len(tries) == 1
+
+
+def test_a_transaction_may_look_at_workflows_with_one_connection(executor):
+    """Status is read through the transaction's own connection; a second one could be a deadlock."""
+    dbos = executor(sys_db_pool_size=2)
+
+    @dbos.transaction()
+    def look():
+        return dbos.get_workflow_status(DBOS.workflow_id).status
+
+    dbos.launch()
+    assert [handle.get_result() for handle in [dbos.start_workflow(look) for _ in range(6)]] == ["PENDING"] * 6
 
 
 def test_a_backend_killed_within_a_transaction_means_another_try(dbos, witness):
@@ -2107,9 +2215,21 @@ def test_set_ids_nest_and_end_with_their_block(dbos, greet):
 def test_blocks_share_what_was_taken(dbos, greet):
     """An ID that was used within an inner block of other options is used."""
     with SetWorkflowID("w"):
-        with SetEnqueueOptions(priority=1):
+        with SetEnqueueOptions(app_version="v2"):
             assert dbos.start_workflow(greet).workflow_id == "w"
         assert dbos.start_workflow(greet).workflow_id != "w"
+
+
+def test_a_name_too_long_for_an_index_is_refused(dbos, greet):
+    """Neither a workflow's ID nor a queue's name may be longer than Postgres can index."""
+    long = os.urandom(5000).hex()
+    with pytest.raises(DBOSException, match="longer than"), SetWorkflowID(long):
+        greet()
+    with pytest.raises(DBOSException, match="longer than"):
+        dbos.register_queue(long)
+    with pytest.raises(DBOSException, match="longer than"), SetEnqueueOptions(deduplication_id=long):
+        greet()
+    assert greet() == "hello world"
 
 
 def test_an_empty_id_is_refused(dbos, greet):
@@ -2582,6 +2702,66 @@ def test_gather_numbers_its_steps_in_the_order_of_the_calls(dbos, witness):
     assert sorted(ran[5:]) == [2, 3, 4]
 
 
+def test_a_task_beside_the_steps_keeps_its_position_in_a_replay(dbos, witness):
+    """A recalled step lets other tasks have their turn, as it did when it ran."""
+
+    @dbos.step()
+    async def say(word):
+        return word
+
+    @dbos.workflow()
+    async def work():
+        zero = await say("zero")
+        task = asyncio.create_task(say("background"))
+        return [zero, await say("first"), await say("second"), await task]
+
+    with SetWorkflowID("w"):
+        first = asyncio.run(work())
+    rewind(dbos, witness, "w", keep=4)
+    assert result_of(dbos, "w") == first == ["zero", "first", "second", "background"]
+
+
+def test_an_async_workflow_that_exits_ends_alone(dbos, witness):
+    """sys.exit in a coroutine does not end the event loop that others run on."""
+
+    @dbos.workflow()
+    async def leaving():
+        sys.exit(3)
+
+    @dbos.workflow()
+    async def staying():
+        return "stayed"
+
+    with SetWorkflowID("leaving"):
+        dbos.start_workflow(leaving)
+    eventually(lambda: "leaving" in dbos._executor.interrupted)
+    assert dbos.start_workflow(staying).get_result() == "stayed"
+    assert witness.status("leaving") == "PENDING"
+
+
+def test_a_loop_that_is_closed_under_a_workflow_loses_nothing(dbos, fast_sweeps):
+    """The sweep takes up what no loop runs any more."""
+    entered = []
+
+    @dbos.workflow()
+    async def work():
+        entered.append(1)
+        if len(entered) == 1:
+            await asyncio.sleep(3600)
+        return "done"
+
+    async def main():
+        handle = await dbos.start_workflow_async(work)
+        while not entered:
+            await asyncio.sleep(0.01)
+        return handle.workflow_id
+
+    loop = asyncio.new_event_loop()
+    workflow_id = loop.run_until_complete(main())
+    loop.close()
+    assert result_of(dbos, workflow_id) == "done"
+
+
 def test_gathered_children_keep_their_ids(dbos, witness):
     """Asynchronous children started together are numbered in the order of the calls."""
 
@@ -2989,11 +3169,44 @@ def test_an_undeclared_queue_is_named(dbos, job):
 
 
 def test_a_queue_is_declared_once(executor):
-    """A second queue under one name is an error that names it, unless it is the same."""
+    """A second Queue under one name is an error that names it; registering it again changes its limits."""
     dbos = executor()
-    dbos.register_queue("line", concurrency=1)
-    with pytest.raises((DBOSException, ValueError), match="line"):
-        dbos.register_queue("line", concurrency=2)
+    line = dbos.register_queue("line", concurrency=1)
+    with pytest.raises(DBOSException, match="line"):
+        Queue("line", durable=dbos)
+    assert dbos.register_queue("line", global_concurrency=2) is line
+    assert dbos.register_queue("line", on_conflict="never_update", concurrency=3) is line
+    assert line.concurrency == 2
+
+
+def test_options_of_queues_are_refused_elsewhere(dbos, greet):
+    """start_workflow would ignore a priority, a delay or a deduplication ID, so it says so; a call takes none."""
+    for options in ({"priority": 1}, {"delay_seconds": 1}, {"deduplication_id": "d"}):
+        with SetEnqueueOptions(**options):
+            with pytest.raises(DBOSException, match=next(iter(options))):
+                dbos.start_workflow(greet)
+            assert greet() == "hello world"
+
+
+def test_a_refused_enqueue_many_is_refused_in_the_replay_too(dbos, queue, job, witness):
+    """The refusal is on record at the child's position, and raised again."""
+    with SetEnqueueOptions(deduplication_id="d", delay_seconds=3600):
+        queue.enqueue(job, "first")
+
+    @dbos.workflow()
+    def parent():
+        try:
+            with SetEnqueueOptions(deduplication_id="d"):
+                queue.enqueue_many(job, ["second"])
+        except DBOSQueueDeduplicatedError as error:
+            return error.deduplication_id
+        return "no refusal"
+
+    with SetWorkflowID("parent"):
+        assert parent() == "d"
+    witness.run("delete from durable.workflows where queue is not null")
+    rewind(dbos, witness, "parent", keep=9)
+    assert result_of(dbos, "parent") == "d"
 
 
 def test_the_same_id_in_another_queue_is_a_warning(dbos, queue, job, caplog):
