@@ -122,6 +122,7 @@ _HISTORY_CHUNK = 1000  # recorded steps read at a time
 _DEQUEUE_BATCH = 100  # rows of a queue claimed at a time
 _IDLE_TRANSACTION_S = 300  # a transaction function that leaves its transaction idle for longer is cut off
 _LONGEST_NAME = 1000  # bytes of an ID or a queue's name: an entry of an index takes 2,700
+_LARGEST_VALUE = 200_000_000  # characters: JSON may double them, and a message to Postgres holds 1 GB
 _BODY_LIMIT = 1 << 20  # bytes of a request to the admin server
 _RETRY_CEILING_S = 3600.0  # the longest wait between two tries of a step, as in DBOS
 
@@ -264,8 +265,12 @@ class _JSONElsePickle(JSONSerializer):
 _SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # two that JSON would take for one character
 
 
-def _survives_json(value: Any, depth: int = 0) -> bool:
-    """Whether JSON returns exactly this: same types, no subclasses, nothing that it would round or refuse."""
+def _survives_json(value: Any, depth: int = 0, seen: set[int] | None = None) -> bool:
+    """Whether JSON returns exactly this: same types, no subclasses, nothing that it would round or refuse.
+
+    A list or dict that occurs twice is not for JSON either: it would come back as two, and a few levels
+    of that make a text without end.
+    """
     kind = type(value)
     if kind is str:
         return cast(str, value).isascii() or not _SURROGATES.search(value)
@@ -275,13 +280,15 @@ def _survives_json(value: Any, depth: int = 0) -> bool:
         return cast(int, value).bit_length() < 10_000  # Python refuses to parse much longer ones
     if kind is float:
         return math.isfinite(value)
-    if depth > 100:  # pickle goes deeper than the recursion of this function
+    seen = set() if seen is None else seen
+    if kind not in (list, dict) or depth > 100 or id(value) in seen:  # pickle goes deeper than we do
         return False
-    if kind is list:
-        return all(_survives_json(each, depth + 1) for each in value)
+    seen.add(id(value))
     if kind is dict:
-        return all(type(key) is str and _survives_json(each, depth + 1) for key, each in value.items())
-    return False
+        return all(type(key) is str and _survives_json(key, depth, seen) for key in value) and all(
+            _survives_json(each, depth + 1, seen) for each in value.values()
+        )
+    return all(_survives_json(each, depth + 1, seen) for each in value)
 
 
 def _dump_error(serializer: Serializer, error: Exception) -> tuple[str, Exception]:
@@ -1228,7 +1235,7 @@ class _Run:
         """Turn an outcome into text: output, or error.  What cannot be stored is an error, and returned as such."""
         if error is None:
             try:
-                return self.executor.serializer.serialize(value), None, None
+                return self.executor.serialize(value), None, None
             except Exception as cause:
                 kind = _type_name(value)
                 error = DBOSException(f"{what} of workflow {self.id} returned a {kind} that cannot be stored: {cause}")
@@ -1595,7 +1602,7 @@ def _prepare_start(
     position = parent.advance(positions) if parent else 0
     inputs = {"args": list(args[1:] if function.receiver else args), "kwargs": kwargs}
     try:
-        text = executor.serializer.serialize(inputs)
+        text = executor.serialize(inputs)
     except Exception as cause:
         types = ", ".join(sorted({_type_name(each) for each in (*inputs["args"], *kwargs.values())}))
         raise DBOSException(f"the arguments of {function.name} ({types}) cannot be stored: {cause}") from cause
@@ -2166,6 +2173,13 @@ class _Executor:
         return conn
 
     # What the operations use: statements, waits, threads.
+
+    def serialize(self, value: Any) -> str:
+        """Turn a value into text; ValueError if Postgres would break the connection over its size."""
+        text = self.serializer.serialize(value)
+        if len(text) > _LARGEST_VALUE:
+            raise ValueError(f"it takes {len(text):,} characters, and {_LARGEST_VALUE:,} is the most")
+        return text
 
     def now(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Make a statement, waiting out whatever keeps the database from answering."""

@@ -750,6 +750,34 @@ def test_an_exception_that_cannot_be_rebuilt_still_tells_what_it_was(dbos, error
     assert all(word in str(caught.value) or word in type(caught.value).__name__ for word in told)
 
 
+def test_a_value_too_large_for_postgres_fails_its_step(dbos, monkeypatch):
+    """It is refused before it is sent: Postgres would only break the connection."""
+    monkeypatch.setattr(durable, "_LARGEST_VALUE", 1000)
+
+    @dbos.workflow()
+    def work():
+        return dbos.run_step({"name": "big"}, lambda: "x" * 2000)
+
+    with pytest.raises(DBOSException, match=r"big.*2,002 characters"):
+        work()
+
+
+def test_what_is_shared_within_a_value_is_shared_afterwards(dbos):
+    """JSON would copy a list that occurs twice, and for ever deeper ones never end."""
+    value = [1]
+    for _ in range(40):
+        value = [value, value]
+
+    @dbos.workflow()
+    def work():
+        return dbos.run_step({"name": "deep"}, lambda: value)
+
+    with SetWorkflowID("w"):
+        work()
+    stored = dbos.list_workflow_steps("w")[0]["output"]
+    assert stored[0] is stored[1]
+
+
 def test_steps_without_a_name_have_one_that_any_process_would_give(dbos):
     """A partial is named for its function, a callable object for its class."""
 
@@ -2463,6 +2491,40 @@ def test_log_lines_of_a_workflow_carry_its_id(dbos, caplog):
     assert all("chatty-workflow" in f"{record.getMessage()} {vars(record)}" for record in said)
 
 
+def test_inherited_methods_are_methods_too(dbos, witness):
+    """A workflow that a base class defines finds the instance it was called on."""
+
+    class Base(DBOSConfiguredInstance):
+        @dbos.workflow()
+        def count(self):
+            self.calls = getattr(self, "calls", 0) + 1
+            return self.calls
+
+    @dbos.dbos_class("Heir")
+    class Heir(Base):
+        pass
+
+    heir = Heir("h")
+    dbos.register_instance(heir)
+    with SetWorkflowID("w"):
+        assert heir.count() == 1
+    assert witness.workflow("w").config_name == "h"
+    rewind(dbos, witness, "w")
+    assert result_of(dbos, "w") == heir.calls == 2
+
+
+def test_a_method_of_an_undecorated_class_is_refused(dbos):
+    """It would run on a copy of its instance."""
+
+    class Plain:
+        @dbos.workflow()
+        def work(self):
+            return 1
+
+    with pytest.raises(DBOSException, match="dbos_class"):
+        Plain().work()
+
+
 # --- Children -----------------------------------------------------------------------------------------
 #
 # A workflow may start others; both its start of a child and its wait for the result are in its history.
@@ -2737,6 +2799,32 @@ def test_an_async_workflow_that_exits_ends_alone(dbos, witness):
     eventually(lambda: "leaving" in dbos._executor.interrupted)
     assert dbos.start_workflow(staying).get_result() == "stayed"
     assert witness.status("leaving") == "PENDING"
+
+
+def test_destroy_ends_a_coroutine_that_still_runs_on_the_callers_loop(dbos, witness):
+    """Its next durable operation stops it; it does not wait for an answer that nobody will give."""
+    entered = threading.Event()
+
+    @dbos.step()
+    async def pause():
+        entered.set()
+        while dbos._executor is not None:
+            await asyncio.sleep(0.01)
+
+    @dbos.workflow()
+    async def work():
+        await pause()
+
+    async def main():
+        with SetWorkflowID("w"):
+            task = asyncio.create_task(work())
+        await asyncio.to_thread(entered.wait)
+        await asyncio.to_thread(dbos.destroy)
+        await asyncio.wait([task], timeout=PATIENCE_S)
+        return type(task.exception()).__name__
+
+    assert asyncio.run(main()) == "_Closing"
+    assert witness.status("w") == "PENDING"
 
 
 def test_a_loop_that_is_closed_under_a_workflow_loses_nothing(dbos, fast_sweeps):
