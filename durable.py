@@ -1911,66 +1911,78 @@ class Queue:
         worker_concurrency: int | None = None, global_concurrency: int | None = None,
         priority_enabled: bool = False, polling_interval_sec: float = _POLL_S, durable: "Durable | None" = None,
     ) -> None:
-        _valid_name("queue", name)
-        concurrency = global_concurrency if concurrency is None else concurrency  # two names for one thing
-        for limit, value in (("concurrency", concurrency), ("worker_concurrency", worker_concurrency)):
+        self.name, self._durable = _valid_name("queue", name), DBOS if durable is None else durable
+        limit = global_concurrency if concurrency is None else concurrency  # two names for one thing
+        self.set_limits(limit, limiter, worker_concurrency, polling_interval_sec)
+        self.priority_enabled = priority_enabled
+        self._durable._add_queue(self)
+
+    def set_limits(
+        self, concurrency: int | None = None, limiter: QueueRateLimit | None = None,
+        worker_concurrency: int | None = None, polling_interval_sec: float = _POLL_S,
+    ) -> None:
+        """Set all limits anew, in this process; they hold from the next dequeue on."""
+        for what, value in (("concurrency", concurrency), ("worker_concurrency", worker_concurrency)):
             if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"queue {name}: {limit} is {value!r}; it must be a whole number from 1, or None")
+                raise ValueError(f"queue {self.name}: {what} is {value!r}; it must be a whole number from 1, or None")
         if concurrency is not None and worker_concurrency is not None and worker_concurrency > concurrency:
             raise ValueError(
-                f"queue {name}: worker_concurrency ({worker_concurrency}) is more than concurrency ({concurrency})"
+                f"queue {self.name}: worker_concurrency ({worker_concurrency}) is more than concurrency ({concurrency})"
             )
         numbers = [dict(limiter or {}).get(key) for key in ("limit", "period")]
         if limiter is not None and not all(isinstance(n, (int, float)) and n > 0 for n in numbers):
-            raise ValueError(f'queue {name}: limiter is {limiter!r}; it must be {{"limit": from 1, "period": seconds}}')
+            raise ValueError(
+                f'queue {self.name}: limiter is {limiter!r}; it must be {{"limit": from 1, "period": seconds}}'
+            )
         if not polling_interval_sec > 0:
-            raise ValueError(f"queue {name}: polling_interval_sec is {polling_interval_sec}; it must be above 0")
-        self.name, self.concurrency, self.worker_concurrency = name, concurrency, worker_concurrency
-        self.limiter, self.priority_enabled = limiter, priority_enabled
+            raise ValueError(f"queue {self.name}: polling_interval_sec is {polling_interval_sec}; it must be above 0")
+        self.concurrency, self.worker_concurrency, self.limiter = concurrency, worker_concurrency, limiter
         self.polling_interval_sec = polling_interval_sec
-        self._durable = DBOS if durable is None else durable
-        self._durable._add_queue(self)
 
     def enqueue(self, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> "WorkflowHandle[R]":
         """Put a workflow, or a step as a workflow of its own, on this queue.
 
         Returns once its row is committed.  Raises DBOSQueueDeduplicatedError.
         """
-        (id,) = _block(self._enqueue([(func, args, kwargs)]))
-        return WorkflowHandle(self._durable, id)
+        return self._durable.enqueue_workflow(self.name, func, *args, **kwargs)
 
     async def enqueue_async(
         self, func: Callable[P, Coroutine[Any, Any, R]] | Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> "WorkflowHandleAsync[R]":
         """Do as `enqueue`, without blocking the event loop."""
-        (id,) = await _suspend(self._enqueue([(func, args, kwargs)]))
-        return WorkflowHandleAsync(self._durable, id)
+        return await self._durable.enqueue_workflow_async(self.name, func, *args, **kwargs)
 
     def enqueue_many(self, func: Callable[..., Any], calls: Sequence[Any]) -> "list[WorkflowHandle[Any]]":
         """Enqueue one workflow for each element of `calls` (a tuple is the arguments, else the only one).
 
         All are committed together, in this order, and share the options of the surrounding blocks.
         """
-        ids = _block(self._enqueue([(func, call if isinstance(call, tuple) else (call,), {}) for call in calls]))
+        several: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = [
+            (func, call if isinstance(call, tuple) else (call,), {}) for call in calls
+        ]
+        ids = _block(_enqueue(self._durable._launched(), self.name, several))
         return [WorkflowHandle(self._durable, id) for id in ids]
 
-    async def _enqueue(self, calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]) -> list[str]:
-        executor = self._durable._launched()
-        if len(calls) > 1 and _options.get().deduplication_id is not None:
-            raise DBOSException("a deduplication_id is for one workflow: enqueue_many cannot give it to several")
-        starts = []
-        for func, args, kwargs in calls:
-            function, bound = executor.registry.function_of(func, args)
-            starts.append(_prepare_start(executor, function, bound, kwargs, self.name))
-        new = [start for start in starts if not await _has_begun(start)]
-        if new:
-            kind = _START_CHILD if new[0].parent else _START
-            taken = await executor.journal.write(kind, *(start.row for start in new))
-            for start, was_taken in zip(new, taken, strict=True):
-                if not was_taken:  # the ID was there, or is refused: find out which
-                    await _insert(executor, start)
-            executor.hints.send(f"q:{self.name}")
-        return [start.row["id"] for start in starts]
+
+async def _enqueue(
+    executor: "_Executor", queue: str, calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]
+) -> list[str]:
+    """Put workflows on a queue in one commit, and return their IDs."""
+    if len(calls) > 1 and _options.get().deduplication_id is not None:
+        raise DBOSException("a deduplication_id is for one workflow: enqueue_many cannot give it to several")
+    starts = []
+    for func, args, kwargs in calls:
+        function, bound = executor.registry.function_of(func, args)
+        starts.append(_prepare_start(executor, function, bound, kwargs, queue))
+    new = [start for start in starts if not await _has_begun(start)]
+    if new:
+        kind = _START_CHILD if new[0].parent else _START
+        taken = await executor.journal.write(kind, *(start.row for start in new))
+        for start, was_taken in zip(new, taken, strict=True):
+            if not was_taken:  # the ID was there, or is refused: find out which
+                await _insert(executor, start)
+        executor.hints.send(f"q:{queue}")
+    return [start.row["id"] for start in starts]
 
 
 def _dequeue_round(executor: "_Executor", queue: Queue) -> None:
@@ -2937,7 +2949,9 @@ class Durable:
         """Make a function, plain or async, a workflow.
 
         Its arguments and its result are stored, and its code must be deterministic (see the top of
-        this file).  After `max_recovery_attempts` recoveries it is dead-lettered; None: never.
+        this file).  It works on copies of its arguments, as a replay will.  After `max_recovery_attempts`
+        recoveries it is dead-lettered; None: never.  KeyboardInterrupt and SystemExit are no outcome: the
+        workflow stays PENDING until the next launch.  (One whose task was cancelled goes on by itself.)
         Raises DBOSConflictingRegistrationError if another function has the name.
         """
 
@@ -3094,25 +3108,22 @@ class Durable:
                 raise DBOSConflictingRegistrationError(f"queue {queue.name} is declared twice")
             self.queues[queue.name] = queue
 
-    def register_queue(self, name: str, *, on_conflict: str = "always_update", **limits: Any) -> Queue:
-        """Declare a queue of this instance, or change its limits; the keywords are those of `Queue`.
+    def register_queue(
+        self, name: str, *, on_conflict: str = "always_update", global_concurrency: int | None = None, **limits: Any
+    ) -> Queue:
+        """Declare a queue of this instance, or set its limits anew; the keywords are those of `Queue`.
 
         With `on_conflict` "never_update", a queue that is declared already stays as it is.
         """
+        limits.setdefault("concurrency", global_concurrency)
         with self._lock:
-            known = self.queues.pop(name, None)
-            if known is not None and on_conflict == "never_update":
-                return self.queues.setdefault(name, known)
-            try:
-                declared = Queue(name, **limits, durable=self)
-            except BaseException:
-                if known is not None:
-                    self.queues[name] = known
-                raise
-            if known is not None:
-                known.__dict__.update(declared.__dict__)
-                self.queues[name] = known
-            return self.queues[name]
+            known = self.queues.get(name)
+            if known is None:
+                return Queue(name, **limits, durable=self)
+            if on_conflict != "never_update":
+                limits.pop("priority_enabled", None)
+                known.set_limits(**limits)
+            return known
 
     async def register_queue_async(self, name: str, **options: Any) -> Queue:
         """Do as `register_queue`, which does not block."""
@@ -3287,22 +3298,19 @@ class Durable:
     def enqueue_workflow(
         self, queue_name: str, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> "WorkflowHandle[R]":
-        """Enqueue on the queue of this name, which this process need not have declared."""
-        return self._queue(queue_name).enqueue(func, *args, **kwargs)
+        """Enqueue on the queue of this name, which this process need not have declared; see `Queue.enqueue`."""
+        name = _valid_name("queue", queue_name)
+        (id,) = _block(_enqueue(self._launched(), name, [(func, args, kwargs)]))
+        return WorkflowHandle(self, id)
 
     async def enqueue_workflow_async(
-        self, queue_name: str, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+        self, queue_name: str, func: Callable[P, Coroutine[Any, Any, R]] | Callable[P, R], *args: P.args,
+        **kwargs: P.kwargs,
     ) -> "WorkflowHandleAsync[R]":
         """Do as `enqueue_workflow`, without blocking the event loop."""
-        return await self._queue(queue_name).enqueue_async(func, *args, **kwargs)
-
-    def _queue(self, name: str) -> Queue:
-        known = self.queues.get(name)
-        if known is not None:
-            return known
-        passing = Queue.__new__(Queue)
-        passing.name, passing._durable = name, self
-        return passing
+        name = _valid_name("queue", queue_name)
+        (id,) = await _suspend(_enqueue(self._launched(), name, [(func, args, kwargs)]))
+        return WorkflowHandleAsync(self, id)
 
     def run_step(
         self, dbos_step_options: StepOptions | None, func: Callable[..., Any], *args: Any, **kwargs: Any
