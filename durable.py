@@ -1473,8 +1473,11 @@ class _Function:
 def _shape(node: object) -> object:
     """A piece of syntax as nested lists, so that comments, blank lines and layout do not count.
 
-    What is empty is left out: the fields that newer versions of Python add are, in older code.
+    What is empty is left out: so are the fields that newer versions of Python add, in older code, and
+    the empty pieces that 3.12 sees in f-strings.
     """
+    if isinstance(node, ast.JoinedStr):
+        return [_shape(piece) for piece in node.values if getattr(piece, "value", None) != ""]
     if isinstance(node, ast.AST):
         fields = [(name, _shape(value)) for name, value in ast.iter_fields(node) if value not in (None, [])]
         return [type(node).__name__, *fields]
