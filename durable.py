@@ -1186,7 +1186,7 @@ class _Run:
         """Read the arguments back; an error here is the workflow's outcome, and names it."""
         try:
             inputs = self.executor.serializer.deserialize(self.row.inputs)
-            receiver = self.executor.registry.receiver(self.row.class_name, self.row.config_name)
+            receiver = self.executor.registry._receiver(self.row.class_name, self.row.config_name)
             args = receiver + list(inputs["args"])
             self.function.signature.bind(*args, **inputs["kwargs"])
         except Exception as cause:
@@ -1585,7 +1585,7 @@ def _prepare_start(
     queue: str | None, positions: int = 1,
 ) -> _Start:
     """Take the position and the ID, and prepare the row, all before the first wait."""
-    if function.name not in executor.registry.functions:
+    if function.name not in executor.registry._functions:
         raise DBOSWorkflowFunctionNotFoundError(f"{function.name} is no longer registered: the registry was destroyed")
     frame = _frame.get()
     if frame is not None and frame.step is not None:
@@ -1601,7 +1601,7 @@ def _prepare_start(
         )
     options = _options.get()
     function.signature.bind(*args, **kwargs)  # TypeError now, rather than in a row that nobody can run
-    class_name, config_name = executor.registry.name_receiver(function, args)
+    class_name, config_name = executor.registry._name_receiver(function, args)
     position = parent.advance(positions) if parent else 0
     inputs = {"args": list(args[1:] if function.receiver else args), "kwargs": kwargs}
     try:
@@ -1975,7 +1975,7 @@ async def _enqueue(
         raise DBOSException("a deduplication_id is for one workflow: enqueue_many cannot give it to several")
     starts = []
     for func, args, kwargs in calls:
-        function, bound = executor.registry.function_of(func, args)
+        function, bound = executor.registry._function_of(func, args)
         starts.append(_prepare_start(executor, function, bound, kwargs, queue))
     new = [start for start in starts if not await _has_begun(start)]
     if new:
@@ -2297,7 +2297,7 @@ class _Executor:
         """Run what was claimed; return the IDs that will run (here now, or from their queue)."""
         for row in claimed:
             if row.status == "PENDING":
-                run = _Run(self, self.registry.functions[row.name], row)
+                run = _Run(self, self.registry._functions[row.name], row)
                 run.begun.set()
                 former = self.running.get(row.id)
                 self.running[row.id] = run
@@ -2354,7 +2354,7 @@ class _Executor:
             self.hints.arrive(f"w:{run.id}")
         else:
             self.hints.send(f"w:{run.id}")
-            queue = self.registry.queues.get(run.queue)
+            queue = self.registry._queues.get(run.queue)
             if queue is not None and queue.concurrency is not None:
                 self.hints.send(f"q:{run.queue}")  # its place is free for any executor
         self.room_again()
@@ -2378,7 +2378,7 @@ class _Executor:
         conn = self._first_connection()
         try:
             _migrate(conn, self.config.get("run_migrations", True))
-            self.me = self.registry.identity()
+            self.me = self.registry._identity()
             self.registry._publish()
             self.me["incarnation"] = _enlist(conn, self.me)
             self._announce(conn)
@@ -2456,14 +2456,14 @@ class _Executor:
             now = time.monotonic()
             try:
                 if now >= next_look:
-                    intervals = [queue.polling_interval_sec for queue in tuple(self.registry.queues.values())]
+                    intervals = [queue.polling_interval_sec for queue in tuple(self.registry._queues.values())]
                     next_look = now + min(_POLL_S, *intervals)
                     self._look(polled, now)
                 if now >= next_sweep and not self.stopping.is_set():
                     next_sweep = now + _SWEEP_S * random.uniform(0.9, 1.1)
                     _recover(self)
                 while self.due:
-                    queue = self.registry.queues.get(self.due.pop())
+                    queue = self.registry._queues.get(self.due.pop())
                     if queue is not None:
                         _dequeue_round(self, queue)
             except _Closing:
@@ -2482,7 +2482,7 @@ class _Executor:
             return
         self.now(_release_delayed)
         names = []
-        for queue in tuple(self.registry.queues.values()):
+        for queue in tuple(self.registry._queues.values()):
             if now >= polled.get(queue.name, 0.0) + queue.polling_interval_sec * 0.9:
                 polled[queue.name] = now
                 names.append(queue.name)
@@ -2554,7 +2554,7 @@ def _recover(executor: _Executor, listed: Sequence[str] = ()) -> list[str]:
         ours = [*executor.running, *(() if executor.me["executor_id"] in listed else executor.interrupted)]
         claimed = executor.now(_sweep, executor.me, ours, dead, list(listed))
         taken = executor.take_up(claimed)
-    known = executor.registry.known()
+    known = executor.registry._known()
     for p in pending:
         target = (p.name, p.class_name, p.config_name)
         orphaned = p.incarnation in dead or p.executor_id in listed or p.incarnation == executor.me["incarnation"]
@@ -2748,7 +2748,7 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
     def _queues(self) -> list[dict[str, Any]]:
         keys = ("name", "concurrency", "workerConcurrency", "rateLimit")
         described = []
-        for q in tuple(self.server.executor.registry.queues.values()):
+        for q in tuple(self.server.executor.registry._queues.values()):
             values = zip(keys, (q.name, q.concurrency, q.worker_concurrency, q.limiter), strict=True)
             described.append({key: value for key, value in values if value is not None})
         return described
@@ -2926,8 +2926,8 @@ class Durable:
         self._lock = threading.RLock()  # what is registered
         self._life = threading.RLock()  # launch and destroy
         self._executor: _Executor | None = None
-        self.functions: dict[str, _Function] = {}
-        self.queues: dict[str, Queue] = {}
+        self._functions: dict[str, _Function] = {}
+        self._queues: dict[str, Queue] = {}
         self._classes: dict[str, type] = {}
         self._instances: dict[tuple[str | None, str | None], object] = {}
         self.logger = _log
@@ -3030,13 +3030,13 @@ class Durable:
 
     def _register(self, function: _Function, call: Callable[P, R]) -> Callable[P, R]:
         with self._lock:
-            former = self.functions.get(function.name)
+            former = self._functions.get(function.name)
             if former is not None and former.where() != function.where():
                 raise DBOSConflictingRegistrationError(
                     "two functions are called {}: one in {}, line {}, one in {}, line {}; give one of them a "
                     "name=".format(function.name.removeprefix("<temp>."), *former.where(), *function.where())
                 )
-            self.functions[function.name] = function
+            self._functions[function.name] = function
             self._publish()
         call._durable_function = function  # type: ignore[attr-defined]
         return call
@@ -3070,15 +3070,15 @@ class Durable:
         self._instances[key] = instance
         self._publish()
 
-    def function_of(self, func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[_Function, tuple[Any, ...]]:
+    def _function_of(self, func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[_Function, tuple[Any, ...]]:
         """The registered function behind a callable, and its arguments with a bound method's receiver."""
         function = getattr(func, "_durable_function", None)
-        if not isinstance(function, _Function) or function.name not in self.functions:
+        if not isinstance(function, _Function) or function.name not in self._functions:
             name = getattr(func, "__qualname__", repr(func))
             raise DBOSWorkflowFunctionNotFoundError(f"{name} is not a registered workflow or step: decorate it")
         return function, (func.__self__, *args) if inspect.ismethod(func) else args
 
-    def name_receiver(self, function: _Function, args: tuple[Any, ...]) -> tuple[str | None, str | None]:
+    def _name_receiver(self, function: _Function, args: tuple[Any, ...]) -> tuple[str | None, str | None]:
         """How a row names the class or instance that a method is called on."""
         if function.receiver == "class":
             return _class_name(args[0]), None
@@ -3096,7 +3096,7 @@ class Durable:
             raise DBOSException(f"{function.name} is a method: put @DBOS.dbos_class() on its class")
         return None, None
 
-    def receiver(self, class_name: str | None, config_name: str | None) -> list[object]:
+    def _receiver(self, class_name: str | None, config_name: str | None) -> list[object]:
         """The opposite: the class or instance that a row names, as a list of none or one."""
         if class_name is None:
             return []
@@ -3107,9 +3107,9 @@ class Durable:
 
     def _add_queue(self, queue: Queue) -> None:
         with self._lock:
-            if queue.name in self.queues:
+            if queue.name in self._queues:
                 raise DBOSConflictingRegistrationError(f"queue {queue.name} is declared twice")
-            self.queues[queue.name] = queue
+            self._queues[queue.name] = queue
 
     def register_queue(
         self, name: str, *, on_conflict: str = "always_update", global_concurrency: int | None = None, **limits: Any
@@ -3120,7 +3120,7 @@ class Durable:
         """
         limits.setdefault("concurrency", global_concurrency)
         with self._lock:
-            known = self.queues.get(name)
+            known = self._queues.get(name)
             if known is None:
                 return Queue(name, **limits, durable=self)
             if on_conflict != "never_update":
@@ -3168,7 +3168,7 @@ class Durable:
                     self._executor = None
                     atexit.unregister(executor.fall_silent)
             if destroy_registry:
-                for known in (self.functions, self.queues, self._classes, self._instances):
+                for known in (self._functions, self._queues, self._classes, self._instances):
                     known.clear()
                 Queue(_INTERNAL_QUEUE, durable=self)
 
@@ -3179,27 +3179,27 @@ class Durable:
             raise DBOSException("launched before a fork, which no connection survives: launch in the child instead")
         return self._executor
 
-    def identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, Any]:
         """What this executor is called, which version it has and what it can run."""
-        hashes = {f.name: f.hash() for f in self.functions.values() if not f.name.startswith("<temp>.")}
+        hashes = {f.name: f.hash() for f in self._functions.values() if not f.name.startswith("<temp>.")}
         return {
             "executor_id": self.executor_id, "application": _resolved(self._config)["name"],
             "version": self.application_version, "workflows": json.dumps(hashes),
             "hostname": socket.gethostname(), "pid": os.getpid(),
         }
 
-    def known(self) -> dict[tuple[str, str | None, str | None], int | None]:
+    def _known(self) -> dict[tuple[str, str | None, str | None], int | None]:
         """What this process can run: function, class and instance, with the most recoveries of each."""
         receivers: dict[str | None, list[tuple[str | None, str | None]]] = {
             None: [(None, None)], "class": [(name, None) for name in self._classes], "instance": list(self._instances),
         }
-        return {(f.name, *r): f.max_recovery_attempts for f in self.functions.values() for r in receivers[f.receiver]}
+        return {(f.name, *r): f.max_recovery_attempts for f in self._functions.values() for r in receivers[f.receiver]}
 
     def _publish(self) -> None:
         """Tell the executor what it may take, after something was registered."""
         if self._executor is not None and self._executor.me:
             names = ("name", "class_name", "config_name", "most")
-            known = [dict(zip(names, (*key, most), strict=True)) for key, most in self.known().items()]
+            known = [dict(zip(names, (*key, most), strict=True)) for key, most in self._known().items()]
             self._executor.me["known"] = json.dumps(known)
 
     # Where am I?
@@ -3218,7 +3218,7 @@ class Durable:
         configured = _resolved(self._config)["application_version"]
         if configured is not None:
             return configured
-        hashes = sorted(f.hash() for f in self.functions.values() if not f.name.startswith("<temp>."))
+        hashes = sorted(f.hash() for f in self._functions.values() if not f.name.startswith("<temp>."))
         return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:32]
 
     @property
@@ -3294,7 +3294,7 @@ class Durable:
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[str, _Run | None]:
         executor = self._launched()
-        function, args = self.function_of(func, args)
+        function, args = self._function_of(func, args)
         for option in ("deduplication_id", "priority", "delay_seconds"):
             if getattr(_options.get(), option) is not None:
                 raise DBOSException(f"{option} is for queues: enqueue {function.name} instead of starting it")
