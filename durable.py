@@ -2299,6 +2299,7 @@ class _Executor:
             if row.status == "PENDING":
                 run = _Run(self, self.registry._functions[row.name], row)
                 run.begun.set()
+                self.interrupted.discard(row.id)
                 former = self.running.get(row.id)
                 self.running[row.id] = run
                 if former is not None:
