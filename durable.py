@@ -1594,11 +1594,6 @@ def _prepare_start(
             f"recorded as a whole, so start workflows from the workflow itself"
         )
     parent = frame.run if frame else None
-    if queue is None and parent is None and executor.deactivated:
-        raise DBOSException(
-            f"executor {executor.me['executor_id']} is deactivated and starts no new workflows: "
-            f"start {function.name} on another, or enqueue it"
-        )
     options = _options.get()
     function.signature.bind(*args, **kwargs)  # TypeError now, rather than in a row that nobody can run
     class_name, config_name = executor.registry._name_receiver(function, args)
@@ -1639,6 +1634,15 @@ async def _begin(executor: "_Executor", start: _Start) -> tuple[str, _Run | None
     """Commit the row; return the ID, and the run if it is ours to execute now."""
     row = start.row
     if await _has_begun(start):
+        return row["id"], None
+    if executor.deactivated and start.parent is None:
+        existing = await executor.ask(_find, row["id"])
+        if existing is None:
+            raise DBOSException(
+                f"executor {executor.me['executor_id']} is deactivated and starts no new workflows: "
+                f"start {row['name']} on another, or enqueue it"
+            )
+        _same_workflow(existing, row)
         return row["id"], None
     run = _Run(executor, start.function, _Claimed(**{name: row[name] for name in _Claimed._fields}))
     # It is entered before the row is there: a sweep must not take it for lost.

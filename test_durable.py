@@ -4300,6 +4300,8 @@ def test_a_deactivated_executor_starts_nothing_new(served, witness):
         work()
     with pytest.raises(DBOSException, match="deactivated"):
         served.start_workflow(work)
+    with SetWorkflowID("before"):  # which exists, and is not new
+        assert work() == "local"
     with SetWorkflowID("enqueued"):
         served.register_queue("line", polling_interval_sec=0.01).enqueue(work)
     orphan(witness, "before", name="web-2")
