@@ -2633,6 +2633,7 @@ class _AdminServer(socketserver.ThreadingTCPServer):
 
     daemon_threads = True
     allow_reuse_address = True
+    request_queue_size = 128  # who connects at the same moment waits, and is not refused
     executor: _Executor
     token: str | None
 
