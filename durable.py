@@ -112,7 +112,7 @@ _LOCKS = 730624  # first key of our advisory locks, the second is an incarnation
 _CHANNEL = "durable"  # where hints travel
 _INTERNAL_QUEUE = "_dbos_internal_queue"  # the library's name, kept so that tools know it
 
-_SWEEP_S = 3.0  # two looks make a death: an executor is missed after 3 to 6 s
+_SWEEP_S = 3.0  # a lock that stays free from one sweep to the next is a death: missed after 3 to 6 s
 _POLL_S = 1.0  # how late we may be when a hint was lost
 _RESTART_GRACE_S = 3.0  # after Postgres starts, time for the living to take their locks again
 _HINT_PAUSE_S = 0.005  # hints that come closer together than this travel together
@@ -638,7 +638,7 @@ def _claims(conn: Conn, ids: list[str]) -> dict[str, tuple[int, str]]:
     return {id: (claim, status) for id, claim, status in rows}
 
 
-_UNFINISHED = "('DELAYED', 'ENQUEUED', 'PENDING')"
+_UNFINISHED = ("DELAYED", "ENQUEUED", "PENDING")  # as Python writes a tuple, SQL reads a list
 _MS = "(extract(epoch from {0}) * 1000)::bigint"  # instants leave the database as milliseconds since 1970
 
 
@@ -1458,6 +1458,7 @@ class _Function:
         """Where it is defined: one function met again (a closure made anew, a module loaded twice) keeps its place."""
         return (self.code.co_filename, self.code.co_firstlineno) if self.code else (repr(self.source), 0)
 
+    @functools.cached_property
     def hash(self) -> str:
         """Tell this code from another; what has no source (in a REPL) is known by its bytecode."""
         try:
@@ -1623,10 +1624,12 @@ def _prepare_start(
 
 async def _has_begun(start: _Start) -> bool:
     """Whether the parent's history has this start: then take the ID from there, or raise what refused it."""
-    past = start.parent and await start.parent.recall(start.position, start.row["name"])
-    if past and start.parent:
-        start.parent.outcome(past)
-        start.row["id"] = past.child_workflow_id
+    past = None
+    if start.parent is not None:
+        past = await start.parent.recall(start.position, start.row["name"])
+        if past is not None:
+            start.parent.outcome(past)
+            start.row["id"] = past.child_workflow_id
     return past is not None
 
 
@@ -1805,7 +1808,7 @@ async def _result(executor: "_Executor", id: str, existing: bool = True) -> Any:
                 await _pause_run(executor, hint, timeout=_POLL_S)
                 continue
             existing = True
-            if row["status"] not in ("DELAYED", "ENQUEUED", "PENDING"):
+            if row["status"] not in _UNFINISHED:
                 return _outcome_of(executor, row)
             await _pause_run(executor, hint)
 
@@ -2015,8 +2018,8 @@ def _dequeue_round(executor: "_Executor", queue: Queue) -> None:
 # An executor is a name that outlives processes; each launch of it is an incarnation, which holds an
 # advisory lock for as long as it lives.  So Postgres is the failure detector: after kill -9 the lock is
 # free at once, while a process that is only slow, or stopped by a debugger, keeps it.  A free lock is
-# not yet a death (a connection can drop, a server restart), so two looks in a row must find it free;
-# and should the verdict be wrong, the claim makes it harmless.
+# not yet a death (a connection can drop, a server restart), so it must stay free from one sweep to the
+# next; and should the verdict be wrong, the claim makes it harmless.
 
 
 class _Threads:
@@ -3187,10 +3190,9 @@ class Durable:
 
     def _identity(self) -> dict[str, Any]:
         """What this executor is called, which version it has and what it can run."""
-        hashes = {f.name: f.hash() for f in self._functions.values() if not f.name.startswith("<temp>.")}
         return {
             "executor_id": self.executor_id, "application": _resolved(self._config)["name"],
-            "version": self.application_version, "workflows": json.dumps(hashes),
+            "version": self.application_version, "workflows": json.dumps(self._hashes()),
             "hostname": socket.gethostname(), "pid": os.getpid(),
         }
 
@@ -3224,8 +3226,11 @@ class Durable:
         configured = _resolved(self._config)["application_version"]
         if configured is not None:
             return configured
-        hashes = sorted(f.hash() for f in self._functions.values() if not f.name.startswith("<temp>."))
-        return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:32]
+        return hashlib.sha256(" ".join(sorted(self._hashes().values())).encode()).hexdigest()[:32]
+
+    def _hashes(self) -> dict[str, str]:
+        """The code of each workflow; steps may change within a version."""
+        return {f.name: f.hash for f in self._functions.values() if not f.name.startswith("<temp>.")}
 
     @property
     def database_url(self) -> str:
