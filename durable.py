@@ -447,10 +447,12 @@ def _handle_twins(
     """The same for a body that returns the ID of a workflow: the twins return handles of their colour."""
     blocking, awaiting = _twins(body)
 
-    def handle(self: "_Management", *args: P.args, **kwargs: P.kwargs) -> "WorkflowHandle[Any]":
+    def handle(self: "_Management", /, *args: P.args, **kwargs: P.kwargs) -> "WorkflowHandle[Any]":
         return WorkflowHandle(self, blocking(self, *args, **kwargs))
 
-    async def handle_async(self: "_Management", *args: P.args, **kwargs: P.kwargs) -> "WorkflowHandleAsync[Any]":
+    async def handle_async(
+        self: "_Management", /, *args: P.args, **kwargs: P.kwargs
+    ) -> "WorkflowHandleAsync[Any]":
         return WorkflowHandleAsync(self, await awaiting(self, *args, **kwargs))
 
     functools.update_wrapper(handle, blocking)
