@@ -2294,7 +2294,7 @@ async def _receive_message(executor: "_Executor", topic: str, timeout_s: float) 
             row |= {"nothing": executor.serialize(None) if left <= 0 else None, "took_s": time.monotonic() - began}
             message, absent = await executor.ask(_receive, row)
             if message is not None:
-                return executor.serializer.deserialize(message)
+                return run.outcome(_Record(position, name, message, None, None))
             past = None if absent else await run.settle(position, name)
             if past is not None:
                 return run.outcome(past)
@@ -2345,10 +2345,10 @@ async def _write_step(
     past = await run.recall(position, name) if step else None
     row |= {"id": run.id, "claim": run.claim, "position": position, "step": step}
     while past is None and not await _was_taken(run, write, row):
+        await run.standing()
         past = await run.settle(position, name) if step else None
         problem = None if past is not None else await refusal()
         if problem is not None:
-            await run.standing()
             if step:
                 await run.record(position, name, None, problem, 0.0)
             raise problem
