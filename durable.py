@@ -58,6 +58,7 @@ import hmac
 import http.server
 import importlib
 import inspect
+import io
 import ipaddress
 import itertools
 import json
@@ -77,8 +78,8 @@ import urllib.parse
 import uuid
 import warnings
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -123,23 +124,37 @@ _DEQUEUE_BATCH = 100  # rows of a queue claimed at a time
 _IDLE_TRANSACTION_S = 300  # a transaction function that leaves its transaction idle for longer is cut off
 _LONGEST_NAME = 1000  # bytes of an ID or a queue's name: an entry of an index takes 2,700
 _LARGEST_VALUE = 200_000_000  # characters: JSON may double them, and a message to Postgres holds 1 GB
-_BODY_LIMIT = 1 << 20  # bytes of a request to the admin server
+_HEAD_LIMIT = 1 << 16  # bytes of a request's head, and
+_BODY_LIMIT = 1 << 20  # of its body, that the admin server takes
+_REQUEST_S = 10.0  # a request that has not arrived by then is cut off
+_CLIENTS = 256  # connections to the admin server at a time: it must leave open files to the application
+_CENSUS = 100_000  # workflows that the page counts, the newest: within some 50 ms, however many there are
 _RETRY_CEILING_S = 3600.0  # the longest wait between two tries of a step, as in DBOS
 
 
-class _WorkflowID(logging.Filter):
-    """Puts the ID of the workflow that logs into its lines."""
+class _Origin(logging.Filter):
+    """Puts into each line which executor logs, of which version, and from which workflow.
+
+    They are attributes of the record too.  Outside of workflows, where more than one executor lives in
+    the process, a line cannot tell which it is about.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        frame = _frame.get()
-        if frame is not None:
-            id = frame.run.id.replace("%", "%%") if record.args else frame.run.id
-            record.msg = f"[{id}] {record.msg}"
+        frame, lone = _frame.get(), tuple(_launched)
+        executor = frame.run.executor if frame else lone[0] if len(lone) == 1 else None
+        me = executor.me if executor else {}
+        about = {"executor_id": me.get("executor_id"), "application_version": me.get("version")}
+        about["workflow_id"] = frame.run.id if frame else None
+        record.__dict__.update(about)
+        origin = " ".join(filter(None, about.values()))
+        if origin:
+            record.msg = f"[{origin.replace('%', '%%') if record.args else origin}] {record.msg}"
         return True
 
 
+_launched: "set[_Executor]" = set()  # the executors that live in this process
 _log = logging.getLogger("durable")
-_log.addFilter(_WorkflowID())
+_log.addFilter(_Origin())
 
 
 # --- Errors -------------------------------------------------------------------------------------------
@@ -574,11 +589,11 @@ _START_CHILD = _Write(
 _RECORD = _Write(
     "record",
     "id text, claim bigint, position integer, name text, output text, error text, "
-    "child_workflow_id text, took_s double precision",
+    "child_workflow_id text, tries integer, took_s double precision",
     """
     insert into durable.steps
-           (workflow_id, position, name, output, error, child_workflow_id, started_at, completed_at)
-    select new.id, new.position, new.name, new.output, new.error, new.child_workflow_id,
+           (workflow_id, position, name, output, error, child_workflow_id, tries, started_at, completed_at)
+    select new.id, new.position, new.name, new.output, new.error, new.child_workflow_id, new.tries,
            clock_timestamp() - make_interval(secs => new.took_s), clock_timestamp()
       from {rows} join durable.workflows as w on w.id = new.id and w.claim = new.claim
      where w.status = 'PENDING' for share of w
@@ -839,22 +854,76 @@ def _sweep(
 
 def _stranded(conn: Conn, version: str) -> list[tuple[str, int]]:
     """Count the unfinished workflows of other versions that no live executor serves, by version."""
-    query = f"""
-        select application_version, count(*) from durable.workflows
-         where status in {_UNFINISHED} and application_version <> %s
-           and application_version not in (select application_version from durable.executors
-                                            where incarnation in {_ALIVE})
-         group by application_version order by application_version
+    query = """
+        select application_version, delayed + enqueued + pending from durable.versions
+         where stranded and application_version <> %s order by application_version
     """
     return conn.execute(query, (version,)).fetchall()
+
+
+def _note_lost(conn: Conn) -> None:
+    """Note which executors were seen to be gone, and take it back of those that were not."""
+    conn.execute(f"""
+        update durable.executors set lost_at = case when lost_at is null then clock_timestamp() end
+         where stopped_at is null and (lost_at is null) = (incarnation not in {_ALIVE})
+    """)
+
+
+def _executors(conn: Conn, most: int) -> list[dict[str, Any]]:
+    """Read the latest launches, those that live first."""
+    query = f"""
+        select executor_id, incarnation, application, application_version, hostname, pid,
+               incarnation in {_ALIVE} as alive, deactivated, failover, {_MS.format("launched_at")} as launched_at,
+               {_MS.format("stopped_at")} as stopped_at, {_MS.format("lost_at")} as lost_at
+          from durable.executors order by alive desc, incarnation desc limit %s
+    """
+    return conn.cursor(row_factory=dict_row).execute(query, (most,)).fetchall()
+
+
+def _unfinished(conn: Conn) -> list[tuple[str, str, str, int, float]]:
+    """Count the unfinished workflows by status, name and queue; with the age of the oldest, in seconds."""
+    return conn.execute("""
+        select status, name, coalesce(queue, ''), count(*), extract(epoch from now() - min(updated_at))::float8
+          from durable.unfinished group by status, name, queue order by status, name, queue
+    """).fetchall()
+
+
+def _count(conn: Conn, newest: int) -> dict[str, int]:
+    """Count by status: the newest workflows, not all, so that it takes no longer when there are millions."""
+    query = """
+        select status, count(*) from (select status from durable.workflows order by created_at desc limit %s) as newest
+         group by status order by status
+    """
+    return dict(conn.execute(query, (newest,)).fetchall())
+
+
+def _why(conn: Conn, ids: list[str]) -> dict[str, str]:
+    """Say for the unfinished ones of these workflows why each is not moving."""
+    return dict(conn.execute("select workflow_id, why from durable.why where workflow_id = any(%s)", (ids,)).fetchall())
+
+
+def _tries(conn: Conn, id: str | None) -> dict[int, int]:
+    """Say which steps of a workflow took more than one try."""
+    query = "select position, tries from durable.steps where workflow_id = %s and tries > 1"
+    return dict(conn.execute(query, (id,)).fetchall())
+
+
+def _offer(conn: Conn, offer: dict[str, Any]) -> None:
+    """Tell everybody what an executor would take, after it changed."""
+    query = """
+        update durable.executors set known = %(known)s, queues = %(queues)s, deactivated = %(deactivated)s
+         where incarnation = %(incarnation)s
+    """
+    conn.execute(query, offer)
 
 
 def _enlist(conn: Conn, me: dict[str, Any]) -> int:
     """Enter a new incarnation, and return its number."""
     query = """
         insert into durable.executors
-               (executor_id, application, application_version, workflows, hostname, pid)
-        values (%(executor_id)s, %(application)s, %(version)s, %(workflows)s::jsonb, %(hostname)s, %(pid)s)
+               (executor_id, application, application_version, workflows, hostname, pid, known, queues, failover)
+        values (%(executor_id)s, %(application)s, %(version)s, %(workflows)s, %(hostname)s, %(pid)s, %(known)s,
+                %(queues)s, %(failover)s)
         returning incarnation
     """
     return int((conn.execute(query, me).fetchone() or (0,))[0])
@@ -1178,6 +1247,7 @@ class _Run:
         self.result: tuple[Any] | None = None
         self.stopped: _Stopped | None = None  # set from outside when this run is no longer to go on,
         self.stop = _Signal()  # and at the same time this, for those who wait
+        self.tries: dict[int, int] = {}  # of steps that are not on record yet
         self._position = 0
         self._history: dict[int, _Record] = {}
         self.history_to: int | None = 0 if row.claim > 1 else None  # None: nothing left to read
@@ -1248,7 +1318,7 @@ class _Run:
         output, problem, error = self.store(f"step {name}", value, error)
         row = {
             "id": self.id, "claim": self.claim, "position": position, "name": name, "output": output,
-            "error": problem, "child_workflow_id": child, "took_s": took_s,
+            "error": problem, "child_workflow_id": child, "tries": self.tries.pop(position, 1), "took_s": took_s,
         }
         while not (await self.executor.journal.write(_RECORD, row))[0]:
             past = await self.settle(position, name)
@@ -1336,6 +1406,7 @@ async def _attempts(run: _Run, position: int, name: str, retries: _Retries, call
             return await _value_of(call())
     errors: list[Exception] = []
     for attempt in range(retries.max_attempts):
+        run.tries[position] = attempt + 1
         with _framed(_Frame(run, StepStatus(position, attempt, retries.max_attempts))):
             try:
                 return await _value_of(call())
@@ -1749,6 +1820,8 @@ async def _finish(run: _Run, value: Any, error: Exception | None) -> Exception |
         if not await run.standing(finished=status):
             break  # it is written; only the acknowledgement was lost
     run.result = None if error else (value,)
+    with run.executor.counting:
+        run.executor.finished[status, run.function.name, run.queue or ""] += 1
     return error
 
 
@@ -1948,6 +2021,12 @@ class Queue:
             raise ValueError(f"queue {self.name}: polling_interval_sec is {polling_interval_sec}; it must be above 0")
         self.concurrency, self.worker_concurrency, self.limiter = concurrency, worker_concurrency, limiter
         self.polling_interval_sec = polling_interval_sec
+
+    def _describe(self) -> dict[str, Any]:
+        """Name this queue and the limits that are set, in the words of the admin API."""
+        limits = {"concurrency": self.concurrency, "workerConcurrency": self.worker_concurrency}
+        known = {"name": self.name, **limits, "rateLimit": self.limiter}
+        return {key: value for key, value in known.items() if value is not None}
 
     def enqueue(self, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> "WorkflowHandle[R]":
         """Put a workflow, or a step as a workflow of its own, on this queue.
@@ -2164,6 +2243,9 @@ class _Executor:
         self.missed: dict[int, float] = {}  # incarnations whose lock is free, and since when we know
         self.reported: set[tuple[str, str | None, str | None]] = set()  # what was logged as unknown
         self.me: dict[str, Any] = {}
+        self.offered: dict[str, Any] = {}  # what the others were told that we would take
+        self.counting = threading.Lock()
+        self.finished: Counter[tuple[str, str, str]] = Counter()  # workflows, by status, name and queue
         self.admin: _AdminServer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_lock = threading.Lock()
@@ -2388,7 +2470,8 @@ class _Executor:
             _migrate(conn, self.config.get("run_migrations", True))
             self.me = self.registry._identity()
             self.registry._publish()
-            self.me["incarnation"] = _enlist(conn, self.me)
+            self.offered = self.offer()
+            self.me["incarnation"] = _enlist(conn, {**self.me, **self.offered, "failover": self.failover})
             self._announce(conn)
         except psycopg.Error as error:
             conn.close()
@@ -2407,10 +2490,22 @@ class _Executor:
                 "unfinished workflows of other application versions wait, and no live executor serves them: %s",
                 ", ".join(f"{count} of version {version}" for version, count in stranded),
             )
-        _recover(self)
+        self.now(_note_lost)
+        taken = _recover(self)
         if self.config.get("run_admin_server", True):
             self.admin = _AdminServer.start(self)
         self._spawn_thread("durable-dispatch", self._dispatch)
+        _log.info(
+            "launched %s as executor %s, incarnation %d, version %s, on %s; admin server: %s; recovered: %s",
+            self.me["application"], self.me["executor_id"], self.me["incarnation"], self.me["version"],
+            _without_password(self.url), self.admin.url if self.admin else "none", _some(taken),
+        )
+        _launched.add(self)
+
+    def offer(self) -> dict[str, Any]:
+        """What this executor would take: the functions it knows, from the queues it declares."""
+        queues = [queue._describe() for queue in tuple(self.registry._queues.values())]
+        return {"known": self.me["known"], "queues": json.dumps(queues), "deactivated": self.deactivated}
 
     def _first_connection(self) -> Conn:
         """Connect, or say in one sentence why not; later on, a database that is away is waited for."""
@@ -2418,7 +2513,7 @@ class _Executor:
             return self.connect()
         except psycopg.Error as error:
             raise DBOSInitializationError(
-                f"cannot connect to the database {_without_password(self.url)}: {str(error).strip()}"
+                f"cannot connect to the {_without_password(self.url)}: {str(error).strip()}"
             ) from error
 
     def _listen(self, conn: Conn) -> None:
@@ -2469,7 +2564,10 @@ class _Executor:
                     self._look(polled, now)
                 if now >= next_sweep and not self.stopping.is_set():
                     next_sweep = now + _SWEEP_S * random.uniform(0.9, 1.1)
-                    _recover(self)
+                    self.now(_note_lost)
+                    taken = _recover(self)
+                    if taken:
+                        _log.info("recovered %s", _some(taken))
                 while self.due:
                     queue = self.registry._queues.get(self.due.pop())
                     if queue is not None:
@@ -2486,6 +2584,10 @@ class _Executor:
         waited = [key[2:] for key in self.hints.awaited() if key.startswith("w:")]
         for id in self.now(_ended, waited) if waited else ():
             self.hints.arrive(f"w:{id}")
+        offer = self.offer()
+        if offer != self.offered:
+            self.now(_offer, {**offer, "incarnation": self.me["incarnation"]})
+            self.offered = offer
         if self.deactivated or self.stopping.is_set():
             return
         self.now(_release_delayed)
@@ -2523,6 +2625,7 @@ class _Executor:
         self.callers.close()
         self.journal.close()
         self.pool.close(timeout=1.0)
+        _launched.discard(self)
 
     def fall_silent(self) -> None:
         """The interpreter ends: let no daemon thread complain about what it loses."""
@@ -2570,8 +2673,6 @@ def _recover(executor: _Executor, listed: Sequence[str] = ()) -> list[str]:
             executor.reported.add(target)
             what = "/".join(part for part in target if part)
             _log.warning("%d workflows of %s wait: this process has no such function or instance", p.number, what)
-    if taken:
-        _log.info("recovered %d workflows", len(taken))
     return taken
 
 
@@ -2594,12 +2695,19 @@ def _dead(executor: _Executor, pending: list[_Pending]) -> list[int]:
     return list(dead)
 
 
+def _some(ids: list[str]) -> str:
+    """A few of the IDs, and how many there are, for one line of the log."""
+    return f"{len(ids)} workflows ({', '.join([*ids[:5], *(['...'] if ids[5:] else [])])})" if ids else "nothing"
+
+
 def _without_password(url: str) -> str:
+    """Where a database is, and nothing else of its URL: a secret may stand in many places."""
     try:
         parts = psycopg.conninfo.conninfo_to_dict(url)
     except psycopg.ProgrammingError:
-        return "of this URL"
-    return psycopg.conninfo.make_conninfo(**{key: str(value) for key, value in parts.items() if key != "password"})
+        return "database of this URL"
+    told = {key: str(parts[key]) for key in ("host", "hostaddr", "port", "dbname", "user", "service") if key in parts}
+    return f"database {psycopg.conninfo.make_conninfo(**told)}"
 
 
 def _embedded_url() -> str:
@@ -2626,19 +2734,20 @@ def _embedded_url() -> str:
 
 # --- Admin --------------------------------------------------------------------------------------------
 #
-# The HTTP server for operators and load balancers.  It listens on loopback unless a token guards it, and
-# believes nothing that a browser sends on a web page's behalf.  One request per connection: whatever
-# else is sent on it is dropped.
+# The HTTP server for operators, load balancers, Prometheus and people.  It listens on loopback unless a
+# token guards it, and believes nothing that a browser sends on a web page's behalf.  One request per
+# connection: whatever else is sent on it is dropped.
 
 
 class _AdminServer(socketserver.ThreadingTCPServer):
     """Serves the admin API of one executor, on threads that cannot hold anything up."""
 
-    daemon_threads = True
     allow_reuse_address = True
     request_queue_size = 128  # who connects at the same moment waits, and is not refused
     executor: _Executor
     token: str | None
+    url: str
+    clients: dict[Any, tuple[threading.Thread, float]]  # who is served: on which thread, and when it must have asked
 
     @classmethod
     def start(cls, executor: _Executor) -> "_AdminServer | None":
@@ -2654,19 +2763,51 @@ class _AdminServer(socketserver.ThreadingTCPServer):
             return None
         server.executor = executor
         server.token = config.get("admin_token")
+        server.url = f"http://{f'[{host}]' if ':' in host else host}:{server.server_address[1]}/"
+        server.clients = {}
         executor._spawn_thread("durable-admin", functools.partial(server.serve_forever, 0.1))
         return server
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if len(self.clients) >= _CLIENTS:
+            return self.shutdown_request(request)
+        serve = functools.partial(self.process_request_thread, request, client_address)
+        thread = threading.Thread(target=serve, name="durable-admin-request", daemon=True)
+        self.clients[request] = (thread, time.monotonic() + _REQUEST_S)
+        thread.start()  # may raise: the connection is closed then
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        self.clients.pop(request, None)
+
+    def service_actions(self) -> None:
+        """Ten times a second: hear no more of those who have not asked in time, be they silent or slow."""
+        for request, (_, until) in tuple(self.clients.items()):
+            if time.monotonic() > until:
+                _hang_up(request, socket.SHUT_RD)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         _log.debug("admin: a connection from %s failed", client_address, exc_info=True)
 
     def stop(self) -> None:
+        """Take no more requests, answer those that have come, and cut off what does not end."""
         self.shutdown()
         self.server_close()
+        for how in (socket.SHUT_RD, socket.SHUT_RDWR):
+            end = time.monotonic() + 1.0
+            for request, (thread, _) in tuple(self.clients.items()):
+                _hang_up(request, how)
+                if thread is not threading.current_thread():
+                    thread.join(max(0.0, end - time.monotonic()))
 
 
 class _AdminServerV6(_AdminServer):
     address_family = socket.AF_INET6
+
+
+def _hang_up(connection: socket.socket, how: int) -> None:
+    with suppress(OSError):  # it is closed
+        connection.shutdown(how)
 
 
 class _Refusal(Exception):
@@ -2678,26 +2819,41 @@ class _Refusal(Exception):
 
 
 class _AdminRequest(http.server.BaseHTTPRequestHandler):
-    """One request: guarded, routed, answered."""
+    """One request: read, guarded, routed, answered."""
 
     server: _AdminServer
     protocol_version = "HTTP/1.1"
     server_version = "durable"
     sys_version = ""
-    timeout = 10  # seconds that a silent client is waited for
+    timeout = _REQUEST_S
+    id = ""  # of the workflow that the path names
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("do_"):  # every method comes to one place, and the routes know which are allowed
-            return self._serve
-        raise AttributeError(name)
+    def handle(self) -> None:
+        """Read the whole head before believing any of it: cut short, it may lack the header that forbids."""
+        stream, lines = self.rfile, [self.rfile.readline(_HEAD_LIMIT)]
+        while lines[-1] not in (b"", b"\r\n", b"\n") and sum(map(len, lines)) < _HEAD_LIMIT:
+            lines.append(stream.readline(_HEAD_LIMIT))
+        self.raw_requestline, self.rfile = lines[0], io.BytesIO(b"".join(lines[1:]))
+        if not lines[0].strip() or not self.parse_request():
+            return
+        self.rfile = stream
+        if lines[-1] not in (b"\r\n", b"\n"):
+            cut = sum(map(len, lines)) < _HEAD_LIMIT
+            return self._refuse(400 if cut else 431, "the headers do not end" if cut else "the headers are too large")
+        self._serve()
 
     def _serve(self) -> None:
         try:
             self._guard()
-            status, kind, body = self._route()
-            self._answer(status, kind, body)
+            self._answer(*self._route())
         except _Refusal as refusal:
             self._refuse(refusal.status, str(refusal), **refusal.headers)
+        except DBOSNonExistentWorkflowError as error:
+            self._refuse(404, str(error))
+        except DBOSException as error:
+            self._refuse(400, str(error))
+        except _Stopped:
+            self._refuse(503, "the executor is being destroyed")
         except OSError:
             raise  # the client is gone
         except Exception:
@@ -2720,60 +2876,129 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
         if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
             raise _Refusal(403, "requests from other sites are not taken")
 
-    def _route(self) -> tuple[int, str, bytes]:
+    def _route(self) -> tuple[int, str, str]:
+        """Find who answers, and turn the answer into status, type and text."""
         routes: dict[str, tuple[str, Callable[[], Any]]] = {
+            "/": ("GET", self._page), "/overview": ("POST", self._overview), "/metrics": ("GET", self._metrics),
             "/dbos-healthz": ("GET", self._healthz), "/deactivate": ("GET", self._deactivate),
             "/dbos-workflow-queues-metadata": ("GET", self._queues),
             "/dbos-workflow-recovery": ("POST", self._recovery),
         }
-        path = _decoded(self.path.partition("?")[0])
+        parts = [_decoded(part) for part in self.path.partition("?")[0].split("/")]  # a %2F is part of an ID
+        if parts[:2] == ["", "workflows"] and "".join(parts[2:3]):
+            self.id, parts[2] = parts[2], "ID"
+        path = "/".join(parts)
         if path not in routes:
             raise _Refusal(404, f"there is no {path!r} here")
         method, answer = routes[path]
         allowed = ("GET", "HEAD") if method == "GET" else (method,)
         if self.command not in allowed:
             raise _Refusal(405, f"{self.command} is not for {path}", Allow=", ".join(allowed))
+        if answer not in (self._page, self._deactivate, self._queues):
+            self._healthz()  # the others wait for the database as long as it takes
         result = answer()
-        if isinstance(result, str):
-            return 200, "text/plain; charset=utf-8", result.encode()
-        return 200, "application/json", json.dumps(result).encode()
+        if isinstance(result, _Text):
+            return 200, result.kind, result.text
+        return (204, "", "") if result is None else (200, "application/json", json.dumps(result))
 
-    def _healthz(self) -> str:
+    # For load balancers and orchestrators.
+
+    def _healthz(self) -> "_Text":
         executor = self.server.executor
         try:
             with executor.pool.connection(timeout=2.0) as conn:
                 conn.execute("select 1")
         except Exception as error:
             raise _Refusal(503, f"the database cannot be reached: {str(error).strip()}") from error
-        return "healthy"
+        return _Text("healthy")
 
-    def _deactivate(self) -> str:
+    def _deactivate(self) -> "_Text":
         executor = self.server.executor
         if not executor.deactivated:
             _log.info("deactivated: what runs is completed and recovered, nothing new is started or dequeued")
         executor.deactivated = True
-        return "deactivated"
+        return _Text("deactivated")
 
     def _queues(self) -> list[dict[str, Any]]:
-        keys = ("name", "concurrency", "workerConcurrency", "rateLimit")
-        described = []
-        for q in tuple(self.server.executor.registry._queues.values()):
-            values = zip(keys, (q.name, q.concurrency, q.worker_concurrency, q.limiter), strict=True)
-            described.append({key: value for key, value in values if value is not None})
-        return described
+        return [queue._describe() for queue in tuple(self.server.executor.registry._queues.values())]
 
     def _recovery(self) -> list[str]:
         names = self._json()
         if not isinstance(names, list) or not all(isinstance(name, str) and _storable(name) for name in names):
             raise _Refusal(400, 'the body must be a JSON list of executor IDs, such as ["local"]')
-        return _recover(self.server.executor, names)
+        taken = _recover(self.server.executor, names)
+        _log.info("recovered, as asked for %s: %s", ", ".join(names), _some(taken))
+        return taken
+
+    # For Prometheus.
+
+    def _metrics(self) -> "_Text":
+        """What is unfinished is counted in the table, through indexes.
+
+        What has finished is not: that takes the longer, the more there is.  Each executor counts what it
+        finishes itself, from its launch on; Prometheus adds them up and bears with restarts.
+        """
+        executor = self.server.executor
+        unfinished, queues = executor.now(_unfinished), dict.fromkeys(tuple(executor.registry._queues), (0, 0.0))
+        for status, _, queue, number, age in unfinished:
+            if status == "ENQUEUED":
+                depth, oldest = queues.get(queue, (0, 0.0))
+                queues[queue] = (depth + number, max(oldest, age))
+        living = Counter(
+            (e["application"], e["executor_id"], e["application_version"])
+            for e in executor.now(_executors, 10_000) if e["alive"]
+        )
+        with executor.counting:
+            finished = dict(executor.finished)
+        work = ("status", "name", "queue")
+        return _Text("".join([
+            _family("durable_workflows", "gauge", "Unfinished workflows in the database.", work,
+                    {(status, name, queue): number for status, name, queue, number, _ in unfinished}),
+            _family("durable_workflows_finished_total", "counter", "Workflows that this executor finished.", work,
+                    finished),
+            _family("durable_queue_depth", "gauge", "Workflows that are due in a queue.", ("queue",),
+                    {(name,): depth for name, (depth, _) in queues.items()}),
+            _family("durable_queue_oldest_seconds", "gauge", "How long the first of them has waited.", ("queue",),
+                    {(name,): age for name, (_, age) in queues.items()}),
+            _family("durable_executors", "gauge", "Executors that live.",
+                    ("application", "executor_id", "application_version"), living),
+        ]), "text/plain; version=0.0.4; charset=utf-8")
+
+    # For people.
+
+    def _page(self) -> "_Text":
+        return _Text(_PAGE, "text/html; charset=utf-8")
+
+    def _overview(self) -> dict[str, Any]:
+        """What the page shows beside workflows and steps; `why` for those that it shows."""
+        executor = self.server.executor
+        asked = self._fields({"workflow_uuids": _STRINGS, "steps_of": _STRING})
+        return {
+            "name": executor.me["application"], "counts": executor.now(_count, _CENSUS), "of_newest": _CENSUS,
+            "executors": executor.now(_executors, 100), "why": executor.now(_why, asked.get("workflow_uuids", [])),
+            "tries": executor.now(_tries, asked.get("steps_of")),
+        }
+
+    # Reading and writing.
+
+    def _fields(self, kinds: dict[str, "_Kind"]) -> dict[str, Any]:
+        """Read an object with these fields, all optional; null is unset."""
+        given = self._json()
+        if not isinstance(given, dict):
+            raise _Refusal(400, "the body must be a JSON object")
+        for name, value in given.items():
+            if name not in kinds:
+                raise _Refusal(400, f"there is no field {name!r}; there are: {', '.join(kinds)}")
+            if value is not None and not kinds[name].holds(value):
+                raise _Refusal(400, f"the field {name!r} must be {kinds[name].words}")
+        return {name: value for name, value in given.items() if value is not None}
 
     def _json(self) -> Any:
         if "Transfer-Encoding" in self.headers or "Content-Length" not in self.headers:
             raise _Refusal(411, "a body with a Content-Length is required")
-        length = self.headers["Content-Length"]
-        if not (length.isascii() and length.isdigit()):
-            raise _Refusal(400, f"the Content-Length {length!r} is not a number")
+        length, *others = set(self.headers.get_all("Content-Length", []))
+        if others or not (length.isascii() and length.isdigit()):
+            raise _Refusal(400, f"the Content-Length {length!r} is not a number, or not the only one")
         if len(length) > 12 or int(length) > _BODY_LIMIT:
             raise _Refusal(413, f"the body is larger than {_BODY_LIMIT} bytes")
         body = self.rfile.read(int(length))
@@ -2784,26 +3009,28 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
         except (ValueError, RecursionError) as error:
             raise _Refusal(400, f"the body is not JSON: {error}") from None
 
-    def _answer(self, status: int, kind: str, body: bytes, **headers: str) -> None:
-        self.close_connection = True
+    def _answer(self, status: int, kind: str, text: str, **headers: str) -> None:
+        body = text.encode()
         self.send_response(status)
-        standard = {"Content-Type": kind, "Content-Length": str(len(body)), "Cache-Control": "no-store"}
-        for name, value in {**standard, "Connection": "close", **headers}.items():
+        standard = {"Content-Type": kind, "Content-Length": str(len(body))} if status != 204 else {}
+        for name, value in {**standard, **_ALWAYS, **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
-
-    def _refuse(self, status: int, reason: str, **headers: str) -> None:
-        self._answer(status, "application/json", json.dumps({"error": reason}).encode(), **headers)
         # Closing on unread input would reset the connection, and the answer with it: let the client finish.
         with suppress(OSError):
-            self.wfile.flush()
             self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(1.0)
-            for _ in range(64):
+            end = time.monotonic() + 1.0
+            while (left := end - time.monotonic()) > 0:
+                self.connection.settimeout(left)
                 if not self.connection.recv(1 << 16):
                     break
+
+    def _refuse(self, status: int, reason: str, **headers: str) -> None:
+        if status == 401 and self.path == "/" and "text/html" in self.headers.get("Accept", ""):
+            return self._answer(401, "text/html; charset=utf-8", _PAGE, **headers)  # which asks for the token
+        self._answer(status, "application/json", json.dumps({"error": reason}), **headers)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what http.server itself refuses (a request line or headers that are none) in our form."""
@@ -2813,6 +3040,35 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         _log.debug("admin: " + format, *args)
+
+
+class _Text(NamedTuple):
+    """An answer that is not JSON."""
+
+    text: str
+    kind: str = "text/plain; charset=utf-8"
+
+
+class _Kind(NamedTuple):
+    """What a field of a request may be."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+_STRING = _Kind("a string", lambda value: isinstance(value, str) and _storable(value))
+_STRINGS = _Kind("a list of strings", lambda value: isinstance(value, list) and all(map(_STRING.holds, value)))
+
+
+def _family(name: str, kind: str, about: str, labels: Sequence[str], samples: Mapping[Any, float]) -> str:
+    """A metric as Prometheus reads it."""
+
+    def line(values: tuple[str, ...], number: float) -> str:
+        escaped = (value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n") for value in values)
+        pairs = ",".join(map('{}="{}"'.format, labels, escaped))
+        return f"{name}{{{pairs}}} {number}\n"
+
+    return f"# HELP {name} {about}\n# TYPE {name} {kind}\n" + "".join(line(*sample) for sample in samples.items())
 
 
 def _decoded(path: str) -> str:
@@ -2830,6 +3086,20 @@ def _is_loopback(host: str) -> bool:
         return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+# The page.  Everything that it shows goes through textContent; its own parts are known to the browser by
+# their hashes, and nothing else may run, load or be called.
+_PAGE = "PLACEHOLDER"
+_HASHES = {tag: base64.b64encode(hashlib.sha256(
+    "".join(re.findall(f"<{tag}>(.*)</{tag}>", _PAGE, re.DOTALL)).encode()).digest()).decode()
+    for tag in ("script", "style")}
+_ALWAYS = {
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action "
+    f"'none'; frame-ancestors 'none'; script-src 'sha256-{_HASHES['script']}'; style-src 'sha256-{_HASHES['style']}'",
+    "Cache-Control": "no-store", "Connection": "close", "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 
 
 # --- The public face ----------------------------------------------------------------------------------
