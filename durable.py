@@ -81,7 +81,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -349,11 +349,11 @@ def _type_name(value: object) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _text_of(error: BaseException) -> str:
+def _text_of(value: object) -> str:
     try:
-        return str(error)
+        return str(value)
     except Exception:  # a __str__ of the user's may raise
-        return f"<{type(error).__qualname__} without text>"
+        return f"<{type(value).__qualname__} without text>"
 
 
 # --- Colours ------------------------------------------------------------------------------------------
@@ -2883,6 +2883,12 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
             "/dbos-healthz": ("GET", self._healthz), "/deactivate": ("GET", self._deactivate),
             "/dbos-workflow-queues-metadata": ("GET", self._queues),
             "/dbos-workflow-recovery": ("POST", self._recovery),
+            "/dbos-garbage-collect": ("POST", self._garbage_collect),
+            "/dbos-global-timeout": ("POST", self._global_timeout),
+            "/workflows": ("POST", self._workflows), "/queues": ("POST", self._queued),
+            "/workflows/ID": ("GET", self._workflow), "/workflows/ID/steps": ("GET", self._steps),
+            "/workflows/ID/cancel": ("POST", self._cancel), "/workflows/ID/resume": ("POST", self._resume),
+            "/workflows/ID/restart": ("POST", self._restart), "/workflows/ID/fork": ("POST", self._fork),
         }
         parts = [_decoded(part) for part in self.path.partition("?")[0].split("/")]  # a %2F is part of an ID
         if parts[:2] == ["", "workflows"] and "".join(parts[2:3]):
@@ -2929,6 +2935,64 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
         taken = _recover(self.server.executor, names)
         _log.info("recovered, as asked for %s: %s", ", ".join(names), _some(taken))
         return taken
+
+    # For operators: what DBOS calls them is kept, in the paths and in the fields.
+
+    def _workflows(self) -> list[dict[str, str | None]]:
+        return self._listed(self.server.executor.registry.list_workflows)
+
+    def _queued(self) -> list[dict[str, str | None]]:
+        return self._listed(self.server.executor.registry.list_queued_workflows)
+
+    def _listed(self, read: "Callable[..., list[WorkflowStatus]]") -> list[dict[str, str | None]]:
+        asked = {"load_input": False, "load_output": False, **self._fields(_FILTERS)}
+        try:
+            return [_told(_TOLD, vars(found)) for found in read(**{_OUR_NAMES.get(k, k): v for k, v in asked.items()})]
+        except ValueError as error:
+            raise _Refusal(400, str(error)) from error
+
+    def _workflow(self) -> dict[str, str | None]:
+        found = self.server.executor.registry.list_workflows(workflow_ids=[self.id]) if _storable(self.id) else []
+        if not found:
+            raise _Refusal(404, f"there is no workflow {self.id}")
+        return _told(_TOLD, vars(found[0]))
+
+    def _steps(self) -> list[dict[str, Any]]:
+        self._workflow()
+        steps = cast(list[dict[str, Any]], self.server.executor.registry.list_workflow_steps(self.id))
+        return [{**_told({name: name for name in step}, step), "function_id": step["function_id"]} for step in steps]
+
+    def _cancel(self) -> None:
+        self._workflow()
+        self.server.executor.registry.cancel_workflow(self.id)
+
+    def _resume(self) -> None:
+        self._workflow()
+        self.server.executor.registry.resume_workflow(self.id)
+
+    def _restart(self) -> dict[str, str]:
+        self._workflow()
+        return {"workflow_id": self.server.executor.registry.restart_workflow(self.id).workflow_id}
+
+    def _fork(self) -> dict[str, str]:
+        self._workflow()
+        asked = self._fields({"start_step": _NUMBER, "new_workflow_id": _STRING, "application_version": _STRING})
+        version, new_id = asked.get("application_version"), asked.get("new_workflow_id")
+        with SetWorkflowID(new_id) if new_id is not None else nullcontext():
+            fork = self.server.executor.registry.fork_workflow(
+                self.id, asked.get("start_step", 1), application_version=version
+            )
+        return {"workflow_id": fork.workflow_id}
+
+    def _garbage_collect(self) -> None:
+        asked = self._fields({"cutoff_epoch_timestamp_ms": _MOMENT, "rows_threshold": _NUMBER})
+        self.server.executor.registry.garbage_collect(**asked)
+
+    def _global_timeout(self) -> None:
+        asked = self._fields({"cutoff_epoch_timestamp_ms": _MOMENT})
+        if not asked:
+            raise _Refusal(400, "the field 'cutoff_epoch_timestamp_ms' is required")
+        self.server.executor.registry.global_timeout(**asked)
 
     # For Prometheus.
 
@@ -2991,7 +3055,7 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
                 raise _Refusal(400, f"there is no field {name!r}; there are: {', '.join(kinds)}")
             if value is not None and not kinds[name].holds(value):
                 raise _Refusal(400, f"the field {name!r} must be {kinds[name].words}")
-        return {name: value for name, value in given.items() if value is not None}
+        return {name: value for name, value in given.items() if value is not None and kinds[name] is not _FOREIGN}
 
     def _json(self) -> Any:
         if "Transfer-Encoding" in self.headers or "Content-Length" not in self.headers:
@@ -3058,6 +3122,36 @@ class _Kind(NamedTuple):
 
 _STRING = _Kind("a string", lambda value: isinstance(value, str) and _storable(value))
 _STRINGS = _Kind("a list of strings", lambda value: isinstance(value, list) and all(map(_STRING.holds, value)))
+_EITHER = _Kind("a string or a list of strings", lambda value: _STRING.holds(value) or _STRINGS.holds(value))
+_NUMBER = _Kind("a whole number from 1 or 0", lambda value: type(value) is int and 0 <= value < 1 << 31)
+_MOMENT = _Kind("milliseconds since 1970", lambda value: type(value) is int and 0 <= value < 1 << 52)
+_BOOLEAN = _Kind("true or false", lambda value: isinstance(value, bool))
+_FOREIGN = _Kind("null: it is of the DBOS library, and not of durable.py", lambda value: value is False)
+_FILTERS = {
+    "workflow_uuids": _STRINGS, "workflow_name": _EITHER, "status": _EITHER, "start_time": _STRING,
+    "end_time": _STRING, "application_version": _EITHER, "forked_from": _EITHER, "parent_workflow_id": _EITHER,
+    "executor_id": _EITHER, "queue_name": _EITHER, "workflow_id_prefix": _EITHER, "limit": _NUMBER,
+    "offset": _NUMBER, "sort_desc": _BOOLEAN, "load_input": _BOOLEAN, "load_output": _BOOLEAN,
+    **dict.fromkeys((
+        "authenticated_user", "completed_after", "completed_before", "dequeued_after", "dequeued_before",
+        "queues_only", "was_forked_from", "has_parent", "attributes", "schedule_name", "application_name",
+    ), _FOREIGN),
+}
+_OUR_NAMES = {"workflow_uuids": "workflow_ids", "workflow_name": "name", "application_version": "app_version"}
+_TOLD = {
+    "WorkflowUUID": "workflow_id", "Status": "status", "WorkflowName": "name", "WorkflowClassName": "class_name",
+    "WorkflowConfigName": "config_name", "Input": "input", "Output": "output", "Error": "error",
+    "CreatedAt": "created_at", "UpdatedAt": "updated_at", "QueueName": "queue_name",
+    "ApplicationVersion": "app_version", "ExecutorID": "executor_id", "WorkflowTimeoutMS": "workflow_timeout_ms",
+    "WorkflowDeadlineEpochMS": "workflow_deadline_epoch_ms", "DeduplicationID": "deduplication_id",
+    "Priority": "priority", "ForkedFrom": "forked_from", "ParentWorkflowID": "parent_workflow_id",
+    "DequeuedAt": "dequeued_at", "DelayUntilEpochMS": "delay_until_epoch_ms",
+}
+
+
+def _told(names: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, str | None]:
+    """Say values as strings, under other names."""
+    return {name: None if values[ours] is None else _text_of(values[ours]) for name, ours in names.items()}
 
 
 def _family(name: str, kind: str, about: str, labels: Sequence[str], samples: Mapping[Any, float]) -> str:
@@ -3090,7 +3184,155 @@ def _is_loopback(host: str) -> bool:
 
 # The page.  Everything that it shows goes through textContent; its own parts are known to the browser by
 # their hashes, and nothing else may run, load or be called.
-_PAGE = "PLACEHOLDER"
+_PAGE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>durable</title><link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --ink: #1c2024; --page: #fff; --fill: #f2f3f7; --line: #dcdfe6; --faint: #606776;
+        --good: #18794e; --bad: #c62a2f; --busy: #0b62c4; --wait: #7d5f0e }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ec; --page: #14161a; --fill: #20242b; --line: #333943;
+        --faint: #9aa3b2; --good: #4cc38a; --bad: #ff8589; --busy: #70b0ff; --wait: #e0b94a } }
+* { box-sizing: border-box; overflow-wrap: anywhere }
+body { max-width: 1200px; margin: 0 auto; padding: 0 16px 48px; background: var(--page); color: var(--ink);
+       font: 14px/1.45 system-ui, sans-serif }
+h1 { font-size: 20px } h2 { font-size: 15px; margin: 24px 0 6px } a { color: var(--busy) } .faint { color: var(--faint) }
+form, nav { display: flex; flex-wrap: wrap; gap: 6px; align-items: center; margin: 8px 0 }
+input, select, button { font: inherit; color: inherit; background: var(--fill); border: 1px solid var(--line);
+                        border-radius: 5px; padding: 4px 8px; min-width: 0; width: 11em } button { width: auto }
+table { border-collapse: collapse; width: 100% } th { color: var(--faint); font-weight: 500 }
+td, th { text-align: left; vertical-align: top; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line) }
+.num { text-align: right; white-space: nowrap; padding-right: 0 } .key { width: 10em }
+pre { background: var(--fill); padding: 8px; border-radius: 5px; max-height: 20em; overflow: auto; white-space: pre-wrap }
+.SUCCESS, .alive { color: var(--good) } .PENDING { color: var(--busy) } .ENQUEUED, .DELAYED { color: var(--wait) }
+.ERROR, .CANCELLED, .MAX_RECOVERY_ATTEMPTS_EXCEEDED, .dead { color: var(--bad) } td.status { width: 10em; font-size: 12px }
+.step { display: grid; grid-template-columns: 28% 1fr 7em; gap: 10px; border-bottom: 1px solid var(--line); padding: 4px 0 }
+.line { position: relative; height: 14px; margin: 3px 0; background: var(--fill); border-radius: 3px }
+.bar { position: absolute; height: 100%; min-width: 2px; border-radius: 3px; background: var(--good) }
+.bar.waits { background: var(--wait); opacity: .6 } .bar.busy { background: var(--busy); opacity: .6 }
+.bar.bad { background: var(--bad) } [hidden] { display: none !important }
+.bar.again { background-image: repeating-linear-gradient(135deg, #0000 0 5px, #fff9 5px 8px) }
+@media (max-width: 700px) { .wide { display: none } td.status { width: 7em } input, select { width: calc(50% - 3px) }
+        .step { grid-template-columns: 1fr 6em } .line { grid-row: 2; grid-column: 1 / 3 } }
+</style>
+<h1></h1><p id="trouble" class="dead" role="alert" hidden></p>
+<form id="login" hidden><input type="password" name="token" placeholder="admin token"><button>Show</button></form>
+<form id="filters" hidden><select name="status" aria-label="status"><option value="">any status</option></select>
+<input name="workflow_name" placeholder="name"><input name="queue_name" placeholder="queue">
+<input name="workflow_id_prefix" placeholder="ID begins with"></form><main></main>
+<script>
+"use strict"
+const LIMIT = 50, UNFINISHED = ["DELAYED", "ENQUEUED", "PENDING"], WAITS = /^DBOS\.(sleep|recv|getEvent|getResult)$/
+const main = document.querySelector("main"), filters = document.forms.filters, login = document.forms.login
+let offset = 0, turns = 0, shown, timer
+
+function make(tag, about, ...parts) {               // the only way onto the page: whatever is shown is text
+  const node = Object.assign(document.createElement(tag), about)
+  node.append(...parts.flat().filter(part => part != null && part !== ""))
+  return node
+}
+const div = (className, ...parts) => make("div", {className}, ...parts)
+const link = id => id && make("a", {href: "#" + encodeURIComponent(id)}, id)
+const when = ms => ms ? new Date(+ms).toLocaleString() : ""
+const took = ms => ms < 1e3 ? Math.round(ms) + " ms" : ms < 6e4 ? (ms / 1e3).toFixed(1) + " s" :
+  ms < 36e5 ? (ms / 6e4).toFixed(1) + " min" : (ms / 36e5).toFixed(1) + " h"
+const table = (...rows) => make("table", {}, rows.map(cells =>
+  make("tr", {}, cells.map(([text, kind]) => make(rows[0] == cells ? "th" : "td", {className: kind || ""}, text)))))
+
+async function ask(path, body) {
+  const headers = {Authorization: "Bearer " + (sessionStorage.token || "")}
+  const answer = await fetch(path, body ? {method: "POST", headers, body: JSON.stringify(body)} : {headers})
+  login.hidden = answer.status != 401
+  const said = await answer.json()
+  if (!answer.ok) throw Error(said.error)
+  return said
+}
+
+async function list() {
+  const asked = {limit: LIMIT, offset, sort_desc: true}
+  for (const each of filters.elements) if (each.value) asked[each.name] = each.value
+  const found = await ask("/workflows", asked), waiting = found.filter(w => UNFINISHED.includes(w.Status))
+  const {name, counts, of_newest, executors, why} = await ask("/overview", {workflow_uuids: waiting.map(w => w.WorkflowUUID)})
+  const turn = by => make("button", {onclick: () => { offset += by; refresh() }, textContent: by < 0 ? "newer" : "older",
+                                     disabled: by < 0 ? !offset : found.length < LIMIT})
+  const count = ([status, number]) => make("button", {className: status, onclick: () => {
+    filters.elements.status.value = status, offset = 0, refresh() }}, status + " " + number.toLocaleString())
+  const all = Object.values(counts).reduce((sum, number) => sum + number, 0)
+  const state = e => e.alive ? (e.deactivated ? "deactivated, " : "") + "alive since " + when(e.launched_at) :
+    e.stopped_at ? "stopped " + when(e.stopped_at) : e.lost_at ? "died before " + when(e.lost_at) : "died just now"
+  return [name, [found, counts, executors, why], () => [
+    make("nav", {}, Object.entries(counts).map(count), all < of_newest ? "" : `of the newest ${all.toLocaleString()}`),
+    table([["status"], ["workflow"], ["created", "wide"], ["executor", "wide"], ["took", "num"]], ...found.map(w => [
+      [w.Status, "status " + w.Status],
+      [[link(w.WorkflowUUID), div("faint", w.WorkflowName, w.QueueName && ", queue " + w.QueueName), why[w.WorkflowUUID]]],
+      [when(w.CreatedAt), "wide"], [w.ExecutorID, "wide"], [waiting.includes(w) ? "" : took(w.UpdatedAt - w.CreatedAt), "num"]])),
+    make("nav", {}, turn(-LIMIT), turn(LIMIT), found.length ? `${offset + 1} to ${offset + found.length}` : "none"),
+    make("h2", {}, "Executors"),
+    table([["name"], ["version"], ["state"], ["host", "wide"], ["incarnation", "num"]], ...executors.map(e => [
+      [e.executor_id], [e.application_version], [state(e), e.alive ? "alive" : "dead"],
+      [e.hostname + ", process " + e.pid, "wide"], [e.incarnation, "num"]]))]]
+}
+
+async function one(id) {
+  const path = "/workflows/" + encodeURIComponent(id), w = await ask(path), steps = await ask(path + "/steps")
+  const {why, tries} = await ask("/overview", {workflow_uuids: [id], steps_of: id})
+  const from = +w.CreatedAt, last = Math.max(w.DequeuedAt || from, ...steps.map(s => s.completed_at_epoch_ms))
+  const now = UNFINISHED.includes(w.Status) && Date.now(), until = now || Math.max(last, w.UpdatedAt)
+  const bar = (name, begun, ended, kind, ...more) => {
+    const it = div("bar " + kind), scale = 100 / Math.max(1, until - from)
+    it.style.left = Math.min(99.7, (begun - from) * scale) + "%"  // (the policy allows this, and no style in markup)
+    it.style.width = Math.max(0, Math.min(until, ended) - begun) * scale + "%"
+    it.title = when(begun) + " to " + when(ended)
+    return div("step", div("", name, more), div("line", it), div("faint", ended > until ? "until " + when(ended) : took(ended - begun)))
+  }
+  const step = s => bar(s.function_id + " " + s.function_name, +s.started_at_epoch_ms,
+    s.function_name == "DBOS.sleep" ? s.output * 1000 : +s.completed_at_epoch_ms,
+    (s.error ? "bad" : WAITS.test(s.function_name) ? "waits" : "") + (tries[s.function_id] ? " again" : ""),
+    tries[s.function_id] ? `, ${tries[s.function_id]} tries ` : " ", link(s.child_workflow_id), s.error && div("ERROR", s.error))
+  const facts = [["status", w.Status], ["why", why[id]], ["name", w.WorkflowName], ["queue", w.QueueName],
+    ["version", w.ApplicationVersion], ["executor", w.ExecutorID], ["created", when(w.CreatedAt)],
+    [now ? "updated" : "ended", when(w.UpdatedAt)], ["deadline", when(w.WorkflowDeadlineEpochMS)],
+    ["parent", link(w.ParentWorkflowID)], ["forked from", link(w.ForkedFrom)]].filter(([_, text]) => text)
+  return [id, [w, steps, why, now], () => [
+    make("a", {href: "#"}, "all workflows"), w.Error && make("pre", {className: "ERROR"}, w.Error),
+    table([], ...facts.map(([name, text]) => [[name, "faint key"], [text, name == "status" ? text : ""]])),
+    make("h2", {}, steps.length > 1000 ? `The last 1,000 of ${steps.length} steps` : "Steps"),
+    w.DequeuedAt && bar("in queue " + w.QueueName, from, +w.DequeuedAt, "waits"), steps.slice(-1000).map(step),
+    w.Status == "PENDING" && bar("since then", last, now, "busy"),
+    ["Input", "Output"].map(part => w[part] && [make("h2", {}, part), make("pre", {}, w[part])])].flat(3).filter(part => part)]
+}
+
+async function refresh() {
+  clearTimeout(timer)
+  const turn = ++turns, id = decodeURIComponent(location.hash.slice(1))
+  try {
+    const [title, data, show] = document.hidden ? [] : await (id ? one(id) : list())
+    if (turn != turns) return                       // somebody clicked meanwhile
+    if (show && JSON.stringify([id, data]) != shown) {
+      main.replaceChildren(...show())
+      document.title = document.querySelector("h1").textContent = title
+      shown = JSON.stringify([id, data])
+      filters.hidden = !!id
+    }
+    trouble.hidden = true
+  } catch (error) {
+    trouble.textContent = error.message
+    trouble.hidden = false
+  }
+  timer = setTimeout(refresh, 3000)
+}
+
+filters.elements.status.append(...[...UNFINISHED, "SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"].map(
+  status => make("option", {}, status)))
+filters.oninput = () => { offset = 0, refresh() }
+filters.onsubmit = event => event.preventDefault()
+login.onsubmit = event => {
+  event.preventDefault()
+  sessionStorage.token = login.elements.token.value
+  refresh()
+}
+onhashchange = document.onvisibilitychange = refresh
+refresh()
+</script>"""
 _HASHES = {tag: base64.b64encode(hashlib.sha256(
     "".join(re.findall(f"<{tag}>(.*)</{tag}>", _PAGE, re.DOTALL)).encode()).digest()).decode()
     for tag in ("script", "style")}
