@@ -68,6 +68,7 @@ import os
 import pickle
 import random
 import re
+import secrets
 import socket
 import socketserver
 import sys
@@ -77,12 +78,24 @@ import types
 import urllib.parse
 import uuid
 import warnings
+import zoneinfo
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from datetime import date, datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypedDict, TypeVar, cast, get_type_hints
@@ -93,9 +106,9 @@ from psycopg.rows import class_row, dict_row
 from psycopg_pool import ConnectionPool
 
 __all__ = [
-    "DBOS", "Durable", "DBOSConfig", "Queue", "QueueRateLimit", "SetWorkflowID", "SetEnqueueOptions",
-    "WorkflowHandle", "WorkflowHandleAsync", "WorkflowStatus", "StepInfo", "StepOptions", "StepStatus",
-    "DBOSConfiguredInstance", "Serializer", "JSONSerializer", "error", "DBOSException",
+    "DBOS", "Durable", "DBOSConfig", "DBOSClient", "Queue", "QueueRateLimit", "SetWorkflowID", "SetWorkflowTimeout",
+    "SetEnqueueOptions", "EnqueueOptions", "WorkflowHandle", "WorkflowHandleAsync", "WorkflowStatus", "StepInfo",
+    "StepOptions", "StepStatus", "DBOSConfiguredInstance", "Serializer", "JSONSerializer", "error", "DBOSException",
     "DBOSInitializationError", "DBOSConflictingRegistrationError", "DBOSConflictingWorkflowError",
     "DBOSWorkflowFunctionNotFoundError", "DBOSNonExistentWorkflowError", "DBOSUnexpectedStepError",
     "DBOSMaxStepRetriesExceeded", "DBOSQueueDeduplicatedError", "DBOSAwaitedWorkflowCancelledError",
@@ -111,7 +124,8 @@ Conn = psycopg.Connection[Any]
 _SCHEMA_VERSION = 1  # the edition of schema.sql that this code was written for
 _LOCKS = 730624  # first key of our advisory locks, the second is an incarnation, or 0 for the schema; -_LOCKS: queues
 _CHANNEL = "durable"  # where hints travel
-_INTERNAL_QUEUE = "_dbos_internal_queue"  # the library's name, kept so that tools know it
+_INTERNAL_QUEUE = "_dbos_internal_queue"  # the library's names, kept so that tools know them
+_NO_TOPIC = "__null__topic__"
 
 _SWEEP_S = 3.0  # a lock that stays free from one sweep to the next is a death: missed after 3 to 6 s
 _POLL_S = 1.0  # how late we may be when a hint was lost
@@ -119,8 +133,12 @@ _RESTART_GRACE_S = 3.0  # after Postgres starts, time for the living to take the
 _HINT_PAUSE_S = 0.005  # hints that come closer together than this travel together
 _LONGEST_PAUSE_S = 1.0  # between two tries to reach a database that is away
 _LANES = 2  # connections that write the journal; two keep a slow disk busy, more make small batches
-_HISTORY_CHUNK = 1000  # recorded steps read at a time
+_HISTORY_CHUNK = 1000  # recorded steps, or values of a stream, read at a time
+_LOOK_CHUNK = 1000  # waiters that a look is made for, each second, where hints arrive too
+_LONGEST_WAIT_S = 1e9  # thirty years
+_CATCH_UP = timedelta(hours=1)  # ticks that an executor makes up for after the database, or itself, stood still
 _DEQUEUE_BATCH = 100  # rows of a queue claimed at a time
+_DELETE_BATCH = 1000  # finished workflows deleted at a time
 _IDLE_TRANSACTION_S = 300  # a transaction function that leaves its transaction idle for longer is cut off
 _LONGEST_NAME = 1000  # bytes of an ID or a queue's name: an entry of an index takes 2,700
 _LARGEST_VALUE = 200_000_000  # characters: JSON may double them, and a message to Postgres holds 1 GB
@@ -525,8 +543,10 @@ def _for_any(*signals: _Signal, timeout: float | None = None) -> _Wait[None]:
 class _Write:
     """A statement that the journal makes for one row, or for many at once; {rows} stands for them."""
 
-    def __init__(self, name: str, columns: str, sql: str, returning: str = "", before: str = "") -> None:
-        self.name = name
+    def __init__(
+        self, name: str, columns: str, sql: str, returning: str = "", before: str = "", by_position: bool = False
+    ) -> None:
+        self.name, self.by_position = name, by_position  # a workflow's rows are told apart by their positions
         names = ", ".join(column.split()[0] for column in columns.split(", "))
         typed = ", ".join("%({})s::{}".format(*column.split(" ", 1)) for column in columns.split(", "))
         # Alone, a row comes in plain parameters, and the count of rows says whether it was taken.
@@ -549,35 +569,38 @@ def _together(*writes: _Write) -> str:
 _START_COLUMNS = (
     "id text, name text, class_name text, config_name text, inputs text, parent_workflow_id text, "
     "status text, claim bigint, recovery_attempts integer, executor_id text, incarnation integer, "
-    "application_version text, queue text, priority integer, deduplication_id text"
+    "application_version text, queue text, priority integer, deduplication_id text, timeout_s double precision"
 )
 _START_NAMES = ", ".join(column.split()[0] for column in _START_COLUMNS.split(", "))
+_FROM_NOW = "case when status = 'PENDING' then clock_timestamp() + make_interval(secs => timeout_s) end"
 _INSERT_WORKFLOW = f"""
-    insert into durable.workflows ({_START_NAMES}, delayed_until)
-    select {_START_NAMES}, clock_timestamp() + make_interval(secs => delay_s)
+    insert into durable.workflows ({_START_NAMES}, delayed_until, deadline_at)
+    select {_START_NAMES}, clock_timestamp() + make_interval(secs => delay_s),
 """
 
 # A workflow begins.  An ID or a deduplication ID that is taken inserts nothing.
 _START = _Write(
     "start",
     _START_COLUMNS + ", delay_s double precision",
-    _INSERT_WORKFLOW + "from {rows} on conflict do nothing",
+    _INSERT_WORKFLOW + _FROM_NOW + " from {rows} on conflict do nothing",
     "returning id, 0 as position",
 )
 
 # A child begins, and its parent's history says so, in one statement: a crash leaves both or neither.
 _START_CHILD = _Write(
     "start_child",
-    _START_COLUMNS + ", delay_s double precision, parent_claim bigint, position integer",
+    _START_COLUMNS + ", delay_s double precision, inherits boolean, parent_claim bigint, position integer",
     "select id, 0 as position from born",
     before="""
          child as (select * from {rows}),
-         parent as (select w.id, w.claim
+         parent as (select w.id as parent_id, w.claim as its_claim, w.deadline_at as its_deadline_at
                       from durable.workflows as w join child on w.id = child.parent_workflow_id
                      where w.claim = child.parent_claim and w.status = 'PENDING' for share of w),
          born as ("""
     + _INSERT_WORKFLOW
-    + """from child where (parent_workflow_id, parent_claim) in (select id, claim from parent)
+    + f"case when inherits then its_deadline_at else {_FROM_NOW} end"
+    + """ from child join (select distinct * from parent) as parent
+                       on (parent_id, its_claim) = (parent_workflow_id, parent_claim)
                      on conflict do nothing returning id),
          noted as (insert into durable.steps
                           (workflow_id, position, name, child_workflow_id, started_at, completed_at)
@@ -600,6 +623,7 @@ _RECORD = _Write(
         on conflict do nothing
     """,
     "returning workflow_id as id, position",
+    by_position=True,
 )
 
 # The record of a transaction, in that transaction's last round trip.  Unlike _RECORD it fails where it
@@ -612,6 +636,64 @@ _RECORD_OR_FAIL = """
             %(position)s, %(name)s, %(output)s,
             clock_timestamp() - make_interval(secs => %(took_s)s), clock_timestamp())
 """
+
+
+def _effect(name: str, columns: str, sql: str, only: str = "") -> _Write:
+    """A write that is a step: the record and what it stands for, both or neither.
+
+    `sql` makes of {due} what is written, `only` says on what further condition.  Where `step` is null a
+    step of the user's makes the write: it is part of that step, and has no record of its own.
+    """
+    return _Write(
+        name,
+        f"id text, claim bigint, position integer, step text, {columns}",
+        f"select id, position from {name}_due",
+        before=f"""
+         {name}_new as (select * from {{rows}}),
+         {name}_ours as (select new.* from {name}_new as new
+                           join durable.workflows as w on w.id = new.id and w.claim = new.claim
+                          where w.status = 'PENDING' {only} for share of w),
+         {name}_noted as (insert into durable.steps (workflow_id, position, name, started_at, completed_at)
+                          select id, position, step, clock_timestamp(), clock_timestamp()
+                            from {name}_ours where step is not null
+                              on conflict do nothing returning workflow_id, position),
+         {name}_due as (select * from {name}_ours
+                         where step is null or (id, position) in (select * from {name}_noted)),
+         {name}_done as ({sql.format(due=name + "_due")})""",
+        by_position=True,
+    )
+
+
+# A message to another workflow, which must exist.
+_SEND = _effect(
+    "send",
+    "destination text, topic text, message text, idempotency_key text",
+    """insert into durable.messages (workflow_id, topic, message, idempotency_key)
+       select destination, topic, message, idempotency_key from {due} on conflict do nothing""",
+    only="and exists (select from durable.workflows as d where d.id = new.destination for key share)",
+)
+
+_SET_EVENT = _effect(
+    "set_event",
+    "key text, value text",
+    """insert into durable.events (workflow_id, key, position, value) select id, key, position, value from {due}
+           on conflict (workflow_id, key, position) do update set value = excluded.value""",
+)
+
+# A value behind the last of a stream that is not closed.  Two that are written at the same moment may want
+# the same offset: one of them fails, and is written again.
+_WRITE_STREAM = _effect(
+    "write_stream",
+    "key text, value text",
+    """insert into durable.streams (workflow_id, key, "offset", value, position)
+       select id, key, coalesce((select max("offset") + 1 from durable.streams as s
+                                  where s.workflow_id = id and s.key = due.key), 0)
+                        + row_number() over (partition by id, key order by position) - 1, value, position
+         from {due} as due""",
+    only="""and not exists (select from (select value from durable.streams as s
+                                          where s.workflow_id = new.id and s.key = new.key
+                                          order by "offset" desc limit 1) as last where value is null)""",
+)
 
 # The function has returned or raised.
 _FINISH = _Write(
@@ -656,6 +738,17 @@ def _claims(conn: Conn, ids: list[str]) -> dict[str, tuple[int, str]]:
 _UNFINISHED = ("DELAYED", "ENQUEUED", "PENDING")  # as Python writes a tuple, SQL reads a list
 _MS = "(extract(epoch from {0}) * 1000)::bigint"  # instants leave the database as milliseconds since 1970
 
+_STATUS_COLUMNS = f"""
+    id as workflow_id, status, name, class_name, config_name, inputs as input, output, error,
+    {_MS.format("created_at")} as created_at, {_MS.format("updated_at")} as updated_at,
+    {_MS.format("completed_at")} as completed_at, {_MS.format("dequeued_at")} as dequeued_at,
+    {_MS.format("delayed_until")} as delay_until_epoch_ms,
+    {_MS.format("deadline_at")} as workflow_deadline_epoch_ms,
+    (timeout_s * 1000)::bigint as workflow_timeout_ms,
+    queue as queue_name, priority, deduplication_id, executor_id, claim, incarnation,
+    application_version as app_version, recovery_attempts, forked_from, parent_workflow_id
+"""
+
 
 def _find(conn: Conn, id: str, holder_in: str | None = None) -> dict[str, Any] | None:
     """Read a workflow's row, under the names of WorkflowStatus.
@@ -663,17 +756,7 @@ def _find(conn: Conn, id: str, holder_in: str | None = None) -> dict[str, Any] |
     With `holder_in`, a queue, the ID is a deduplication ID, and the row that of its unfinished holder.
     """
     where = f"deduplication_id = %s and queue = %s and status in {_UNFINISHED}" if holder_in else "id = %s"
-    query = f"""
-        select id as workflow_id, status, name, class_name, config_name, inputs as input, output, error,
-               {_MS.format("created_at")} as created_at, {_MS.format("updated_at")} as updated_at,
-               {_MS.format("completed_at")} as completed_at, {_MS.format("dequeued_at")} as dequeued_at,
-               {_MS.format("delayed_until")} as delay_until_epoch_ms,
-               {_MS.format("deadline_at")} as workflow_deadline_epoch_ms,
-               (timeout_s * 1000)::bigint as workflow_timeout_ms,
-               queue as queue_name, priority, deduplication_id, executor_id, claim, incarnation,
-               application_version as app_version, recovery_attempts, forked_from, parent_workflow_id
-          from durable.workflows where {where}
-    """
+    query = f"select {_STATUS_COLUMNS} from durable.workflows where {where}"
     return conn.cursor(row_factory=dict_row).execute(query, (id, holder_in) if holder_in else (id,)).fetchone()
 
 
@@ -688,13 +771,132 @@ def _steps_of(conn: Conn, id: str) -> list[dict[str, Any]]:
     return conn.cursor(row_factory=dict_row).execute(query, (id,)).fetchall()
 
 
-def _ended(conn: Conn, ids: list[str]) -> list[str]:
-    """Say which of these workflows are no longer on their way (or are gone)."""
+def _list(
+    conn: Conn, where: dict[str, Any], limit: int | None, offset: int | None, sort_desc: bool,
+    load_input: bool, load_output: bool,
+) -> list[dict[str, Any]]:
+    """Read the rows that meet all conditions of `where` (see _CONDITIONS), by age; also under WorkflowStatus' names."""
+    conditions = " and ".join(["true", *(_CONDITIONS[name] for name in where)])
+    columns = _STATUS_COLUMNS if load_input else _STATUS_COLUMNS.replace("inputs as", "null as")
+    columns = columns if load_output else columns.replace("output, error", "null as output, null as error")
+    order = "desc" if sort_desc else "asc"
     query = f"""
-        select id from unnest(%s::text[]) as waited(id) left join durable.workflows as w using (id)
-         where coalesce(w.status, 'gone') not in {_UNFINISHED}
+        select {columns} from durable.workflows where {conditions}
+         order by created_at {order}, number {order} limit %(limit)s offset %(offset)s
     """
-    return [id for (id,) in conn.execute(query, (ids,))]
+    parameters = {**where, "limit": limit, "offset": offset}
+    return conn.cursor(row_factory=dict_row).execute(query, parameters).fetchall()
+
+
+# What `where` may say, and in which words: an array for most, epoch seconds for times.
+_CONDITIONS = {
+    **{
+        name: f"{column} = any(%({name})s)"
+        for name, column in {
+            "workflow_ids": "id", "status": "status", "name": "name", "app_version": "application_version",
+            "forked_from": "forked_from", "parent_workflow_id": "parent_workflow_id",
+            "executor_id": "executor_id", "queue_name": "queue",
+        }.items()
+    },
+    "start_time": "created_at >= to_timestamp(%(start_time)s)",
+    "end_time": "created_at <= to_timestamp(%(end_time)s)",
+    "workflow_id_prefix": "exists (select from unnest(%(workflow_id_prefix)s) as p where starts_with(id, p))",
+    "queues_only": "queue is not null",
+}
+
+
+def _children_of(conn: Conn, ids: list[str]) -> list[str]:
+    """Find the children of workflows, and theirs, and so on."""
+    query = """
+        with recursive family as (
+            select unnest(%s::text[]) as id
+            union select w.id from durable.workflows as w join family on w.parent_workflow_id = family.id)
+        select id from family
+    """
+    return [id for (id,) in conn.execute(query, (ids,)) if id not in ids]
+
+
+def _post(conn: Conn, row: dict[str, Any]) -> bool:
+    """Leave a message that no workflow's history speaks of; False: there is no such destination."""
+    query = """
+        with destination as (select id from durable.workflows where id = %(destination)s for key share),
+        posted as (insert into durable.messages (workflow_id, topic, message, idempotency_key)
+                   select id, %(topic)s, %(message)s, %(idempotency_key)s from destination on conflict do nothing)
+        select id from destination
+    """
+    return conn.execute(query, row).fetchone() is not None
+
+
+def _receive(conn: Conn, row: dict[str, Any]) -> str | None:
+    """Take the oldest message of a topic and record it, in one; return it.  None: there is none.
+
+    With `nothing`, the text of None, that there is none is put on record.  Our own former try, should
+    it be at work yet, has its message locked: this one passes over that, and fails at the record.
+    """
+    query = """
+        with ours as (select id from durable.workflows
+                       where id = %(id)s and claim = %(claim)s and status = 'PENDING' for share),
+        oldest as (select number, message from durable.messages
+                    where workflow_id in (select id from ours) and topic = %(topic)s and received_at is null
+                    order by number limit 1 for update skip locked),
+        noted as (insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
+                  select id, %(position)s, %(name)s, coalesce((select message from oldest), %(nothing)s),
+                         clock_timestamp() - make_interval(secs => %(took_s)s), clock_timestamp()
+                    from ours where %(nothing)s::text is not null or exists (select from oldest)
+                      on conflict do nothing returning output),
+        received as (update durable.messages set received_at = clock_timestamp()
+                      where number in (select number from oldest) and exists (select from noted))
+        select output from noted
+    """
+    found = conn.execute(query, row).fetchone()
+    return found and found[0]
+
+
+def _events_of(conn: Conn, id: str, key: str | None = None) -> dict[str, str]:
+    """Read what a workflow has set, under one key or all."""
+    query = """
+        select distinct on (key) key, value from durable.events
+         where workflow_id = %(id)s and (key = %(key)s or %(key)s::text is null) order by key, position desc
+    """
+    return dict(conn.execute(query, {"id": id, "key": key}).fetchall())
+
+
+def _read_stream(conn: Conn, id: str, key: str, offset: int, limit: int | None) -> tuple[str | None, list[str | None]]:
+    """Read a workflow's status, and the values of a stream from an offset on; None among them closes it."""
+    query = """
+        select status, (select array_agg(value order by "offset") from
+                           (select "offset", value from durable.streams
+                             where workflow_id = %(id)s and key = %(key)s and "offset" >= %(offset)s
+                             order by "offset" limit %(limit)s) as next)
+          from durable.workflows where id = %(id)s
+    """
+    status, values = conn.execute(
+        query, {"id": id, "key": key, "offset": offset, "limit": limit}
+    ).fetchone() or (None, None)
+    return status, values or []
+
+
+def _arrived(conn: Conn, awaited: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Say for which of the awaited hints there is something to be seen."""
+    query = f"""
+        select kind, id, key from json_to_recordset(%s) as a(kind text, id text, key text, since integer)
+         where case kind
+               when 'w' then not exists (select from durable.workflows as w
+                                          where w.id = a.id and w.status in {_UNFINISHED})
+               when 'm' then exists (select from durable.messages as m
+                                      where m.workflow_id = a.id and m.topic = a.key and m.received_at is null)
+               when 'e' then exists (select from durable.events as e where e.workflow_id = a.id and e.key = a.key)
+               when 's' then exists (select from durable.streams as s
+                                      where s.workflow_id = a.id and s.key = a.key and s."offset" >= a.since) end
+    """
+    rows = conn.execute(query, (json.dumps(awaited),))
+    return [tuple(part for part in row if part is not None) for row in rows]
+
+
+def _clock(conn: Conn) -> float:
+    """Read the time that all processes share, in seconds since 1970."""
+    row = conn.execute("select extract(epoch from clock_timestamp())::float8").fetchone()
+    return float(row[0]) if row else 0.0
 
 
 def _busy(conn: Conn, queues: list[str]) -> list[str]:
@@ -725,9 +927,11 @@ class _Claimed(NamedTuple):
     claim: int
     status: str  # PENDING: run it.  ENQUEUED: back in its queue.  Else: it may not run again
     queue: str | None
+    has_history: bool = True  # an earlier run, or the workflow that this was forked from, may have left steps
+    has_deadline: bool = False
 
 
-_CLAIMED = ", ".join("w." + name for name in _Claimed._fields)
+_CLAIMED = "w.id, w.name, w.class_name, w.config_name, w.inputs, w.claim, w.status, w.queue"
 _KNOWN = """known as (select * from json_to_recordset(%(known)s)
                           as k(name text, class_name text, config_name text, most bigint))"""
 _IS_KNOWN = """w.name = known.name and w.class_name is not distinct from known.class_name
@@ -757,7 +961,7 @@ def _dequeue(conn: Conn, queue: "Queue", room: int, me: dict[str, Any]) -> list[
                                                    > statement_timestamp() - make_interval(secs => %(period)s))
                         ) as n),
         due as (
-            select w.id, known.most
+            select w.id, known.most, (w.executor_id is not null or w.forked_from is not null) as has_history
               from durable.workflows as w
              cross join lateral (select most from known where {_IS_KNOWN} limit 1) as known
              where w.queue = %(queue)s and w.status = 'ENQUEUED'
@@ -774,8 +978,9 @@ def _dequeue(conn: Conn, queue: "Queue", room: int, me: dict[str, Any]) -> list[
                    dequeued_at = clock_timestamp(), updated_at = clock_timestamp(),
                    deadline_at = coalesce(w.deadline_at,
                                           clock_timestamp() + make_interval(secs => w.timeout_s))
-              from due where w.id = due.id and due.id = due.id || '' returning w.*)
-        select {_CLAIMED} from taken as w order by w.priority, w.number
+              from due where w.id = due.id and due.id = due.id || '' returning w.*, due.has_history)
+        select {_CLAIMED}, w.has_history, w.deadline_at is not null as has_deadline
+          from taken as w order by w.priority, w.number
     """
     limiter = queue.limiter or {"limit": None, "period": None}
     cur = conn.cursor(row_factory=class_row(_Claimed))
@@ -850,6 +1055,152 @@ def _sweep(
     """
     cur = conn.cursor(row_factory=class_row(_Claimed))
     return cur.execute(query, {**me, "running": running, "dead": dead, "listed": listed}).fetchall()
+
+
+def _expire(conn: Conn) -> tuple[list[str], float | None, float]:
+    """Cancel what is past its deadline; tell also in how many seconds the next one is due, and the time."""
+    query = f"""
+        with late as (select id from durable.workflows
+                       where deadline_at <= statement_timestamp() and status in {_UNFINISHED}
+                         for update skip locked),
+        cancelled as (update durable.workflows as w
+                         set status = 'CANCELLED', deduplication_id = null,
+                             updated_at = clock_timestamp(), completed_at = clock_timestamp()
+                        from late where w.id = late.id returning w.id)
+        select (select coalesce(array_agg(id), '{{}}') from cancelled),
+               (select extract(epoch from min(deadline_at) - clock_timestamp())::float8 from durable.workflows
+                 where deadline_at > statement_timestamp() and status in {_UNFINISHED}),
+               extract(epoch from clock_timestamp())::float8
+    """
+    ids, due_s, now = conn.execute(query).fetchone() or ([], None, 0.0)
+    return ids, due_s, now
+
+
+def _cancel(conn: Conn, ids: list[str]) -> list[str]:
+    """Cancel what has not come to an end yet; return the IDs that this concerned.
+
+    Its place in a queue and its deduplication ID are free with that.  Who runs it can write no more.
+    """
+    query = """
+        update durable.workflows
+           set status = 'CANCELLED', deduplication_id = null,
+               updated_at = clock_timestamp(), completed_at = clock_timestamp()
+         where id = any(%s) and status not in ('SUCCESS', 'ERROR', 'CANCELLED') returning id
+    """
+    return [id for (id,) in conn.execute(query, (ids,))]
+
+
+def _resume(conn: Conn, ids: list[str], queue: str) -> list[str]:
+    """Enqueue workflows anew, with their history, unless they have succeeded or failed; return those that exist."""
+    query = """
+        update durable.workflows
+           set status = 'ENQUEUED', queue = %(queue)s, recovery_attempts = 0, deadline_at = null,
+               deduplication_id = null, delayed_until = null, dequeued_at = null, completed_at = null,
+               updated_at = clock_timestamp()
+         where id = any(%(ids)s) and status not in ('SUCCESS', 'ERROR')
+    """
+    conn.execute(query, {"ids": ids, "queue": queue})
+    return [id for (id,) in conn.execute("select id from durable.workflows where id = any(%s)", (ids,))]
+
+
+def _fork(conn: Conn, row: dict[str, Any]) -> str | None:
+    """Enqueue a copy of a workflow, with what it had recorded, set and written before a position.
+
+    Returns of which workflow `new_id` is a fork now; None: there is no original, or the ID is taken.
+    """
+    query = """
+        with original as (select * from durable.workflows where id = %(id)s),
+        forked as (
+            insert into durable.workflows
+                   (id, name, class_name, config_name, inputs, forked_from, status, claim, queue, application_version)
+            select %(new_id)s, name, class_name, config_name, inputs, id, 'ENQUEUED', %(claim)s, %(queue)s, %(version)s
+              from original on conflict do nothing returning id),
+        steps as (
+            insert into durable.steps
+                   (workflow_id, position, name, output, error, child_workflow_id, tries, started_at, completed_at)
+            select forked.id, s.position, s.name, s.output, s.error, s.child_workflow_id, s.tries, s.started_at,
+                   s.completed_at
+              from forked, durable.steps as s where s.workflow_id = %(id)s and s.position < %(start_step)s),
+        events as (
+            insert into durable.events (workflow_id, key, position, value)
+            select forked.id, e.key, e.position, e.value
+              from forked, durable.events as e where e.workflow_id = %(id)s and e.position < %(start_step)s)
+        insert into durable.streams (workflow_id, key, "offset", value, position)
+        select forked.id, s.key, s."offset", s.value, s.position
+          from forked, durable.streams as s where s.workflow_id = %(id)s and s.position < %(start_step)s
+    """
+    conn.execute(query, row)
+    found = conn.execute("select forked_from from durable.workflows where id = %(new_id)s", row).fetchone()
+    return found and found[0]
+
+
+_REMOVE = ", ".join(
+    f"{table} as (delete from durable.{table} where workflow_id in (select id from gone))"
+    for table in ("steps", "messages", "events", "streams")
+)
+
+
+def _delete(conn: Conn, ids: list[str], even_unfinished: bool = True) -> list[str]:
+    """Delete workflows with all that belongs to them, and return those that there were.
+
+    Locked first, in a statement of its own: what others write under a lock on the workflow's row is
+    there to be seen, and deleted, when the second statement begins.
+    """
+    query = f"""
+        with gone as (delete from durable.workflows
+                       where id = any(%s) and (%s or status not in {_UNFINISHED}) returning id),
+        {_REMOVE} select id from gone
+    """
+    cur = conn.cursor()
+    with conn.pipeline():
+        conn.execute("select from durable.workflows where id = any(%s) order by id for update", (ids,))
+        cur.execute(query, (ids, even_unfinished))
+    return [id for (id,) in cur]
+
+
+def _begun_before(conn: Conn, cutoff_s: float, finished: bool, limit: int | None = None) -> list[str]:
+    """The finished, or the unfinished, workflows that began before a time; the oldest first."""
+    query = f"""
+        select id from durable.workflows
+         where created_at < to_timestamp(%s) and status {"not" if finished else ""} in {_UNFINISHED}
+         order by created_at limit %s
+    """
+    return [id for (id,) in conn.execute(query, (cutoff_s, limit))]
+
+
+def _collect_executors(conn: Conn, cutoff_s: float) -> None:
+    """Forget launches before a time that are over, and that no unfinished workflow refers to."""
+    conn.execute(
+        f"""
+        delete from durable.executors as e
+         where launched_at < to_timestamp(%s) and incarnation not in {_ALIVE}
+           and not exists (select from durable.workflows as w
+                            where w.incarnation = e.incarnation and w.status = 'PENDING')
+        """,
+        (cutoff_s,),
+    )
+
+
+def _age_of(conn: Conn, rank: int) -> float | None:
+    """When the workflow began that has `rank - 1` younger ones, in seconds since 1970."""
+    query = "select extract(epoch from created_at)::float8 from durable.workflows order by created_at desc"
+    found = conn.execute(f"{query} limit 1 offset %s", (rank - 1,)).fetchone()
+    return found and found[0]
+
+
+def _requeue(conn: Conn, names: list[str]) -> tuple[list[str], int]:
+    """Give the PENDING workflows of dead executors back to a queue; tell also how many are of living ones."""
+    query = f"""
+        with theirs as (select id, claim, incarnation in {_ALIVE} as alive from durable.workflows
+                         where status = 'PENDING' and incarnation is not null and executor_id = any(%(names)s)),
+        requeued as (update durable.workflows as w
+                        set status = 'ENQUEUED', queue = coalesce(w.queue, %(queue)s), updated_at = clock_timestamp()
+                       from theirs where w.id = theirs.id and w.claim = theirs.claim and w.status = 'PENDING'
+                                     and not theirs.alive returning w.id)
+        select (select coalesce(array_agg(id), '{{}}') from requeued), (select count(*) from theirs where alive)
+    """
+    ids, alive = conn.execute(query, {"names": names, "queue": _INTERNAL_QUEUE}).fetchone() or ([], 0)
+    return ids, alive
 
 
 def _stranded(conn: Conn, version: str) -> list[tuple[str, int]]:
@@ -947,9 +1298,9 @@ def _delist(conn: Conn, incarnation: int) -> None:
     conn.execute("update durable.executors set stopped_at = now() where incarnation = %s", (incarnation,))
 
 
-def _notify(conn: Conn, incarnation: int, keys: Iterable[str]) -> None:
-    """Give hints to the other executors.  (What does not fit a notification is found by polling.)"""
-    payloads = [f"{incarnation} {key}" for key in keys if len(key.encode()) < 7900]
+def _notify(conn: Conn, sender: int, keys: Iterable[tuple[str, ...]]) -> None:
+    """Give hints to the other processes.  (What does not fit a notification is found by polling.)"""
+    payloads = [payload for key in keys if len(payload := f"{sender} {json.dumps(key)}") < 7900]
     conn.execute("select pg_notify(%s, payload) from unnest(%s::text[]) as payload", (_CHANNEL, payloads))
 
 
@@ -1002,7 +1353,7 @@ class _Entry:
         self.lane: _Lane | None = None  # given to one who is woken to lead
 
     def row_keys(self) -> list[tuple[str, Any, Any]]:
-        return [(self.write.name, row["id"], row["position"] if self.write is _RECORD else 0) for row in self.rows]
+        return [(self.write.name, row["id"], row["position"] if self.write.by_position else 0) for row in self.rows]
 
     def result(self) -> list[bool]:
         if self.error is not None:
@@ -1250,7 +1601,7 @@ class _Run:
         self.tries: dict[int, int] = {}  # of steps that are not on record yet
         self._position = 0
         self._history: dict[int, _Record] = {}
-        self.history_to: int | None = 0 if row.claim > 1 else None  # None: nothing left to read
+        self.history_to: int | None = 0 if row.has_history else None  # None: nothing left to read
 
     def arguments(self) -> tuple[list[Any], dict[str, Any]]:
         """Read the arguments back; an error here is the workflow's outcome, and names it."""
@@ -1558,9 +1909,10 @@ def _shape(node: object) -> object:
 
 @dataclass
 class _Options:
-    """What the `with SetWorkflowID(...)` and `with SetEnqueueOptions(...)` around a start ask for."""
+    """What the `with SetWorkflowID(...)`, `SetWorkflowTimeout` and `SetEnqueueOptions` around a start ask for."""
 
     ids: list[str] | None = None  # of SetWorkflowID: the ID, until the first start in the block has taken it
+    timeout: tuple[float | None] | None = None  # of SetWorkflowTimeout; without it, a parent's deadline holds
     deduplication_id: str | None = None
     priority: int | None = None
     app_version: str | None = None
@@ -1594,6 +1946,19 @@ class SetWorkflowID(_OptionBlock):
         super().__init__(ids=[_valid_name("workflow ID", wfid)])
 
 
+class SetWorkflowTimeout(_OptionBlock):
+    """Cancel each workflow started in this block once it has run for so many seconds.
+
+    One that is enqueued has the time from when it is dequeued.  The deadline is stored, holds for its
+    children too, and outlives a restart.  None: start them without one, also in a workflow that has one.
+    """
+
+    def __init__(self, workflow_timeout_sec: float | None) -> None:
+        if workflow_timeout_sec is not None and not 0 < workflow_timeout_sec <= _LONGEST_WAIT_S:
+            raise ValueError(f"the workflow timeout is {workflow_timeout_sec}: it must be a positive number of seconds")
+        super().__init__(timeout=(workflow_timeout_sec,))
+
+
 class SetEnqueueOptions(_OptionBlock):
     """Set how workflows are enqueued in this block.
 
@@ -1610,7 +1975,7 @@ class SetEnqueueOptions(_OptionBlock):
             raise ValueError(f"priority is {priority}: it must be from 0 (first) to 2147483647")
         if deduplication_id is not None:
             _valid_name("deduplication ID", deduplication_id)
-        if delay_seconds is not None and not 0 <= delay_seconds < math.inf:
+        if delay_seconds is not None and not 0 <= delay_seconds <= _LONGEST_WAIT_S:
             raise ValueError(f"delay_seconds is {delay_seconds}: it must be 0 or more")
         super().__init__(
             deduplication_id=deduplication_id, priority=priority, app_version=app_version,
@@ -1666,7 +2031,6 @@ def _prepare_start(
             f"recorded as a whole, so start workflows from the workflow itself"
         )
     parent = frame.run if frame else None
-    options = _options.get()
     function.signature.bind(*args, **kwargs)  # TypeError now, rather than in a row that nobody can run
     class_name, config_name = executor.registry._name_receiver(function, args)
     position = parent.advance(positions) if parent else 0
@@ -1676,21 +2040,31 @@ def _prepare_start(
     except Exception as cause:
         types = ", ".join(sorted({_type_name(each) for each in (*inputs["args"], *kwargs.values())}))
         raise DBOSException(f"the arguments of {function.name} ({types}) cannot be stored: {cause}") from cause
-    delay_s = options.delay_seconds if queue else None
-    row = {
-        "id": _next_id(parent, position), "name": function.name, "class_name": class_name, "config_name": config_name,
-        "inputs": text, "parent_workflow_id": parent and parent.id, "parent_claim": parent and parent.claim,
-        "position": position, "application_version": (queue and options.app_version) or executor.me["version"],
-        "queue": queue, "priority": (options.priority or 0) if queue else 0,
-        "deduplication_id": options.deduplication_id if queue else None, "delay_s": delay_s,
+    names = {"name": function.name, "class_name": class_name, "config_name": config_name}
+    origin = {"parent_workflow_id": parent and parent.id, "parent_claim": parent and parent.claim, "position": position}
+    row = {"id": _next_id(parent, position), **names, "inputs": text, **origin, **_terms(executor, queue)}
+    return _Start(row, function, parent, position)
+
+
+def _terms(executor: "_Executor", queue: str | None) -> dict[str, Any]:
+    """The part of a new row that says when and by whom it is run, as the options have it."""
+    options = _options.get()
+    terms: dict[str, Any] = {
+        "queue": queue, "claim": _first_claim(), "application_version": executor.me["version"],
+        "timeout_s": options.timeout and options.timeout[0], "inherits": options.timeout is None,
     }
     if queue is None:  # begun under our own claim
-        row |= {"status": "PENDING", "claim": 1, "recovery_attempts": 1}
-        row |= {"executor_id": executor.me["executor_id"], "incarnation": executor.me["incarnation"]}
-    else:
-        row |= {"status": "ENQUEUED" if delay_s is None else "DELAYED", "claim": 0, "recovery_attempts": 0}
-        row |= {"executor_id": None, "incarnation": None}
-    return _Start(row, function, parent, position)
+        terms |= {"status": "PENDING", "recovery_attempts": 1, "priority": 0, "deduplication_id": None, "delay_s": None}
+        return terms | {"executor_id": executor.me["executor_id"], "incarnation": executor.me["incarnation"]}
+    terms |= {"status": "ENQUEUED" if options.delay_seconds is None else "DELAYED", "recovery_attempts": 0}
+    terms |= {"priority": options.priority or 0, "delay_s": options.delay_seconds}
+    terms |= {"deduplication_id": options.deduplication_id, "executor_id": None, "incarnation": None}
+    return terms | ({"application_version": options.app_version} if options.app_version else {})
+
+
+def _first_claim() -> int:
+    """Where a row's claims begin: anywhere, so that no late write of a deleted workflow fits the next of that ID."""
+    return secrets.randbits(48) + 1
 
 
 async def _has_begun(start: _Start) -> bool:
@@ -1718,34 +2092,41 @@ async def _begin(executor: "_Executor", start: _Start) -> tuple[str, _Run | None
             )
         _same_workflow(existing, row)
         return row["id"], None
-    run = _Run(executor, start.function, _Claimed(**{name: row[name] for name in _Claimed._fields}))
+    claimed = _Claimed(**{name: row[name] for name in _Claimed._fields if name in row}, has_history=False)
+    run = _Run(executor, start.function, claimed)
     # It is entered before the row is there: a sweep must not take it for lost.
     while (other := executor.running.setdefault(run.id, run)) is not run:
         await _for_any(other.begun)
-        if await executor.ask(_find, run.id) is not None:  # else that start was refused, and it is our turn
-            await _insert(executor, start)
+        if await executor.ask(_find, run.id) is not None:
+            await _insert(executor, row, start.parent, start.position)
             return run.id, None
+        other.halt(_Superseded(f"workflow {run.id} was deleted"))  # or its start was refused: it is our turn
+        executor.forget(other)
     try:
-        existing = await _insert(executor, start)
+        existing = await _insert(executor, row, start.parent, start.position)
     except BaseException:
         executor.forget(run)
         raise
     finally:
         run.begun.set()
     if existing is None:
+        if row["timeout_s"] is not None:
+            executor.mind_deadlines()
         return run.id, run
-    me = executor.me["incarnation"]
-    if (existing["status"], existing["claim"], existing["incarnation"]) == ("PENDING", 1, me):
-        run.history_to = 0  # our own row, whose acknowledgement was lost, or that was interrupted: it has a history
+    ours = existing["claim"] == row["claim"] or run.id in executor.interrupted
+    if ours and (existing["status"], existing["incarnation"]) == ("PENDING", executor.me["incarnation"]):
+        # Our own row, whose acknowledgement was lost, or that was interrupted: it has a history.
+        run.claim, run.history_to = existing["claim"], 0
         executor.interrupted.discard(run.id)
         return run.id, run
     executor.forget(run)
     return run.id, None
 
 
-async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None:
+async def _insert(
+    executor: "_Executor", row: dict[str, Any], parent: _Run | None, position: int
+) -> dict[str, Any] | None:
     """Insert the row and, in the parent's history, its start; return the row that was there before, if any."""
-    row, _, parent, position = start
     while not (await executor.journal.write(_START_CHILD if parent else _START, row))[0]:
         existing = await executor.ask(_find, row["id"])
         if existing is not None:
@@ -1846,9 +2227,9 @@ async def _call(executor: "_Executor", function: _Function, args: tuple[Any, ...
 
 # --- Waiting ------------------------------------------------------------------------------------------
 #
-# Whoever waits for something outside of this run waits for a hint, and then looks at the table.  Hints
-# may be lost: one statement, made for all waiters of this process together, looks for what was missed.
-# (Here will stand sleep, messages, events and streams: steps whose result has not arrived yet.)
+# Sleep, messages, events, streams and results: steps whose outcome has not arrived yet.  Whoever waits
+# for something outside of this run waits for a hint, and then looks at the table.  Hints may be lost: one
+# statement, made for all waiters of this process together, looks for what was missed.
 
 
 async def _pause_run(executor: "_Executor", *signals: _Signal, timeout: float | None = None) -> None:
@@ -1873,7 +2254,7 @@ async def _result(executor: "_Executor", id: str, existing: bool = True) -> Any:
             await _pause_run(executor, run.done)
             if run.result is not None:
                 return run.result[0]
-        with executor.hints.expected(f"w:{id}") as hint:  # before the look, so that none falls in between
+        with executor.hints.expected("w", id) as hint:  # before the look, so that none falls in between
             row = await executor.ask(_find, id)
             if row is None:
                 if existing:
@@ -1901,49 +2282,252 @@ def _outcome_of(executor: "_Executor", row: dict[str, Any]) -> Any:
     )
 
 
+async def _first_ended(executor: "_Executor", ids: list[str]) -> str:
+    """Wait until one of several workflows has ended, and say which."""
+    while True:
+        with ExitStack() as expected:
+            hints = [expected.enter_context(executor.hints.expected("w", id)) for id in ids]
+            claims = await executor.ask(_claims, ids)
+            for id in ids:
+                if claims.get(id, (0, "deleted"))[1] not in _UNFINISHED:
+                    return id
+            await _pause_run(executor, *hints)
+
+
+def _own_run(name: str) -> _Run:
+    """The run whose workflow function is calling; only that can wait durably."""
+    run = _current_run()
+    if run is None:
+        raise DBOSException(f"DBOS.{name} is for a workflow's own code, not for its steps or the world outside")
+    return run
+
+
+def _checked_seconds(what: str, seconds: float) -> float:
+    if not isinstance(seconds, (int, float)) or not -math.inf < seconds <= _LONGEST_WAIT_S:
+        raise ValueError(f"{what} is {seconds!r}: it must be a number of seconds, up to {_LONGEST_WAIT_S:,.0f}")
+    return seconds
+
+
+async def _wait_until(executor: "_Executor", run: _Run | None, position: int, seconds: float) -> float:
+    """Put on record, once, when a wait of `run` ends; return that as an instant of time.monotonic().
+
+    The record has it in the database's time, for another process may have to wait for the rest.
+    """
+    if run is None:
+        return time.monotonic() + seconds
+
+    async def decide() -> float:
+        return await executor.ask(_clock) + seconds
+
+    ends_at = await _checkpointed(run, position, "DBOS.sleep", decide)
+    return time.monotonic() + ends_at - await executor.ask(_clock)
+
+
+async def _sleep_until(executor: "_Executor", end: float) -> None:
+    while (left := end - time.monotonic()) > 0:
+        await _pause_run(executor, timeout=left)
+
+
+async def _receive_message(executor: "_Executor", topic: str, timeout_s: float) -> Any:
+    """Take the oldest message of a topic, or None once the time is up; the taking is the record."""
+    run, name, began = _own_run("recv"), "DBOS.recv", time.monotonic()
+    position = run.advance(2)
+    past = await run.recall(position, name)
+    if past is not None:
+        return run.outcome(past)
+    end = await _wait_until(executor, run, position + 1, timeout_s)
+    row = {"id": run.id, "claim": run.claim, "position": position, "name": name, "topic": topic}
+    while True:
+        with executor.hints.expected("m", run.id, topic) as hint:
+            left = end - time.monotonic()
+            row |= {"nothing": executor.serialize(None) if left <= 0 else None, "took_s": time.monotonic() - began}
+            message = await executor.ask(_receive, row)
+            if message is not None:
+                return executor.serializer.deserialize(message)
+            past = await run.settle(position, name)
+            if past is not None:
+                return run.outcome(past)
+            await _pause_run(executor, hint, timeout=left)
+
+
+async def _send_message(
+    executor: "_Executor", destination: str, message: Any, topic: str, idempotency_key: str | None
+) -> None:
+    """Leave a message for a workflow; in a workflow as a step, in one commit with its record."""
+
+    async def refusal() -> Exception | None:
+        if await executor.ask(_find, destination) is not None:
+            return None
+        return DBOSNonExistentWorkflowError(f"there is no workflow {destination} to send a message to")
+
+    row = {"destination": destination, "topic": topic, "message": _text_for("message", executor, message)}
+    if _current_run() is not None:
+        await _write_step(_SEND, "DBOS.send", refusal, **row, idempotency_key=idempotency_key)
+    else:  # with a key in any case: should the answer be lost, the next try must not send it again
+        row["idempotency_key"] = idempotency_key or str(uuid.uuid4())
+        while not await executor.ask(_post, row):
+            problem = await refusal()
+            if problem is not None:
+                raise problem
+    executor.hints.send("m", destination, topic)
+
+
+def _text_for(what: str, executor: "_Executor", value: Any) -> str:
+    try:
+        return executor.serialize(value)
+    except Exception as cause:
+        raise DBOSException(f"a {what} of type {_type_name(value)} cannot be stored: {cause}") from cause
+
+
+async def _write_step(
+    write: _Write, name: str, refusal: Callable[[], Awaitable[Exception | None]], **row: Any
+) -> None:
+    """Make a write that is a step of the workflow; or, from inside one of its steps, a part of that.
+
+    If it is not taken, and not on record either, `refusal` finds out why.
+    """
+    frame = _frame.get()
+    if frame is None:
+        raise DBOSException(f"{name} is for the code of a workflow and its steps")
+    run, step = frame.run, None if frame.step else name
+    position = frame.step.step_id if frame.step else run.advance()
+    past = await run.recall(position, name) if step else None
+    row |= {"id": run.id, "claim": run.claim, "position": position, "step": step}
+    while past is None and not await _was_taken(run, write, row):
+        past = await run.settle(position, name) if step else None
+        problem = None if past is not None else await refusal()
+        if problem is not None:
+            await run.standing()
+            if step:
+                await run.record(position, name, None, problem, 0.0)
+            raise problem
+    if past is not None:
+        run.outcome(past)
+
+
+async def _was_taken(run: _Run, write: _Write, row: dict[str, Any]) -> bool:
+    while True:
+        with suppress(psycopg.errors.UniqueViolation):  # another value came to this offset of a stream first
+            return (await run.executor.journal.write(write, row))[0]
+
+
+async def _write_to_stream(name: str, key: str, value: str | None) -> None:
+    """Append to a stream of this workflow; without a value, close it."""
+    frame = _frame.get()
+
+    async def refusal() -> Exception | None:
+        assert frame is not None
+        _, values = await frame.run.executor.ask(_read_stream, frame.run.id, key, 0, None)
+        if None not in values:
+            return None
+        return DBOSException(f"the stream {key!r} of workflow {frame.run.id} is closed: nobody would read what follows")
+
+    await _write_step(_WRITE_STREAM, name, refusal, key=key, value=value)
+    if frame is not None:
+        frame.run.executor.hints.send("s", frame.run.id, key)
+
+
+async def _read_values(executor: "_Executor", id: str, key: str, offset: int, most: int) -> list[Any]:
+    """Wait for the next values of a stream; none: it was closed, or its workflow has ended."""
+    while True:
+        with executor.hints.expected("s", id, key, since=offset) as more, executor.hints.expected("w", id) as ended:
+            status, values = await executor.ask(_read_stream, id, key, offset, most)
+            if status is None:
+                raise DBOSNonExistentWorkflowError(f"there is no workflow {id} whose stream could be read")
+            if values or status not in _UNFINISHED:
+                texts = itertools.takewhile(lambda value: value is not None, values)
+                return [executor.serializer.deserialize(cast(str, text)) for text in texts]
+            await _pause_run(executor, more, ended)
+
+
+async def _event(executor: "_Executor", id: str, key: str, timeout_s: float) -> Any:
+    """Wait for a workflow to set an event; None once the time is up."""
+    run = _current_run()
+    position = run.advance(2) if run else 0
+
+    async def wait() -> Any:
+        end = await _wait_until(executor, run, position + 1, timeout_s)
+        while True:
+            with executor.hints.expected("e", id, key) as hint:
+                value = (await executor.ask(_events_of, id, key)).get(key)
+                left = end - time.monotonic()
+                if value is not None:
+                    return executor.serializer.deserialize(value)
+                if left <= 0:
+                    return None
+                await _pause_run(executor, hint, timeout=left)
+
+    return await _checkpointed(run, position, "DBOS.getEvent", wait) if run else await wait()
+
+
 class _Hints:
-    """Who in this process waits for which hint, and the hints on their way to other processes."""
+    """Who in this process waits for which hint, and the hints on their way to other processes.
+
+    A hint is a letter and what it is about.  q: a queue has something.  c: a workflow's claim may have
+    changed.  w: a workflow has ended.  m, e, s: a workflow has a message on a topic, an event, a value in
+    a stream.
+    """
 
     def __init__(self, executor: "_Executor") -> None:
         self._executor = executor
         self._lock = threading.Lock()
-        self._expected: dict[str, set[_Signal]] = {}
-        self._outgoing: set[str] = set()
+        self._expected: dict[tuple[str, ...], dict[_Signal, int]] = {}
+        self._looked_at = 0
+        self._outgoing: set[tuple[str, ...]] = set()
         self._sending = False
 
     @contextmanager
-    def expected(self, key: str) -> Iterator[_Signal]:
+    def expected(self, *key: str, since: int = 0) -> Iterator[_Signal]:
+        """A signal that the hint will set; `since` is the offset from which a stream is read."""
         signal = _Signal()
         with self._lock:
-            self._expected.setdefault(key, set()).add(signal)
+            self._expected.setdefault(key, {})[signal] = since
         try:
             yield signal
         finally:
             with self._lock:
                 signals = self._expected[key]
-                signals.discard(signal)
+                del signals[signal]
                 if not signals:
                     del self._expected[key]
 
-    def awaited(self) -> list[str]:
+    def awaited(self) -> list[dict[str, Any]]:
+        """What to look for now: all that is awaited, or in turn so much that a look stays cheap."""
         with self._lock:
-            return list(self._expected)
+            keys, some = list(self._expected), _LOOK_CHUNK if self._executor.listens else len(self._expected)
+            start = self._looked_at if self._looked_at < len(keys) else 0
+            self._looked_at = start + some
+            return [
+                {"kind": key[0], "id": key[1], "key": key[-1] if key[2:] else None, "since": min(since.values())}
+                for key in keys[start : start + some]
+                if (since := self._expected[key])
+            ]
 
-    def arrive(self, key: str) -> None:
-        """A hint came, from another process or our own: `q:` and a queue, or `w:` and a workflow's ID."""
-        if key.startswith("q:"):
-            self._executor.look_at(key[2:])
+    def arrive(self, *key: str) -> None:
+        """A hint came, from another process or our own."""
+        if key[0] == "q":
+            self._executor.look_at(key[1])
+        elif key[0] == "c":
+            self._executor.doubt(key[1])
         with self._lock:
             signals = tuple(self._expected.get(key, ()))
         for signal in signals:
             signal.set()
 
-    def send(self, key: str) -> None:
+    def hear(self, payload: str) -> None:
+        """Pass on what came from another process; anybody may write to the channel, so it may be anything."""
+        sender, _, text = payload.partition(" ")
+        with suppress(ValueError):
+            key = json.loads(text)
+            if sender != str(self._executor.me["incarnation"]) and isinstance(key, list) and key[1:]:
+                self.arrive(*map(str, key))
+
+    def send(self, *key: str) -> None:
         """Give a hint, here at once and elsewhere soon: after the commit, outside of it, many together.
 
         (A NOTIFY inside a transaction that writes takes a lock which serialises the server's commits.)
         """
-        self.arrive(key)
+        self.arrive(*key)
         if not self._executor.listens:
             return
         with self._lock:
@@ -1965,11 +2549,11 @@ class _Hints:
             time.sleep(_HINT_PAUSE_S)
 
 
-# --- Queues -------------------------------------------------------------------------------------------
+# --- Queues and schedules -----------------------------------------------------------------------------
 #
 # A queue is a name on rows, and limits that those who take the rows observe.  Nobody owns a queue: any
-# executor of the right version that knows the function may take the next row.  (Schedules will stand
-# here too.)
+# executor of the right version that knows the function may take the next row.  Nobody owns a schedule
+# either: every executor enqueues each tick, under an ID made of its time, and the first one counts.
 
 
 class QueueRateLimit(TypedDict):
@@ -2069,8 +2653,8 @@ async def _enqueue(
         taken = await executor.journal.write(kind, *(start.row for start in new))
         for start, was_taken in zip(new, taken, strict=True):
             if not was_taken:  # the ID was there, or is refused: find out which
-                await _insert(executor, start)
-        executor.hints.send(f"q:{queue}")
+                await _insert(executor, start.row, start.parent, start.position)
+        executor.hints.send("q", queue)
     return [start.row["id"] for start in starts]
 
 
@@ -2090,6 +2674,127 @@ def _dequeue_round(executor: "_Executor", queue: Queue) -> None:
             if len(claimed) < room:
                 executor.cramped.discard(queue.name)
                 return
+
+
+_CRON_FIELDS = (
+    ("second", 0, 59), ("minute", 0, 59), ("hour", 0, 23), ("day", 1, 31), ("month", 1, 12), ("weekday", 0, 7),
+)
+_CRON_NAMES = {
+    "month": ("", "JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC"),
+    "weekday": ("SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT"),
+}
+
+
+class _Cron:
+    """A cron expression: minute, hour, day, month, weekday, with a field for seconds in front if there are six.
+
+    As in Vixie's cron: where both day and weekday are limited, either will do; 0 and 7 are Sunday.  In a
+    time zone, what falls in the hour that is skipped runs after the gap; in the hour that comes twice,
+    fixed hours run once, and what runs every hour goes on running.
+    """
+
+    def __init__(self, expression: str, zone: str | None) -> None:
+        fields = expression.split() if isinstance(expression, str) else []
+        if len(fields) not in (5, 6):
+            raise ValueError(f"cron {expression!r} has {len(fields)} fields: it must have 5, or 6 with seconds first")
+        fields = fields if len(fields) == 6 else ["0", *fields]
+        self.expression, self.zone = expression, _zone(zone)
+        numbers = [self._numbers(*what, field) for what, field in zip(_CRON_FIELDS, fields, strict=True)]
+        self.seconds, self.minutes, self.hours, self.days, self.months, weekdays = map(sorted, numbers)
+        self.weekdays = {day % 7 for day in weekdays}
+        if self._next_on_clock(datetime(2000, 1, 1)) is None:
+            raise ValueError(f"cron {expression!r}: no such day ever comes")
+
+    def _numbers(self, what: str, least: int, most: int, field: str) -> set[int]:
+        """The numbers that a field stands for: 5, 1-5, */10, 0-30/5, MON-FRI, and lists of these."""
+        numbers: set[int] = set()
+        for part in field.upper().split(","):
+            span, _, step = part.partition("/")
+            first, dash, last = ("*", "", "") if span in ("*", "?") else span.partition("-")
+            try:
+                low = least if first == "*" else self._number(what, first)
+                high = most if first == "*" or (step and not dash) else self._number(what, last if dash else first)
+                stride = int(step) if "/" in part else 1
+                if not (least <= low <= high <= most and stride > 0):
+                    raise ValueError
+            except ValueError:
+                raise ValueError(
+                    f"cron {self.expression!r}: {part!r} is no {what}, or range of them; they go from {least} to {most}"
+                ) from None
+            numbers.update(range(low, high + 1, stride))
+        return numbers
+
+    def _number(self, what: str, text: str) -> int:
+        names = _CRON_NAMES.get(what, ())
+        return names.index(text) if text and text in names else int(text)
+
+    def after(self, moment: datetime) -> datetime:
+        """The first tick after a moment."""
+        now = moment.astimezone(timezone.utc)
+        offsets = [(now + timedelta(hours=hours)).astimezone(self.zone).utcoffset() for hours in (-3, 3)]
+        twice = len(self.hours) == 24 and cast(timedelta, offsets[1]) < cast(timedelta, offsets[0])
+        clock = now.astimezone(self.zone).replace(tzinfo=None, microsecond=0, fold=0)
+        clock -= timedelta(hours=3 if twice else 0)
+        ticks: list[datetime] = []
+        while True:
+            following = self._next_on_clock(clock + timedelta(seconds=1))
+            if following is None:
+                raise OverflowError(f"cron {self.expression!r}: no tick comes after {moment}")
+            clock = following
+            passes = [clock.replace(tzinfo=self.zone, fold=fold) for fold in ((0, 1) if twice else (0,))]
+            instants = [each.astimezone(timezone.utc) for each in passes]
+            ticks += [instant for instant in instants if instant > now]
+            if min(instants) > now:
+                return min(ticks).astimezone(self.zone)
+
+    def _next_on_clock(self, start: datetime) -> datetime | None:
+        """The first fitting reading of a clock from `start` on; a leap day may be eight years away."""
+        since = (start.hour, start.minute, start.second)
+        for days in range(366 * 9):
+            day = start.date() + timedelta(days=days)
+            if self._fits(day):
+                for hour in self.hours:
+                    for minute in self.minutes if hour >= since[0] else ():
+                        for second in self.seconds if (hour, minute, 59) >= since else ():
+                            if (hour, minute, second) >= since:
+                                return datetime(day.year, day.month, day.day, hour, minute, second)
+            since = (0, 0, 0)
+        return None
+
+    def _fits(self, day: date) -> bool:
+        by_day, by_weekday = day.day in self.days, (day.weekday() + 1) % 7 in self.weekdays
+        either = len(self.days) < 31 and len(self.weekdays) < 7
+        return day.month in self.months and ((by_day or by_weekday) if either else (by_day and by_weekday))
+
+
+def _zone(name: str | None) -> tzinfo:
+    try:
+        return timezone.utc if name is None else zoneinfo.ZoneInfo(name)
+    except Exception:
+        raise ValueError(
+            f"there is no time zone {name!r} here: it must be a name such as 'Europe/Berlin' "
+            f"(where the system has no time zones at all, `pip install tzdata` brings them)"
+        ) from None
+
+
+def _tick(executor: "_Executor") -> float:
+    """Enqueue the ticks that have come; return when the next will, in the database's time."""
+    now = datetime.fromtimestamp(time.monotonic() + executor.clock_ahead, timezone.utc)
+    coming = []
+    for cron, func in tuple(executor.registry._schedules):
+        name = executor.registry._function_of(func, ())[0].name
+        known = executor.next_ticks.get((name, cron.expression))
+        tick = cron.after(now) if known is None else max(known, cron.after(now - _CATCH_UP))
+        while tick <= now:
+            try:
+                with SetWorkflowID(f"sched-{name}-{tick.isoformat()}"):
+                    _block(_enqueue(executor, _INTERNAL_QUEUE, [(func, (tick, now), {})]))
+            except Exception:
+                _log.exception("the tick of %s at %s could not be enqueued", name, tick)
+            tick = cron.after(tick)
+        executor.next_ticks[name, cron.expression] = tick
+        coming.append(tick.timestamp())
+    return min(coming, default=math.inf)
 
 
 # --- Executors ----------------------------------------------------------------------------------------
@@ -2209,8 +2914,9 @@ def _may_pass(error: BaseException) -> bool:
 class _Executor:
     """What exists from launch to destroy: connections, threads, and the runs at work."""
 
-    def __init__(self, registry: "Durable", url: str, config: "DBOSConfig") -> None:
+    def __init__(self, registry: "Durable", url: str, config: "DBOSConfig", serves: bool = True) -> None:
         self.registry, self.url, self.config = registry, url, config
+        self.serves = serves  # False: for a client, which runs no workflows
         self.serializer: Serializer = config.get("serializer") or _JSONElsePickle()
         self.listens = config.get("use_listen_notify", True)
         self.failover = config["failover"]
@@ -2234,21 +2940,27 @@ class _Executor:
         self.running: dict[str, _Run] = {}
         self.interrupted: set[str] = set()  # runs that KeyboardInterrupt or SystemExit ended
         self.claiming = threading.Lock()  # from a claim in the table to its entry in `running`
-        self.stopping = threading.Event()  # no more claims
+        self.stopping = threading.Event()  # no more claims; a client makes none
         self.closed = _Signal()  # no more anything
         self.deactivated = False
         self.work = threading.Event()  # the dispatcher has something to do
         self.due: set[str] = set()  # queues to look at now
         self.cramped: set[str] = set()  # queues that had more than we had room for
+        self.doubted: set[str] = set()  # running workflows that somebody may have cancelled or taken
+        self.next_expiry = 0.0  # when to look at deadlines, in time.monotonic()
+        self.clock_ahead = 0.0  # the database's time, less ours (time.monotonic())
+        self.next_ticks: dict[tuple[str, str], datetime] = {}  # of the schedules, by name and expression
         self.missed: dict[int, float] = {}  # incarnations whose lock is free, and since when we know
         self.reported: set[tuple[str, str | None, str | None]] = set()  # what was logged as unknown
-        self.me: dict[str, Any] = {}
+        self.me: dict[str, Any] = {}  # who we are, once launched
         self.offered: dict[str, Any] = {}  # what the others were told that we would take
         self.counting = threading.Lock()
         self.finished: Counter[tuple[str, str, str]] = Counter()  # workflows, by status, name and queue
         self.admin: _AdminServer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_lock = threading.Lock()
+        if not serves:
+            self.stopping.set()
         self._threads: list[threading.Thread] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self.launched_at, self.pid = time.monotonic(), os.getpid()
@@ -2395,10 +3107,12 @@ class _Executor:
                     former.halt(_Superseded(f"workflow {row.id} was taken up anew (claim {row.claim})"))
                 self.spawn(run)
             elif row.status == "ENQUEUED":
-                self.hints.send(f"q:{row.queue}")
+                self.hints.send("q", str(row.queue))
             else:
                 _log.error("workflow %s (%s) is dead-lettered: it was begun too often", row.id, row.name)
-                self.hints.send(f"w:{row.id}")
+                self.hints.send("w", row.id)
+        if any(row.has_deadline for row in claimed):
+            self.mind_deadlines()
         return [row.id for row in claimed if row.status in ("PENDING", "ENQUEUED")]
 
     def spawn(self, run: _Run) -> None:
@@ -2441,12 +3155,12 @@ class _Executor:
         run.begun.set()
         run.done.set()
         if run.queue is None:
-            self.hints.arrive(f"w:{run.id}")
+            self.hints.arrive("w", run.id)
         else:
-            self.hints.send(f"w:{run.id}")
+            self.hints.send("w", run.id)
             queue = self.registry._queues.get(run.queue)
             if queue is not None and queue.concurrency is not None:
-                self.hints.send(f"q:{run.queue}")  # its place is free for any executor
+                self.hints.send("q", run.queue)  # its place is free for any executor
         self.room_again()
 
     def room_again(self) -> None:
@@ -2461,6 +3175,17 @@ class _Executor:
         self.due.update(names)
         self.work.set()
 
+    def doubt(self, id: str) -> None:
+        """Have the dispatcher look whether a run is still ours."""
+        if id in self.running:
+            self.doubted.add(id)
+            self.work.set()
+
+    def mind_deadlines(self) -> None:
+        """Have the dispatcher look when the next deadline is."""
+        self.next_expiry = 0.0
+        self.work.set()
+
     # Life and death.
 
     def launch(self) -> None:
@@ -2468,10 +3193,13 @@ class _Executor:
         conn = self._first_connection()
         try:
             _migrate(conn, self.config.get("run_migrations", True))
-            self.me = self.registry._identity()
-            self.registry._publish()
-            self.offered = self.offer()
-            self.me["incarnation"] = _enlist(conn, {**self.me, **self.offered, "failover": self.failover})
+            if self.serves:
+                self.me = self.registry._identity()
+                self.registry._publish()
+                self.offered = self.offer()
+                self.me["incarnation"] = _enlist(conn, {**self.me, **self.offered, "failover": self.failover})
+            else:
+                self.me = {"version": None, "incarnation": -secrets.randbits(31)}
             self._announce(conn)
         except psycopg.Error as error:
             conn.close()
@@ -2484,6 +3212,13 @@ class _Executor:
             raise
         self.pool.open()
         self._spawn_thread("durable-listen", functools.partial(self._listen, conn))
+        self.clock_ahead = self.now(_clock) - time.monotonic()
+        if self.serves:
+            self._take_office()
+        self._spawn_thread("durable-dispatch", self._dispatch)
+
+    def _take_office(self) -> None:
+        """Warn of stranded work, recover what is ours, and open the admin server."""
         stranded = self.now(_stranded, self.me["version"])
         if stranded:
             _log.warning(
@@ -2494,7 +3229,6 @@ class _Executor:
         taken = _recover(self)
         if self.config.get("run_admin_server", True):
             self.admin = _AdminServer.start(self)
-        self._spawn_thread("durable-dispatch", self._dispatch)
         _log.info(
             "launched %s as executor %s, incarnation %d, version %s, on %s; admin server: %s; recovered: %s",
             self.me["application"], self.me["executor_id"], self.me["incarnation"], self.me["version"],
@@ -2534,7 +3268,7 @@ class _Executor:
         conn.close()
 
     def _announce(self, conn: Conn) -> None:
-        self._held = _hold(conn, self.me["incarnation"], self.listens)
+        self._held = not self.serves or _hold(conn, self.me["incarnation"], self.listens)
         if self.listens:
             conn.execute(f"listen {_CHANNEL}")
 
@@ -2544,20 +3278,25 @@ class _Executor:
             conn.execute("select 1")
             return
         for note in conn.notifies(timeout=_POLL_S):
-            sender, _, key = note.payload.partition(" ")
-            if sender != str(self.me["incarnation"]):
-                self.hints.arrive(key)
-            elif not key:
+            if self.closed.is_set:
                 return  # close() calls
+            self.hints.hear(note.payload)
 
     def _dispatch(self) -> None:
-        """Dequeue at each hint, look once in a while whether one was missed, and sweep."""
-        next_look, next_sweep = 0.0, time.monotonic() + _SWEEP_S
+        """Dequeue at each hint, see to deadlines and schedules, look once in a while for lost hints, and sweep."""
+        next_look, next_sweep, next_tick = 0.0, time.monotonic() + _SWEEP_S, 0.0
         polled: dict[str, float] = {}
         while not self.closed.is_set:
             self.work.clear()
             now = time.monotonic()
             try:
+                while self.doubted:
+                    run = self.running.get(self.doubted.pop())
+                    _reconsider(self, [run] if run else [])
+                if now >= self.next_expiry and self.serves:
+                    self._expire(now)
+                if now >= next_tick and not (self.deactivated or self.stopping.is_set()):
+                    next_tick = min(_tick(self) - self.clock_ahead, now + _POLL_S)
                 if now >= next_look:
                     intervals = [queue.polling_interval_sec for queue in tuple(self.registry._queues.values())]
                     next_look = now + min(_POLL_S, *intervals)
@@ -2576,18 +3315,35 @@ class _Executor:
                 return
             except Exception:
                 _log.exception("the dispatcher failed, and goes on")
-            pause = next_look if self.stopping.is_set() else min(next_look, next_sweep)
+            pause = min(next_look, self.next_expiry) if self.serves else next_look
+            pause = pause if self.stopping.is_set() else min(pause, next_sweep)
+            pause = pause if self.deactivated or self.stopping.is_set() else min(pause, next_tick)
             self.work.wait(max(0.0, pause - time.monotonic()))
 
+    def _expire(self, now: float) -> None:
+        """Cancel what is out of time, anybody's; come again when the next is, or in a second."""
+        self.next_expiry = now + _POLL_S
+        ids, due_s, clock = self.now(_expire)
+        self.clock_ahead = clock - time.monotonic()
+        if due_s is not None:
+            self.next_expiry = min(self.next_expiry, time.monotonic() + due_s)
+        for id in ids:
+            _log.info("workflow %s is cancelled: its deadline has passed", id)
+            self.changed(id)
+
+    def changed(self, id: str) -> None:
+        """Tell everybody that a workflow was ended, deleted or taken from whoever ran it."""
+        self.hints.send("c", id)
+        self.hints.send("w", id)
+
     def _look(self, polled: dict[str, float], now: float) -> None:
-        """Look for what hints should have told: due queues, finished workflows; three statements for all."""
-        waited = [key[2:] for key in self.hints.awaited() if key.startswith("w:")]
-        for id in self.now(_ended, waited) if waited else ():
-            self.hints.arrive(f"w:{id}")
-        offer = self.offer()
-        if offer != self.offered:
-            self.now(_offer, {**offer, "incarnation": self.me["incarnation"]})
-            self.offered = offer
+        """Look for what hints should have told, of all that is awaited and of queues; three statements for all."""
+        awaited = self.hints.awaited()
+        for key in self.now(_arrived, awaited) if awaited else ():
+            self.hints.arrive(*key)
+        if self.serves and self.offer() != self.offered:
+            self.offered = self.offer()
+            self.now(_offer, {**self.offered, "incarnation": self.me["incarnation"]})
         if self.deactivated or self.stopping.is_set():
             return
         self.now(_release_delayed)
@@ -2609,7 +3365,7 @@ class _Executor:
             _delist(conn, self.me["incarnation"])
             self.closed.set()
             if self.listens:  # wakes our own listener
-                _notify(conn, self.me["incarnation"], [""])
+                _notify(conn, self.me["incarnation"], [()])
         self.closed.set()
         self.work.set()
         for run in tuple(self.running.values()):
@@ -2648,18 +3404,7 @@ def _recover(executor: _Executor, listed: Sequence[str] = ()) -> list[str]:
     Also see to it that what we do run is still ours.
     """
     with executor.claiming:
-        begun = [run for run in tuple(executor.running.values()) if run.begun.is_set and not run.done.is_set]
-        claims = executor.now(_claims, [run.id for run in begun]) if begun else {}
-        for run in begun:
-            if run.loop is not None and run.loop.is_closed():
-                executor.forget(run)  # it will never go on: take it up below
-                continue
-            claim, status = claims.get(run.id, (None, "deleted"))
-            if (claim, status) not in ((run.claim, "SUCCESS"), (run.claim, "ERROR")):
-                try:
-                    run.check(claim, status)
-                except _Stopped as why:
-                    run.halt(why)
+        _reconsider(executor, tuple(executor.running.values()))
         pending = executor.now(_pending, executor.me)
         dead = _dead(executor, pending)
         ours = [*executor.running, *(() if executor.me["executor_id"] in listed else executor.interrupted)]
@@ -2674,6 +3419,22 @@ def _recover(executor: _Executor, listed: Sequence[str] = ()) -> list[str]:
             what = "/".join(part for part in target if part)
             _log.warning("%d workflows of %s wait: this process has no such function or instance", p.number, what)
     return taken
+
+
+def _reconsider(executor: _Executor, runs: Iterable[_Run]) -> None:
+    """Stop those of these runs that are no longer to go on."""
+    begun = [run for run in runs if run.begun.is_set and not run.done.is_set]
+    claims = executor.now(_claims, [run.id for run in begun]) if begun else {}
+    for run in begun:
+        if run.loop is not None and run.loop.is_closed():
+            executor.forget(run)  # it will never go on: the sweep takes it up
+            continue
+        claim, status = claims.get(run.id, (None, "deleted"))
+        if (claim, status) not in ((run.claim, "SUCCESS"), (run.claim, "ERROR")):
+            try:
+                run.check(claim, status)
+            except _Stopped as why:
+                run.halt(why)
 
 
 def _dead(executor: _Executor, pending: list[_Pending]) -> list[int]:
@@ -3436,7 +4197,391 @@ def _postgres_url(url: str | None) -> str:
     return f"postgresql://{rest}" if sep else url
 
 
-class Durable:
+class _Management:
+    """What one can do to workflows without having their code; `DBOS` and `DBOSClient` share it.
+
+    In a workflow, each of these is a step.
+    """
+
+    def _launched(self) -> _Executor:
+        raise NotImplementedError
+
+    async def _send(
+        self, destination_id: str, message: Any, topic: str | None = None, *, idempotency_key: str | None = None
+    ) -> None:
+        """Leave a message for a workflow, which gets it by `recv` on the same topic, once and in order.
+
+        A second message with an `idempotency_key` that this workflow has had is dropped.  Raises
+        DBOSNonExistentWorkflowError.
+        """
+        for what, name in (("topic", topic), ("idempotency key", idempotency_key)):
+            if name is not None:
+                _valid_name(what, name)
+        topic = _NO_TOPIC if topic is None else topic
+        await _send_message(self._launched(), destination_id, message, topic, idempotency_key)
+
+    send, send_async = _twins(_send)
+
+    async def _get_event(self, workflow_id: str, key: str, timeout_seconds: float = 60) -> Any:
+        """Wait until a workflow has set an event, and return its value; None once the time is up."""
+        return await _event(self._launched(), workflow_id, key, _checked_seconds("timeout_seconds", timeout_seconds))
+
+    get_event, get_event_async = _twins(_get_event)
+
+    async def _get_all_events(self, workflow_id: str) -> dict[str, Any]:
+        """Read all that a workflow has set so far."""
+        executor = self._launched()
+
+        async def look() -> dict[str, Any]:
+            events = await executor.ask(_events_of, workflow_id)
+            return {key: executor.serializer.deserialize(value) for key, value in events.items()}
+
+        return await _recorded("DBOS.get_events", look)
+
+    get_all_events, get_all_events_async = _twins(_get_all_events)
+
+    def read_stream(
+        self, workflow_id: str, key: str, *, offset: int = 0, polling_interval_sec: float | None = None
+    ) -> Generator[Any, None, None]:
+        """Yield the values of a workflow's stream, and wait for more, until it is closed or the workflow has ended.
+
+        Raises DBOSNonExistentWorkflowError.  `polling_interval_sec` is accepted as in DBOS; hints tell of values.
+        """
+        _refuse_to_block_a_loop("read_stream")
+        while values := _block(self._next_values(workflow_id, key, offset)):
+            offset += len(values)
+            yield from values
+
+    async def read_stream_async(
+        self, workflow_id: str, key: str, *, offset: int = 0, polling_interval_sec: float | None = None
+    ) -> AsyncGenerator[Any, None]:
+        """Do as `read_stream`, without blocking the event loop."""
+        while values := await _suspend(self._next_values(workflow_id, key, offset)):
+            offset += len(values)
+            for value in values:
+                yield value
+
+    def _next_values(self, workflow_id: str, key: str, offset: int) -> Coroutine[Any, Any, list[Any]]:
+        # In a workflow each value is a step: what it has seen when it dies is what it sees again.
+        executor, most = self._launched(), _HISTORY_CHUNK if _current_run() is None else 1
+        return _recorded("DBOS.readStream", lambda: _read_values(executor, workflow_id, key, offset, most))
+
+    async def _get_result(self, workflow_id: str) -> Any:
+        """Wait for a workflow to end, wherever it runs, and return or raise its outcome.
+
+        Raises DBOSAwaitedWorkflowCancelledError, DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded and
+        DBOSNonExistentWorkflowError.
+        """
+        return await self._result_of(workflow_id, existing=True)
+
+    get_result, get_result_async = _twins(_get_result)
+
+    def _result_of(self, workflow_id: str, existing: bool) -> Coroutine[Any, Any, Any]:
+        executor = self._launched()
+        return _recorded("DBOS.getResult", lambda: _result(executor, workflow_id, existing), child=workflow_id)
+
+    async def _first_of(self, handles: "Sequence[_Handle[Any]]") -> int:
+        ids = [handle.workflow_id for handle in handles]
+        if not ids or len(set(ids)) < len(ids):
+            raise ValueError(f"wait_first takes one handle or more, each of another workflow, and got {ids}")
+        return ids.index(await _recorded("DBOS.waitFirst", lambda: _first_ended(self._launched(), ids)))
+
+    def wait_first(
+        self, handles: "Sequence[WorkflowHandle[R]]", *, polling_interval_sec: float = _POLL_S
+    ) -> "WorkflowHandle[R]":
+        """Wait until one of several workflows has ended, however, and return its handle."""
+        _refuse_to_block_a_loop("wait_first")
+        return handles[_block(self._first_of(handles))]
+
+    async def wait_first_async(
+        self, handles: "Sequence[WorkflowHandleAsync[R]]", *, polling_interval_sec: float = _POLL_S
+    ) -> "WorkflowHandleAsync[R]":
+        """Do as `wait_first`, without blocking the event loop."""
+        return handles[await _suspend(self._first_of(handles))]
+
+    # Looking at workflows.
+
+    async def _get_workflow_status(self, workflow_id: str) -> "WorkflowStatus | None":
+        """Read how a workflow stands; None if there is none."""
+        executor = self._launched()
+
+        async def look() -> WorkflowStatus | None:
+            row = await executor.ask(_find, workflow_id)
+            return None if row is None else _status_of(executor.serializer, row)
+
+        return await _recorded("DBOS.getStatus", look)
+
+    get_workflow_status, get_workflow_status_async = _twins(_get_workflow_status)
+
+    async def _list_workflow_steps(self, workflow_id: str) -> "list[StepInfo]":
+        """Read a workflow's recorded steps, in order."""
+        executor = self._launched()
+
+        async def look() -> list[StepInfo]:
+            rows = await executor.ask(_steps_of, workflow_id)
+            return [cast(StepInfo, _read_outcome(executor.serializer, row)) for row in rows]
+
+        return await _recorded("DBOS.listWorkflowSteps", look)
+
+    list_workflow_steps, list_workflow_steps_async = _twins(_list_workflow_steps)
+
+    async def _list_workflows(
+        self, *, workflow_ids: list[str] | None = None, status: str | list[str] | None = None,
+        start_time: "_Time | None" = None, end_time: "_Time | None" = None, name: str | list[str] | None = None,
+        app_version: str | list[str] | None = None, forked_from: str | list[str] | None = None,
+        parent_workflow_id: str | list[str] | None = None, executor_id: str | list[str] | None = None,
+        queue_name: str | list[str] | None = None, workflow_id_prefix: str | list[str] | None = None,
+        queues_only: bool = False, limit: int | None = None, offset: int | None = None, sort_desc: bool = False,
+        load_input: bool = True, load_output: bool = True,
+    ) -> "list[WorkflowStatus]":
+        """Read how the workflows stand that meet all conditions, the oldest first (or last, with `sort_desc`).
+
+        A condition takes one value or a list of alternatives; a time is ISO 8601, a datetime, or seconds or
+        milliseconds since 1970, and means the creation.  Raises ValueError for what is none of that.
+        """
+        filters = {
+            "workflow_ids": workflow_ids, "status": status, "name": name, "app_version": app_version,
+            "forked_from": forked_from, "parent_workflow_id": parent_workflow_id, "executor_id": executor_id,
+            "queue_name": queue_name, "workflow_id_prefix": workflow_id_prefix,
+        }
+        where: dict[str, Any] = {key: _alternatives(key, value) for key, value in filters.items() if value is not None}
+        for key, moment in (("start_time", start_time), ("end_time", end_time)):
+            if moment is not None:
+                where[key] = _epoch_s(key, moment)
+        where |= {"queues_only": True} if queues_only else {}
+        for key, number in (("limit", limit), ("offset", offset)):
+            if number is not None and (type(number) is not int or not 0 <= number < 1 << 62):
+                raise ValueError(f"{key} is {number!r}; it must be a whole number from 0")
+        executor = self._launched()
+
+        async def look() -> list[WorkflowStatus]:
+            rows = await executor.ask(_list, where, limit, offset, sort_desc, load_input, load_output)
+            return [_status_of(executor.serializer, row) for row in rows]
+
+        return await _recorded("DBOS.listQueuedWorkflows" if queues_only else "DBOS.listWorkflows", look)
+
+    list_workflows, list_workflows_async = _twins(_list_workflows)
+
+    async def _list_queued_workflows(self, **filters: Any) -> "list[WorkflowStatus]":
+        """List the workflows that wait in queues or were taken from one and have not ended; see `list_workflows`."""
+        filters = {"status": list(_UNFINISHED), **{key: value for key, value in filters.items() if value is not None}}
+        return await self._list_workflows(**filters, queues_only=True)
+
+    list_queued_workflows, list_queued_workflows_async = _twins(_list_queued_workflows)
+
+    def retrieve_workflow(self, workflow_id: str, existing_workflow: bool = True) -> "WorkflowHandle[Any]":
+        """Return a handle; DBOSNonExistentWorkflowError if there is no such workflow (and there should be)."""
+        _refuse_to_block_a_loop("retrieve_workflow")
+        if existing_workflow:
+            _existing(workflow_id, self.get_workflow_status(workflow_id))
+        return WorkflowHandle(self, workflow_id, existing_workflow)
+
+    async def retrieve_workflow_async(
+        self, workflow_id: str, existing_workflow: bool = True
+    ) -> "WorkflowHandleAsync[Any]":
+        """Do as `retrieve_workflow`, without blocking the event loop."""
+        if existing_workflow:
+            _existing(workflow_id, await self.get_workflow_status_async(workflow_id))
+        return WorkflowHandleAsync(self, workflow_id, existing_workflow)
+
+    # Changing the course of workflows.
+
+    async def _cancel_workflows(self, workflow_ids: list[str], *, cancel_children: bool = False) -> None:
+        """Cancel workflows that have not ended: at once where they wait, elsewhere at their next step.
+
+        Their places in queues and their deduplication IDs are free with that.  IDs that do not exist are
+        passed over, as in DBOS.
+        """
+        executor = self._launched()
+
+        async def cancel() -> None:
+            ids = _alternatives("workflow_ids", workflow_ids)
+            more = await executor.ask(_children_of, ids) if cancel_children else []
+            for id in await executor.ask(_cancel, [*ids, *more]):
+                executor.changed(id)
+
+        await _recorded("DBOS.cancelWorkflow", cancel)
+
+    cancel_workflows, cancel_workflows_async = _twins(_cancel_workflows)
+
+    async def _cancel_workflow(self, workflow_id: str, *, cancel_children: bool = False) -> None:
+        """Cancel a workflow; see `cancel_workflows`."""
+        await self._cancel_workflows([workflow_id], cancel_children=cancel_children)
+
+    cancel_workflow, cancel_workflow_async = _twins(_cancel_workflow)
+
+    async def _resume(self, workflow_ids: list[str]) -> None:
+        executor = self._launched()
+
+        async def resume() -> None:
+            ids = _alternatives("workflow_ids", workflow_ids)
+            missing = set(ids) - set(await executor.ask(_resume, ids, _INTERNAL_QUEUE))
+            if missing:
+                raise DBOSNonExistentWorkflowError(f"there is no workflow {', '.join(sorted(missing))} to resume")
+            for id in ids:
+                executor.hints.send("c", id)
+            executor.hints.send("q", _INTERNAL_QUEUE)
+
+        await _recorded("DBOS.resumeWorkflow", resume)
+
+    def resume_workflows(self, workflow_ids: list[str]) -> "list[WorkflowHandle[Any]]":
+        """Have workflows go on that were cancelled or dead-lettered, from their last step; with new attempts.
+
+        Those that have succeeded or failed stay so.  One that still runs is begun anew, and its former run
+        can write no more.  Their deadlines and deduplication IDs are gone.  Raises DBOSNonExistentWorkflowError.
+        """
+        _refuse_to_block_a_loop("resume_workflows")
+        _block(self._resume(workflow_ids))
+        return [WorkflowHandle(self, id) for id in workflow_ids]
+
+    async def resume_workflows_async(self, workflow_ids: list[str]) -> "list[WorkflowHandleAsync[Any]]":
+        """Do as `resume_workflows`, without blocking the event loop."""
+        await _suspend(self._resume(workflow_ids))
+        return [WorkflowHandleAsync(self, id) for id in workflow_ids]
+
+    def resume_workflow(self, workflow_id: str) -> "WorkflowHandle[Any]":
+        """Have a workflow go on; see `resume_workflows`."""
+        return self.resume_workflows([workflow_id])[0]
+
+    async def resume_workflow_async(self, workflow_id: str) -> "WorkflowHandleAsync[Any]":
+        """Do as `resume_workflow`, without blocking the event loop."""
+        return (await self.resume_workflows_async([workflow_id]))[0]
+
+    async def _fork(self, workflow_id: str, start_step: int, application_version: str | None) -> str:
+        executor, run = self._launched(), _current_run()
+        if type(start_step) is not int:
+            raise ValueError(f"start_step is {start_step!r}; it must be a whole number")
+        position = run.advance() if run else 0
+        row = {
+            "id": workflow_id, "new_id": _next_id(run, position), "start_step": max(1, start_step),
+            "version": application_version, "queue": _INTERNAL_QUEUE, "claim": _first_claim(),
+        }
+
+        async def fork() -> str:
+            origin = await executor.ask(_fork, row)
+            if origin is None and await executor.ask(_find, workflow_id) is None:
+                raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id} to fork")
+            if origin != workflow_id:
+                raise DBOSConflictingWorkflowError(f"{row['new_id']} is taken, and not by a fork of {workflow_id}")
+            executor.hints.send("q", _INTERNAL_QUEUE)
+            return str(row["new_id"])
+
+        return await _checkpointed(run, position, "DBOS.forkWorkflow", fork) if run else await fork()
+
+    def fork_workflow(
+        self, workflow_id: str, start_step: int, *, application_version: str | None = None
+    ) -> "WorkflowHandle[Any]":
+        """Run a workflow again under another ID, from the step at position `start_step` on.
+
+        The steps before it are copied, with the events and streams as of then.  The new ID is that of the
+        surrounding `SetWorkflowID`, or random.  Without `application_version`, executors of any may run it.
+        Raises DBOSNonExistentWorkflowError.
+        """
+        _refuse_to_block_a_loop("fork_workflow")
+        return self.retrieve_workflow(_block(self._fork(workflow_id, start_step, application_version)))
+
+    async def fork_workflow_async(
+        self, workflow_id: str, start_step: int, *, application_version: str | None = None
+    ) -> "WorkflowHandleAsync[Any]":
+        """Do as `fork_workflow`, without blocking the event loop."""
+        return await self.retrieve_workflow_async(
+            await _suspend(self._fork(workflow_id, start_step, application_version))
+        )
+
+    def restart_workflow(self, workflow_id: str) -> "WorkflowHandle[Any]":
+        """Run a workflow again under another ID, from its beginning; see `fork_workflow`."""
+        return self.fork_workflow(workflow_id, 1)
+
+    async def restart_workflow_async(self, workflow_id: str) -> "WorkflowHandleAsync[Any]":
+        """Do as `restart_workflow`, without blocking the event loop."""
+        return await self.fork_workflow_async(workflow_id, 1)
+
+    async def _delete_workflows(self, workflow_ids: list[str], *, delete_children: bool = False) -> None:
+        """Delete workflows with their steps, messages, events and streams, in one transaction.
+
+        One that runs is stopped, as by a cancel.  IDs that do not exist are passed over, as in DBOS.
+        """
+        executor = self._launched()
+
+        async def delete() -> None:
+            ids = _alternatives("workflow_ids", workflow_ids)
+            more = await executor.ask(_children_of, ids) if delete_children else []
+            for id in await executor.ask(_delete, [*ids, *more]):
+                executor.changed(id)
+
+        await _recorded("DBOS.deleteWorkflow", delete)
+
+    delete_workflows, delete_workflows_async = _twins(_delete_workflows)
+
+    async def _delete_workflow(self, workflow_id: str, *, delete_children: bool = False) -> None:
+        """Delete a workflow; see `delete_workflows`."""
+        await self._delete_workflows([workflow_id], delete_children=delete_children)
+
+    delete_workflow, delete_workflow_async = _twins(_delete_workflow)
+
+    async def _garbage_collect(
+        self, cutoff_epoch_timestamp_ms: float | None = None, rows_threshold: int | None = None
+    ) -> int:
+        """Delete finished workflows that were created before a time, or are not among the youngest so many rows.
+
+        Returns how many.  Unfinished ones are never deleted, but count as rows.
+        """
+        executor = self._launched()
+        cutoffs = [] if cutoff_epoch_timestamp_ms is None else [cutoff_epoch_timestamp_ms / 1000]
+        if rows_threshold is not None:
+            if type(rows_threshold) is not int or rows_threshold < 1:
+                raise ValueError(f"rows_threshold is {rows_threshold!r}; it must be a whole number from 1")
+            youngest = await executor.ask(_age_of, rows_threshold)
+            cutoffs += [] if youngest is None else [youngest]
+        count = 0
+        while cutoffs and (ids := await executor.ask(_begun_before, max(cutoffs), True, _DELETE_BATCH)):
+            count += len(await executor.ask(_delete, ids, False))
+        if cutoffs:
+            await executor.ask(_collect_executors, max(cutoffs))
+        return count
+
+    garbage_collect, garbage_collect_async = _twins(_garbage_collect)
+
+    async def _global_timeout(self, cutoff_epoch_timestamp_ms: float) -> None:
+        """Cancel the unfinished workflows that were created before a time."""
+        executor = self._launched()
+        for id in await executor.ask(
+            _cancel, await executor.ask(_begun_before, cutoff_epoch_timestamp_ms / 1000, False)
+        ):
+            executor.changed(id)
+
+    global_timeout, global_timeout_async = _twins(_global_timeout)
+
+
+def _alternatives(what: str, value: Any) -> list[str]:
+    """One string or several, as a list; ValueError for anything else."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple, set)) or not all(isinstance(each, str) for each in values):
+        raise ValueError(f"{what} is {value!r}; it must be a string or a list of strings")
+    known = (*_UNFINISHED, "SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
+    if what == "status" and not set(values) <= set(known):
+        raise ValueError(f"status is {value!r}; there are {', '.join(known)}")
+    return [each for each in values if _storable(each)]  # of what cannot be stored, none is there
+
+
+_Time = str | float | datetime
+
+
+def _epoch_s(what: str, moment: _Time) -> float:
+    """Seconds since 1970; a number above 1e11 is milliseconds (as seconds it would be the year 5138)."""
+    try:
+        if isinstance(moment, str):
+            moment = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", moment.strip()))
+        if isinstance(moment, datetime):
+            return moment.timestamp()
+        if not isinstance(moment, bool) and abs(moment) < 1e14:
+            return moment / 1000 if abs(moment) > 1e11 else moment
+    except (ValueError, TypeError, OverflowError):
+        pass
+    raise ValueError(f"{what} is {moment!r}; it must be ISO 8601, such as 2030-01-31T12:00:00Z, or seconds since 1970")
+
+
+class Durable(_Management):
     """Registers functions as workflows and steps, and, once launched, runs them durably.
 
     `DBOS` is the ready-made instance; make more for several executors in one process.
@@ -3451,6 +4596,7 @@ class Durable:
         self._queues: dict[str, Queue] = {}
         self._classes: dict[str, type] = {}
         self._instances: dict[tuple[str | None, str | None], object] = {}
+        self._schedules: list[tuple[_Cron, Callable[..., Any]]] = []
         self.logger = _log
         Queue(_INTERNAL_QUEUE, durable=self)
 
@@ -3546,6 +4692,29 @@ class Durable:
 
             alone = _Function(f"<temp>.{known_as}", call, fn, 100)
             return self._register(alone, call)
+
+        return decorate
+
+    def scheduled(self, cron: str, timezone: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Run a workflow (this goes above its decorator) at each tick of a cron expression, once over all executors.
+
+        It is called with the tick's time and the time now, both aware of their zone, under the ID
+        `sched-{name}-{tick's time}`.  `cron` has five fields, or six with seconds first; it is meant in
+        UTC or in `timezone`, such as "Europe/Berlin".  Ticks that pass while no executor is there are not
+        made up for.  Raises ValueError for an expression that makes no sense.
+        """
+        parsed = _Cron(cron, timezone)
+
+        def decorate(fn: Callable[P, R]) -> Callable[P, R]:
+            function, _ = self._function_of(fn, ())
+            try:
+                function.signature.bind(None, None)
+            except TypeError as cause:
+                raise DBOSException(
+                    f"{function.name} is scheduled, and must take two arguments, scheduled and actual time: {cause}"
+                ) from None
+            self._schedules.append((parsed, fn))
+            return fn
 
         return decorate
 
@@ -3689,8 +4858,8 @@ class Durable:
                     self._executor = None
                     atexit.unregister(executor.fall_silent)
             if destroy_registry:
-                for known in (self._functions, self._queues, self._classes, self._instances):
-                    known.clear()
+                for known in (self._functions, self._queues, self._classes, self._instances, self._schedules):
+                    cast(Any, known).clear()
                 Queue(_INTERNAL_QUEUE, durable=self)
 
     def _launched(self) -> _Executor:
@@ -3870,60 +5039,55 @@ class Durable:
             raise DBOSException(f"run_step: unknown step option {min(unknown)!r} for {name}")
         return _step(str(name), _Retries(**given), call)  # type: ignore[arg-type]
 
-    # Looking at workflows.
+    # What a workflow says and waits for.
 
-    async def _get_result(self, workflow_id: str) -> Any:
-        """Wait for a workflow to end, wherever it runs, and return or raise its outcome.
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep in a workflow: when to wake up is on record, and after a restart only the rest is slept."""
+        executor = self._launched()
+        if _checked_seconds("the time to sleep", seconds) > 0:
+            run = _own_run("sleep")
+            await _sleep_until(executor, await _wait_until(executor, run, run.advance(), seconds))
 
-        Raises DBOSAwaitedWorkflowCancelledError, DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded and
-        DBOSNonExistentWorkflowError.  In a workflow this is a step.
+    sleep, sleep_async = _twins(_sleep)
+
+    async def _recv(self, topic: str | None = None, timeout_seconds: float = 60) -> Any:
+        """Take the oldest message sent to this workflow on this topic; None once the time is up.
+
+        Each is received once: its taking is the record of this step.  The time goes on counting while no
+        process runs the workflow.
         """
-        return await self._result_of(workflow_id, existing=True)
+        topic = _NO_TOPIC if topic is None else _valid_name("topic", topic)
+        return await _receive_message(self._launched(), topic, _checked_seconds("timeout_seconds", timeout_seconds))
 
-    get_result, get_result_async = _twins(_get_result)
+    recv, recv_async = _twins(_recv)
 
-    def _result_of(self, workflow_id: str, existing: bool) -> Coroutine[Any, Any, Any]:
-        executor = self._launched()
-        return _recorded("DBOS.getResult", lambda: _result(executor, workflow_id, existing), child=workflow_id)
+    async def _set_event(self, key: str, value: Any) -> None:
+        """Publish a value of this workflow under a key, for `get_event`; the last one counts.
 
-    async def _get_workflow_status(self, workflow_id: str) -> "WorkflowStatus | None":
-        """Read how a workflow stands; None if there is none.  In a workflow this is a step."""
-        executor = self._launched()
+        In one of its steps this is part of the step.
+        """
+        executor, row = self._launched(), {"key": _valid_name("event key", key)}
 
-        async def look() -> WorkflowStatus | None:
-            row = await executor.ask(_find, workflow_id)
-            return None if row is None else _status_of(executor.serializer, row)
+        async def no_refusal() -> None:
+            return None
 
-        return await _recorded("DBOS.getStatus", look)
+        await _write_step(_SET_EVENT, "DBOS.setEvent", no_refusal, **row, value=_text_for("event", executor, value))
+        executor.hints.send("e", str(self.workflow_id), key)
 
-    get_workflow_status, get_workflow_status_async = _twins(_get_workflow_status)
+    set_event, set_event_async = _twins(_set_event)
 
-    async def _list_workflow_steps(self, workflow_id: str) -> "list[StepInfo]":
-        """Read a workflow's recorded steps, in order.  In a workflow this is a step."""
-        executor = self._launched()
+    async def _write_stream(self, key: str, value: Any) -> None:
+        """Append a value to a stream of this workflow, for `read_stream`; in a step this is part of the step."""
+        text = _text_for("value", self._launched(), value)
+        await _write_to_stream("DBOS.writeStream", _valid_name("stream key", key), text)
 
-        async def look() -> list[StepInfo]:
-            rows = await executor.ask(_steps_of, workflow_id)
-            return [cast(StepInfo, _read_outcome(executor.serializer, row)) for row in rows]
+    write_stream, write_stream_async = _twins(_write_stream)
 
-        return await _recorded("DBOS.listWorkflowSteps", look)
+    async def _close_stream(self, key: str) -> None:
+        """End a stream of this workflow: its readers come to an end, and writing to it is an error."""
+        await _write_to_stream("DBOS.closeStream", _valid_name("stream key", key), None)
 
-    list_workflow_steps, list_workflow_steps_async = _twins(_list_workflow_steps)
-
-    def retrieve_workflow(self, workflow_id: str, existing_workflow: bool = True) -> "WorkflowHandle[Any]":
-        """Return a handle; DBOSNonExistentWorkflowError if there is no such workflow (and there should be)."""
-        _refuse_to_block_a_loop("retrieve_workflow")
-        if existing_workflow:
-            _existing(workflow_id, self.get_workflow_status(workflow_id))
-        return WorkflowHandle(self, workflow_id, existing_workflow)
-
-    async def retrieve_workflow_async(
-        self, workflow_id: str, existing_workflow: bool = True
-    ) -> "WorkflowHandleAsync[Any]":
-        """Do as `retrieve_workflow`, without blocking the event loop."""
-        if existing_workflow:
-            _existing(workflow_id, await self.get_workflow_status_async(workflow_id))
-        return WorkflowHandleAsync(self, workflow_id, existing_workflow)
+    close_stream, close_stream_async = _twins(_close_stream)
 
 
 async def _recorded(name: str, perform: Callable[[], Awaitable[T]], child: str | None = None) -> T:
@@ -3937,7 +5101,7 @@ async def _recorded(name: str, perform: Callable[[], Awaitable[T]], child: str |
 class _Handle(Generic[R]):
     """A workflow that was started, enqueued or retrieved."""
 
-    def __init__(self, durable: Durable, workflow_id: str, existing: bool = True) -> None:
+    def __init__(self, durable: _Management, workflow_id: str, existing: bool = True) -> None:
         self._durable, self.workflow_id, self._exists = durable, workflow_id, existing
 
     def get_workflow_id(self) -> str:
@@ -4052,6 +5216,95 @@ class DBOSConfiguredInstance:
     def __init__(self, config_name: str) -> None:
         self.config_name = config_name
         DBOS.register_instance(self)
+
+
+class _RequiredEnqueueOptions(TypedDict):
+    workflow_name: str
+    queue_name: str
+
+
+class EnqueueOptions(_RequiredEnqueueOptions, total=False):
+    """What `DBOSClient.enqueue` needs to know; see SetEnqueueOptions, SetWorkflowID and SetWorkflowTimeout.
+
+    Without `app_version`, executors of any version may run the workflow.
+    """
+
+    workflow_id: str
+    app_version: str
+    workflow_timeout: float
+    delay_seconds: float
+    deduplication_id: str
+    priority: int
+    class_name: str
+    instance_name: str
+
+
+_ENQUEUE_SETTINGS = ("deduplication_id", "priority", "app_version", "delay_seconds")
+
+
+class DBOSClient(_Management):
+    """Enqueues, watches and manages workflows from a program that does not have their code.
+
+    The schema must be there (see `python durable.py migrate`).  Raises DBOSInitializationError.
+    """
+
+    def __init__(
+        self, database_url: str | None = None, *, system_database_url: str | None = None,
+        serializer: Serializer | None = None, use_listen_notify: bool = True, system_database_pool_size: int = 4,
+    ) -> None:
+        config = _checked({
+            "name": "client", "system_database_url": system_database_url or database_url, "serializer": serializer,
+            "use_listen_notify": use_listen_notify, "sys_db_pool_size": system_database_pool_size,
+            "run_migrations": False,
+        })
+        resolved = _resolved(config)
+        self._executor = _Executor(Durable(), _postgres_url(resolved["system_database_url"]), resolved, serves=False)
+        try:
+            self._executor.launch()
+        except BaseException:
+            self._executor.close(0)
+            raise
+        atexit.register(self._executor.fall_silent)
+
+    def destroy(self) -> None:
+        """Close all connections.  Can be called again."""
+        if not self._executor.closed.is_set:
+            self._executor.close(0)
+            atexit.unregister(self._executor.fall_silent)
+
+    def _launched(self) -> _Executor:
+        if self._executor.closed.is_set:
+            raise DBOSException("this client was destroyed: make a new one")
+        return self._executor
+
+    async def _enqueue(self, options: EnqueueOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        executor, given = self._launched(), dict(options)
+        known = {**_RequiredEnqueueOptions.__annotations__, **EnqueueOptions.__annotations__}
+        for key in given.keys() - known.keys():
+            raise DBOSException(f"unknown enqueue option {key!r}; there are: {', '.join(known)}")
+        for key in _RequiredEnqueueOptions.__annotations__:
+            _valid_name(f"the enqueue option {key}", given.get(key))
+        id = str(given.get("workflow_id") or uuid.uuid4())
+        settings = {key: given[key] for key in _ENQUEUE_SETTINGS if key in given}
+        inputs = _text_for("argument list", executor, {"args": list(args), "kwargs": kwargs})
+        with SetWorkflowTimeout(options.get("workflow_timeout")), SetEnqueueOptions(**cast(Any, settings)):
+            row = {
+                "id": _valid_name("workflow ID", id), "name": given["workflow_name"],
+                "class_name": given.get("class_name"), "config_name": given.get("instance_name"), "inputs": inputs,
+                "parent_workflow_id": None, **_terms(executor, str(given["queue_name"])),
+            }
+        await _insert(executor, row, None, 0)
+        executor.hints.send("q", str(given["queue_name"]))
+        return id
+
+    def enqueue(self, options: EnqueueOptions, *args: Any, **kwargs: Any) -> WorkflowHandle[Any]:
+        """Enqueue a workflow by its name; raises DBOSQueueDeduplicatedError, DBOSConflictingWorkflowError."""
+        _refuse_to_block_a_loop("enqueue")
+        return WorkflowHandle(self, _block(self._enqueue(options, args, kwargs)))
+
+    async def enqueue_async(self, options: EnqueueOptions, *args: Any, **kwargs: Any) -> WorkflowHandleAsync[Any]:
+        """Do as `enqueue`, without blocking the event loop."""
+        return WorkflowHandleAsync(self, await _suspend(self._enqueue(options, args, kwargs)))
 
 
 def _class_name(cls: type) -> str:

@@ -9,6 +9,9 @@
 --
 --     workflows   one row per workflow: who it is, how far it is, what came out
 --     steps       one row per finished step: what every replay of it returns
+--     messages    what was sent to a workflow, in order, and whether it was received
+--     events      what a workflow says of itself under a key: the last value counts
+--     streams     what a workflow says of itself under a key: every value, in order
 --     executors   one row per launch of a process: the incarnations behind a name
 --     version     one row: which edition of this file the database has
 --
@@ -65,7 +68,7 @@ create table if not exists durable.workflows (
         'CANCELLED',    -- stopped by an operator or by its deadline
         'MAX_RECOVERY_ATTEMPTS_EXCEEDED'        -- took its process down too often; waits for an operator
     )),
-    claim               bigint      not null default 0,     -- grows with each run that takes the row
+    claim               bigint      not null,   -- begins anywhere, grows with each run that takes the row
     recovery_attempts   integer     not null default 0,     -- runs begun since the start or a resume
     executor_id         text,                   -- the name behind the claim,
     incarnation         integer,                --   and which launch of it
@@ -106,6 +109,17 @@ create index if not exists workflows_delayed on durable.workflows (delayed_until
 create index if not exists workflows_running on durable.workflows (queue, incarnation)
     where status = 'PENDING' and incarnation is not null;
 
+-- For _expire: what runs out of time next.
+create index if not exists workflows_deadline on durable.workflows (deadline_at)
+    where deadline_at is not null and status in ('DELAYED', 'ENQUEUED', 'PENDING');
+
+-- For _list and _collect: by age.
+create index if not exists workflows_created on durable.workflows (created_at);
+
+-- For _family: the children of a workflow.
+create index if not exists workflows_children on durable.workflows (parent_workflow_id)
+    where parent_workflow_id is not null;
+
 -- For a queue's rate limit.
 create index if not exists workflows_rate on durable.workflows (queue, dequeued_at)
     where dequeued_at is not null;
@@ -130,7 +144,43 @@ create table if not exists durable.steps (
     primary key (workflow_id, position)
 );
 
--- The operator's questions, for any client.  None of these views reads the row of a workflow that ended.
+-- One row per message.  A received one stays, so that its idempotency key is not taken a second time.
+-- Like the steps, messages, events and streams are written under a lock on their workflow's row.
+create table if not exists durable.messages (
+    number              bigint      primary key generated always as identity,   -- order of arrival
+    workflow_id         text        not null,   -- to whom
+    topic               text        not null,
+    message             text        not null,
+    idempotency_key     text,
+    sent_at             timestamptz not null default now(),
+    received_at         timestamptz
+);
+
+-- For _receive: the oldest that waits.
+create index if not exists messages_waiting on durable.messages (workflow_id, topic, number)
+    where received_at is null;
+
+create unique index if not exists messages_idempotency on durable.messages (workflow_id, idempotency_key);
+
+-- One row per value and the position at which it was set, so that a fork finds the values as of then.
+create table if not exists durable.events (
+    workflow_id         text        not null,
+    key                 text        not null,
+    position            integer     not null,
+    value               text        not null,
+    primary key (workflow_id, key, position)
+);
+
+create table if not exists durable.streams (
+    workflow_id         text        not null,
+    key                 text        not null,
+    "offset"            integer     not null,   -- 0, 1, 2...
+    value               text,                   -- null: the stream is closed
+    position            integer     not null,
+    primary key (workflow_id, key, "offset")
+);
+
+-- The operator's questions, for any client.  However many workflows have ended, these views are as quick.
 
 -- For durable.unfinished.
 create index if not exists workflows_dead on durable.workflows (id)
@@ -160,13 +210,13 @@ select application_version, coalesce(delayed, 0) as delayed, coalesce(enqueued, 
            as launched_at,
        coalesce(delayed + enqueued + pending, 0) > 0 and coalesce(executors, 0) = 0
            and (application_version is not null or not exists (select from durable.living)) as stranded
-  from (select application_version, count(*) filter (where status = 'DELAYED') as delayed,
-               count(*) filter (where status = 'ENQUEUED') as enqueued,
-               count(*) filter (where status = 'PENDING') as pending
-          from durable.unfinished where status <> 'MAX_RECOVERY_ATTEMPTS_EXCEEDED'
-         group by application_version) as v
-  full join (select application_version, count(*) as executors
-               from durable.living group by application_version) as l using (application_version);
+  from ((select application_version, count(*) filter (where status = 'DELAYED') as delayed,
+                count(*) filter (where status = 'ENQUEUED') as enqueued,
+                count(*) filter (where status = 'PENDING') as pending
+           from durable.unfinished where status <> 'MAX_RECOVERY_ATTEMPTS_EXCEEDED'
+          group by application_version) as work
+        full join (select application_version, count(*) as executors
+                     from durable.living group by application_version) as life using (application_version)) as v;
 
 -- Why is it not moving?  What is the same for all workflows of a kind (who could take them, how full their
 -- queue is) is found once per kind, so that the view stays quick with many of them.
