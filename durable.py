@@ -3219,6 +3219,7 @@ class _Executor:
 
     def _take_office(self) -> None:
         """Warn of stranded work, recover what is ours, and open the admin server."""
+        _launched.add(self)
         stranded = self.now(_stranded, self.me["version"])
         if stranded:
             _log.warning(
@@ -3234,7 +3235,6 @@ class _Executor:
             self.me["application"], self.me["executor_id"], self.me["incarnation"], self.me["version"],
             _without_password(self.url), self.admin.url if self.admin else "none", _some(taken),
         )
-        _launched.add(self)
 
     def offer(self) -> dict[str, Any]:
         """What this executor would take: the functions it knows, from the queues it declares."""
@@ -3458,7 +3458,8 @@ def _dead(executor: _Executor, pending: list[_Pending]) -> list[int]:
 
 def _some(ids: list[str]) -> str:
     """A few of the IDs, and how many there are, for one line of the log."""
-    return f"{len(ids)} workflows ({', '.join([*ids[:5], *(['...'] if ids[5:] else [])])})" if ids else "nothing"
+    shown = ", ".join(ids[:5]) + ", ..." * (len(ids) > 5)
+    return f"{len(ids)} workflow{'s' * (len(ids) > 1)} ({shown})" if ids else "nothing"
 
 
 def _without_password(url: str) -> str:

@@ -286,13 +286,12 @@ select u.id as workflow_id, u.status, u.name, u.queue, u.application_version, u.
        when serving = 0 then format('no live executor that knows %s serves queue %s: declare it there', u.name, u.queue)
        when u.status = 'DELAYED' then format('its delay is over since %s; enters queue %s within a second',
                                              u.delayed_until::timestamptz(0), u.queue)
-       else format('waits in queue %s behind %s; ', u.queue, u.ahead)
-           || case when running >= concurrency then format('concurrency is %s, and %s run', concurrency, running)
-                   when started >= "limit" then format('%s may start in %s s, and did', "limit", period)
+       else case when u.ahead = 0 then 'is next' else 'waits behind ' || u.ahead end || ' in queue ' || u.queue || ': '
+           || case when running >= concurrency then format('%s of %s places are taken (concurrency)', running, concurrency)
+                   when started >= "limit" then format('%s of %s starts in %s s are used up', started, "limit", period)
                    when running >= each * serving then
-                       format('worker_concurrency is %s in %s executors, and %s run', each, serving, running)
-                   when u.ahead = 0 then 'will be taken as soon as an executor has a thread free'
-                   else 'no limit holds them: the executors take them as fast as their threads allow' end
+                       format('%s of %s places are taken (worker_concurrency)', running, each * serving)
+                   else 'no limit holds it, so executors take it as soon as they have a thread free' end
        end as why
   from unfinished as u
   join kinds as k using (kind)
