@@ -3957,21 +3957,23 @@ _PAGE = r"""<!doctype html>
 * { box-sizing: border-box; overflow-wrap: anywhere }
 body { max-width: 1200px; margin: 0 auto; padding: 0 16px 48px; background: var(--page); color: var(--ink);
        font: 14px/1.45 system-ui, sans-serif }
-h1 { font-size: 20px } h2 { font-size: 15px; margin: 24px 0 6px } a { color: var(--busy) } .faint { color: var(--faint) }
+h1 { font-size: 20px } h2 { font-size: 15px; margin: 24px 0 6px } a { color: var(--busy) }
 form, nav { display: flex; flex-wrap: wrap; gap: 6px; align-items: center; margin: 8px 0 }
 input, select, button { font: inherit; color: inherit; background: var(--fill); border: 1px solid var(--line);
                         border-radius: 5px; padding: 4px 8px; min-width: 0; width: 11em } button { width: auto }
-table { border-collapse: collapse; width: 100% } th { color: var(--faint); font-weight: 500 }
+table { border-collapse: collapse; width: 100% } .faint, th { color: var(--faint); font-weight: normal }
 td, th { text-align: left; vertical-align: top; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line) }
 .num { text-align: right; white-space: nowrap; padding-right: 0 } .key { width: 10em }
-pre { background: var(--fill); padding: 8px; border-radius: 5px; max-height: 20em; overflow: auto; white-space: pre-wrap }
+pre { background: var(--fill); padding: 8px; border-radius: 5px; max-height: 20em; overflow: auto;
+      white-space: pre-wrap } td.status { width: 10em; font-size: 12px } [hidden] { display: none !important }
 .SUCCESS, .alive { color: var(--good) } .PENDING { color: var(--busy) } .ENQUEUED, .DELAYED { color: var(--wait) }
-.ERROR, .CANCELLED, .MAX_RECOVERY_ATTEMPTS_EXCEEDED, .dead { color: var(--bad) } td.status { width: 10em; font-size: 12px }
-.step { display: grid; grid-template-columns: 28% 1fr 7em; gap: 10px; border-bottom: 1px solid var(--line); padding: 4px 0 }
+.ERROR, .CANCELLED, .MAX_RECOVERY_ATTEMPTS_EXCEEDED, .dead { color: var(--bad) }
+.step { display: grid; grid-template-columns: 28% 1fr 7em; gap: 10px; padding: 4px 0;
+        border-bottom: 1px solid var(--line) }
 .line { position: relative; height: 14px; margin: 3px 0; background: var(--fill); border-radius: 3px }
 .bar { position: absolute; height: 100%; min-width: 2px; border-radius: 3px; background: var(--good) }
 .bar.waits { background: var(--wait); opacity: .6 } .bar.busy { background: var(--busy); opacity: .6 }
-.bar.bad { background: var(--bad) } [hidden] { display: none !important }
+.bar.bad { background: var(--bad) }
 .bar.again { background-image: repeating-linear-gradient(135deg, #0000 0 5px, #fff9 5px 8px) }
 @media (max-width: 700px) { .wide { display: none } td.status { width: 7em } input, select { width: calc(50% - 3px) }
         .step { grid-template-columns: 1fr 6em } .line { grid-row: 2; grid-column: 1 / 3 } }
@@ -4013,9 +4015,9 @@ async function list() {
   const asked = {limit: LIMIT, offset, sort_desc: true}
   for (const each of filters.elements) if (each.value) asked[each.name] = each.value
   const found = await ask("/workflows", asked), waiting = found.filter(w => UNFINISHED.includes(w.Status))
-  const {name, counts, of_newest, executors, why} = await ask("/overview", {workflow_uuids: waiting.map(w => w.WorkflowUUID)})
-  const turn = by => make("button", {onclick: () => { offset += by; refresh() }, textContent: by < 0 ? "newer" : "older",
-                                     disabled: by < 0 ? !offset : found.length < LIMIT})
+  const ids = waiting.map(w => w.WorkflowUUID)
+  const {name, counts, of_newest, executors, why} = await ask("/overview", {workflow_uuids: ids})
+  const turn = (by, text, disabled) => make("button", {disabled, onclick: () => { offset += by, refresh() }}, text)
   const count = ([status, number]) => make("button", {className: status, onclick: () => {
     filters.elements.status.value = status, offset = 0, refresh() }}, status + " " + number.toLocaleString())
   const all = Object.values(counts).reduce((sum, number) => sum + number, 0)
@@ -4025,13 +4027,16 @@ async function list() {
     make("nav", {}, Object.entries(counts).map(count), all < of_newest ? "" : `of the newest ${all.toLocaleString()}`),
     table([["status"], ["workflow"], ["created", "wide"], ["executor", "wide"], ["took", "num"]], ...found.map(w => [
       [w.Status, "status " + w.Status],
-      [[link(w.WorkflowUUID), div("faint", w.WorkflowName, w.QueueName && ", queue " + w.QueueName), why[w.WorkflowUUID]]],
-      [when(w.CreatedAt), "wide"], [w.ExecutorID, "wide"], [waiting.includes(w) ? "" : took(w.UpdatedAt - w.CreatedAt), "num"]])),
-    make("nav", {}, turn(-LIMIT), turn(LIMIT), found.length ? `${offset + 1} to ${offset + found.length}` : "none"),
+      [[link(w.WorkflowUUID), div("faint", w.WorkflowName, w.QueueName && ", queue " + w.QueueName),
+        why[w.WorkflowUUID]]], [when(w.CreatedAt), "wide"], [w.ExecutorID, "wide"],
+      [waiting.includes(w) ? "" : took(w.UpdatedAt - w.CreatedAt), "num"]])),
+    make("nav", {}, turn(-LIMIT, "newer", !offset), turn(LIMIT, "older", found.length < LIMIT),
+         found.length ? `${offset + 1} to ${offset + found.length}` : "none"),
     make("h2", {}, "Executors"),
-    table([["name"], ["version"], ["state"], ["host", "wide"], ["incarnation", "num"]], ...executors.map(e => [
+    table([["name", "key"], ["version"], ["state"], ["host", "wide"], ["incarnation", "num wide"]],
+          ...executors.map(e => [
       [e.executor_id], [e.application_version], [state(e), e.alive ? "alive" : "dead"],
-      [e.hostname + ", process " + e.pid, "wide"], [e.incarnation, "num"]]))]]
+      [e.hostname + ", process " + e.pid, "wide"], [e.incarnation, "num wide"]]))]]
 }
 
 async function one(id) {
@@ -4044,12 +4049,14 @@ async function one(id) {
     it.style.left = Math.min(99.7, (begun - from) * scale) + "%"  // (the policy allows this, and no style in markup)
     it.style.width = Math.max(0, Math.min(until, ended) - begun) * scale + "%"
     it.title = when(begun) + " to " + when(ended)
-    return div("step", div("", name, more), div("line", it), div("faint", ended > until ? "until " + when(ended) : took(ended - begun)))
+    return div("step", div("", name, more), div("line", it),
+               div("faint", ended > until ? took(ended - until) + " left" : took(ended - begun)))
   }
   const step = s => bar(s.function_id + " " + s.function_name, +s.started_at_epoch_ms,
     s.function_name == "DBOS.sleep" ? s.output * 1000 : +s.completed_at_epoch_ms,
     (s.error ? "bad" : WAITS.test(s.function_name) ? "waits" : "") + (tries[s.function_id] ? " again" : ""),
-    tries[s.function_id] ? `, ${tries[s.function_id]} tries ` : " ", link(s.child_workflow_id), s.error && div("ERROR", s.error))
+    tries[s.function_id] ? `, ${tries[s.function_id]} tries ` : " ", link(s.child_workflow_id),
+    s.error && div("ERROR", s.error))
   const facts = [["status", w.Status], ["why", why[id]], ["name", w.WorkflowName], ["queue", w.QueueName],
     ["version", w.ApplicationVersion], ["executor", w.ExecutorID], ["created", when(w.CreatedAt)],
     [now ? "updated" : "ended", when(w.UpdatedAt)], ["deadline", when(w.WorkflowDeadlineEpochMS)],
@@ -4060,7 +4067,7 @@ async function one(id) {
     make("h2", {}, steps.length > 1000 ? `The last 1,000 of ${steps.length} steps` : "Steps"),
     w.DequeuedAt && bar("in queue " + w.QueueName, from, +w.DequeuedAt, "waits"), steps.slice(-1000).map(step),
     w.Status == "PENDING" && bar("since then", last, now, "busy"),
-    ["Input", "Output"].map(part => w[part] && [make("h2", {}, part), make("pre", {}, w[part])])].flat(3).filter(part => part)]
+    ["Input", "Output"].map(part => w[part] && [make("h2", {}, part), make("pre", {}, w[part])])]]
 }
 
 async function refresh() {
@@ -4070,7 +4077,7 @@ async function refresh() {
     const [title, data, show] = document.hidden ? [] : await (id ? one(id) : list())
     if (turn != turns) return                       // somebody clicked meanwhile
     if (show && JSON.stringify([id, data]) != shown) {
-      main.replaceChildren(...show())
+      main.replaceChildren(...show().flat(2).filter(part => part))
       document.title = document.querySelector("h1").textContent = title
       shown = JSON.stringify([id, data])
       filters.hidden = !!id
@@ -4083,8 +4090,8 @@ async function refresh() {
   timer = setTimeout(refresh, 3000)
 }
 
-filters.elements.status.append(...[...UNFINISHED, "SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"].map(
-  status => make("option", {}, status)))
+filters.elements.status.append(...[...UNFINISHED, "SUCCESS", "ERROR", "CANCELLED",
+                                   "MAX_RECOVERY_ATTEMPTS_EXCEEDED"].map(status => make("option", {}, status)))
 filters.oninput = () => { offset = 0, refresh() }
 filters.onsubmit = event => event.preventDefault()
 login.onsubmit = event => {
