@@ -3963,7 +3963,7 @@ input, select, button { font: inherit; color: inherit; background: var(--fill); 
                         border-radius: 5px; padding: 4px 8px; min-width: 0; width: 11em } button { width: auto }
 table { border-collapse: collapse; width: 100% } .faint, th { color: var(--faint); font-weight: normal }
 td, th { text-align: left; vertical-align: top; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line) }
-.num { text-align: right; white-space: nowrap; padding-right: 0 } .key { width: 10em }
+.num { text-align: right; white-space: nowrap; padding-right: 0 } .key { width: 10em } th, .wide { overflow-wrap: normal }
 pre { background: var(--fill); padding: 8px; border-radius: 5px; max-height: 20em; overflow: auto;
       white-space: pre-wrap } td.status { width: 10em; font-size: 12px } [hidden] { display: none !important }
 .SUCCESS, .alive { color: var(--good) } .PENDING { color: var(--busy) } .ENQUEUED, .DELAYED { color: var(--wait) }
@@ -4022,7 +4022,7 @@ async function list() {
     filters.elements.status.value = status, offset = 0, refresh() }}, status + " " + number.toLocaleString())
   const all = Object.values(counts).reduce((sum, number) => sum + number, 0)
   const state = e => e.alive ? (e.deactivated ? "deactivated, " : "") + "alive since " + when(e.launched_at) :
-    e.stopped_at ? "stopped " + when(e.stopped_at) : e.lost_at ? "died before " + when(e.lost_at) : "died just now"
+    e.stopped_at ? "stopped " + when(e.stopped_at) : e.lost_at ? "died before " + when(e.lost_at) : "gone"
   return [name, [found, counts, executors, why], () => [
     make("nav", {}, Object.entries(counts).map(count), all < of_newest ? "" : `of the newest ${all.toLocaleString()}`),
     table([["status"], ["workflow"], ["created", "wide"], ["executor", "wide"], ["took", "num"]], ...found.map(w => [

@@ -269,7 +269,7 @@ select u.id as workflow_id, u.status, u.name, u.queue, u.application_version, u.
        when u.status = 'PENDING' then
            format('its executor %s (incarnation %s) ', u.executor_id, u.incarnation)
            || coalesce('stopped at ' || e.stopped_at::timestamptz(0), 'died before ' || e.lost_at::timestamptz(0),
-                       'died just now') || ': '
+                       'is gone') || ': '
            || case when of_version = 0 then
                        format('launch %s again, with version %s', u.executor_id, u.application_version)
                    when knowing = 0 then format('no live executor of version %s knows %s: launch %s again',
