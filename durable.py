@@ -46,6 +46,7 @@ Needs Python 3.10+, psycopg 3 with psycopg_pool, PostgreSQL 13+, and schema.sql 
 Licence: MIT.  Made to be copied into your project and read.
 """
 
+import argparse
 import ast
 import asyncio
 import atexit
@@ -69,6 +70,7 @@ import pickle
 import random
 import re
 import secrets
+import shutil
 import socket
 import socketserver
 import sys
@@ -1203,6 +1205,12 @@ def _requeue(conn: Conn, names: list[str]) -> tuple[list[str], int]:
     return ids, alive
 
 
+def _view(conn: Conn, name: str, ids: list[str]) -> list[dict[str, Any]]:
+    """Read one of the views for operators; of some workflows, where IDs are given."""
+    query = f"select * from durable.{name}" + (" where workflow_id = any(%s)" if ids else "")
+    return conn.cursor(row_factory=dict_row).execute(query, (ids,) if ids else ()).fetchall()
+
+
 def _stranded(conn: Conn, version: str) -> list[tuple[str, int]]:
     """Count the unfinished workflows of other versions that no live executor serves, by version."""
     query = """
@@ -1323,7 +1331,7 @@ def _migrate(conn: Conn, apply: bool) -> None:
             raise DBOSInitializationError(
                 f"the database's schema is {'missing' if number is None else f'edition {number}'}, this "
                 f"durable.py needs edition {_SCHEMA_VERSION}, and run_migrations is off: apply it with "
-                f'psql "$DBOS_SYSTEM_DATABASE_URL" --single-transaction --file {schema.name}'
+                f"`python {Path(__file__).name} migrate`"
             )
         if not schema.exists():
             raise DBOSInitializationError(f"{schema} is missing: it belongs beside durable.py")
@@ -5332,3 +5340,162 @@ def _set_up_logging(level: str) -> None:
 
 
 DBOS = Durable()
+
+
+# --- Command line -------------------------------------------------------------------------------------
+#
+# `python durable.py` looks at workflows, and steers them, while executors run or while none does.  It has
+# not their code and trusts nothing that is stored: values are shown as text, and no pickle is opened.
+
+
+def _arguments() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--url", help="the database; else DBOS_SYSTEM_DATABASE_URL, DATABASE_URL, the embedded one")
+    common.add_argument("--json", action="store_true", help="print JSON")
+    parser = argparse.ArgumentParser(prog="durable.py", parents=[common], description="Look at workflows, steer them.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, does: str, /, **arguments: dict[str, Any]) -> None:
+        added = commands.add_parser(name, parents=[common], help=does, description=does)
+        for argument, settings in arguments.items():
+            added.add_argument(argument if argument.isupper() else "--" + argument.replace("_", "-"), **settings)
+
+    several: dict[str, Any] = {"action": "append", "help": "may be given again"}
+    a_time, number = {"help": "ISO 8601, or seconds since 1970"}, {"type": int, "required": True}
+    filters = {key: a_time if key.endswith("_time") else several for key in _LIST_FILTERS}
+    command("migrate", "apply schema.sql")
+    command("list", "list workflows, the youngest first", **filters, limit={"type": int, "default": 100})
+    command("show", "show a workflow and its steps", ID={})
+    command("cancel", "cancel workflows", ID={"nargs": "+"})
+    command("resume", "have cancelled or dead-lettered workflows go on", ID={"nargs": "+"})
+    command("fork", "run a workflow again, from a step on, under another ID", ID={}, step=number)
+    command("restart", "run a workflow again, from its beginning, under another ID", ID={})
+    command("delete", "delete workflows with all that belongs to them", ID={"nargs": "+"})
+    command("recover", "give the workflows of dead executors to those that live", EXECUTOR={"nargs": "+"})
+    command("executors", "list the executors, alive and dead")
+    command("versions", "list application versions, and the work that waits for each")
+    command("why", "say why workflows are not moving", ID={"nargs": "*"})
+    command("gc", "delete finished workflows", older_than={"type": float, "required": True, "metavar": "DAYS"})
+    return parser
+
+
+def _run_command(client: DBOSClient, options: argparse.Namespace) -> Any:
+    """Do what the command line asks, and return what it prints: rows, or what became of IDs."""
+    executor = client._launched()
+    given = vars(options)
+    ids = [given["ID"]] if isinstance(given.get("ID"), str) else given.get("ID") or []
+    known = executor.now(_claims, ids)
+    missing = [id for id in ids if id not in known]
+    if missing:
+        raise DBOSNonExistentWorkflowError(f"there is no workflow {', '.join(missing)}")
+    match options.command:
+        case "list":
+            filters: dict[str, Any] = {key: given[key] for key in _LIST_FILTERS if given[key] is not None}
+            found = client.list_workflows(**filters, limit=options.limit, sort_desc=True, load_output=False)
+            return [_plain(vars(status), _LIST_COLUMNS) for status in found]
+        case "show":
+            workflow, steps = executor.now(_find, options.ID) or {}, executor.now(_steps_of, options.ID)
+            return {"workflow": _plain(workflow, workflow), "steps": [_plain(step, step) for step in steps]}
+        case "cancel":
+            client.cancel_workflows(ids)
+        case "resume":
+            client.resume_workflows(ids)
+        case "delete":
+            client.delete_workflows(ids)
+        case "fork" | "restart":
+            forked = client.fork_workflow(options.ID, getattr(options, "step", 1))
+            return [{"workflow_id": forked.workflow_id, "forked_from": options.ID}]
+        case "recover":
+            taken, alive = executor.now(_requeue, options.EXECUTOR)
+            executor.hints.send("q", _INTERNAL_QUEUE)
+            if alive:
+                print(f"durable: {alive} workflows are left to executors that live", file=sys.stderr)
+            return [{"workflow_id": id, "status": "ENQUEUED"} for id in taken]
+        case "gc":
+            if not options.older_than >= 0:
+                raise ValueError(f"--older-than is {options.older_than}; it must be a number of days from 0")
+            return [{"deleted": client.garbage_collect((executor.now(_clock) - options.older_than * 86400) * 1000)}]
+        case view:
+            return [_plain(row, row) for row in executor.now(_view, view, ids)]
+    after = executor.now(_claims, ids)
+    return [{"workflow_id": id, "status": after[id][1] if id in after else "deleted"} for id in ids]
+
+
+_LIST_COLUMNS = ("workflow_id", "status", "name", "queue_name", "app_version", "executor_id", "created_at")
+_LIST_FILTERS = ("status", "name", "queue_name", "app_version", "workflow_id_prefix", "start_time", "end_time")
+
+
+def _plain(row: dict[str, Any], columns: Iterable[str]) -> dict[str, Any]:
+    """A row for JSON: values as they are where they are stored as JSON, else their text; times in ISO 8601."""
+    values = {name: row[name] for name in columns}
+    for name in ("input", "output", "error"):
+        values |= {name: _readable(JSONSerializer(), row[name])} if name in values else {}
+    return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in values.items()}
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    """Print rows in columns; empty columns are left out, those too wide for the terminal are cut."""
+    if not rows:
+        return print("nothing")
+    filled = [name for name in rows[0] if any(row[name] not in (None, "") for row in rows)]
+    rows = [{name: row[name] for name in filled} for row in rows]
+    table = [list(rows[0]), *([_cell(name, value) for name, value in row.items()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    room = shutil.get_terminal_size(fallback=(1 << 30, 24)).columns - 2 * (len(widths) - 1)
+    while sum(widths) > room and max(widths) > 3:
+        widths[widths.index(max(widths))] -= 1
+    for line in table:
+        cells = zip(line, widths, strict=True)
+        print("  ".join((cell if len(cell) <= w else cell[: w - 1] + "…").ljust(w) for cell, w in cells).rstrip())
+
+
+def _cell(name: str, value: Any) -> str:
+    """A value on one line, without anything that could steer a terminal."""
+    if isinstance(value, int) and name.endswith(("_at", "_ms")) and name != "workflow_timeout_ms":
+        value = datetime.fromtimestamp(value / 1000).astimezone().isoformat(" ", "milliseconds")
+    if name == "error" and isinstance(value, dict):
+        value = f"{value.get('type')}: {value.get('text')}"
+    text = "" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def _main() -> int:
+    """Run one command; 0: done, 1: it could not be, and one line on stderr says why."""
+    options = _arguments().parse_args()
+    url, as_json = getattr(options, "url", None), getattr(options, "json", False)
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    _log.addHandler(logging.NullHandler())
+    try:
+        if options.command == "migrate":
+            config = _resolved({"system_database_url": url or ""})
+            with psycopg.connect(_postgres_url(config["system_database_url"]), autocommit=True) as conn:
+                _migrate(conn, apply=True)
+            rows: Any = [{"schema": _SCHEMA_VERSION}]
+        else:
+            client = DBOSClient(system_database_url=url, serializer=JSONSerializer(), system_database_pool_size=2)
+            try:
+                rows = _run_command(client, options)
+            finally:
+                client.destroy()
+        if as_json:
+            print(json.dumps(rows, indent=2))
+        elif options.command == "show":
+            workflow = rows["workflow"].items()
+            _print_table([{"field": name, "value": text} for name, value in workflow if (text := _cell(name, value))])
+            print()
+            _print_table(rows["steps"])
+        else:
+            _print_table(rows)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `durable.py list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    except (DBOSException, psycopg.Error, ValueError) as error:
+        print(f"durable: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())
