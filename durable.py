@@ -1256,11 +1256,6 @@ def _count(conn: Conn, newest: int) -> dict[str, int]:
     return dict(conn.execute(query, (newest,)).fetchall())
 
 
-def _why(conn: Conn, ids: list[str]) -> dict[str, str]:
-    """Say for the unfinished ones of these workflows why each is not moving."""
-    return dict(conn.execute("select workflow_id, why from durable.why where workflow_id = any(%s)", (ids,)).fetchall())
-
-
 def _tries(conn: Conn, id: str | None) -> dict[int, int]:
     """Say which steps of a workflow took more than one try."""
     query = "select position, tries from durable.steps where workflow_id = %s and tries > 1"
@@ -3807,10 +3802,11 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
         """What the page shows beside workflows and steps; `why` for those that it shows."""
         executor = self.server.executor
         asked = self._fields({"workflow_uuids": _STRINGS, "steps_of": _STRING})
+        ids = asked.get("workflow_uuids")
         return {
             "name": executor.me["application"], "counts": executor.now(_count, _CENSUS), "of_newest": _CENSUS,
-            "executors": executor.now(_executors, 100), "why": executor.now(_why, asked.get("workflow_uuids", [])),
-            "tries": executor.now(_tries, asked.get("steps_of")),
+            "executors": executor.now(_executors, 100), "tries": executor.now(_tries, asked.get("steps_of")),
+            "why": {row["workflow_id"]: row["why"] for row in executor.now(_view, "why", ids)} if ids else {},
         }
 
     # Reading and writing.
@@ -3971,9 +3967,9 @@ input, select, button { font: inherit; color: inherit; background: var(--fill); 
                         border-radius: 5px; padding: 4px 8px; min-width: 0; width: 11em } button { width: auto }
 table { border-collapse: collapse; width: 100% } .faint, th { color: var(--faint); font-weight: normal }
 td, th { text-align: left; vertical-align: top; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line) }
-.num { text-align: right; white-space: nowrap; padding-right: 0 } .key { width: 10em } th, .wide { overflow-wrap: normal }
+.num { text-align: right; white-space: nowrap; padding-right: 0 } th, .wide { overflow-wrap: normal }
 pre { background: var(--fill); padding: 8px; border-radius: 5px; max-height: 20em; overflow: auto;
-      white-space: pre-wrap } td.status { width: 10em; font-size: 12px } [hidden] { display: none !important }
+      white-space: pre-wrap } td.status { font-size: 12px } td.status, .key { width: 10em } [hidden] { display: none !important }
 .SUCCESS, .alive { color: var(--good) } .PENDING { color: var(--busy) } .ENQUEUED, .DELAYED { color: var(--wait) }
 .ERROR, .CANCELLED, .MAX_RECOVERY_ATTEMPTS_EXCEEDED, .dead { color: var(--bad) }
 .step { display: grid; grid-template-columns: 28% 1fr 7em; gap: 10px; padding: 4px 0;
@@ -5415,6 +5411,8 @@ def _run_command(client: DBOSClient, options: argparse.Namespace) -> Any:
             if not options.older_than >= 0:
                 raise ValueError(f"--older-than is {options.older_than}; it must be a number of days from 0")
             return [{"deleted": client.garbage_collect((executor.now(_clock) - options.older_than * 86400) * 1000)}]
+        case "executors":
+            return [_plain(row, row) for row in executor.now(_executors, 1000)]
         case view:
             return [_plain(row, row) for row in executor.now(_view, view, ids)]
     after = executor.now(_claims, ids)

@@ -216,7 +216,8 @@ select application_version, coalesce(delayed, 0) as delayed, coalesce(enqueued, 
            from durable.unfinished where status <> 'MAX_RECOVERY_ATTEMPTS_EXCEEDED'
           group by application_version) as work
         full join (select application_version, count(*) as executors
-                     from durable.living group by application_version) as life using (application_version)) as v;
+                     from durable.living group by application_version) as life using (application_version)) as v
+ order by stranded desc, launched_at desc;
 
 -- Why is it not moving?  What is the same for all workflows of a kind (who could take them, how full their
 -- queue is) is found once per kind, so that the view stays quick with many of them.
@@ -300,6 +301,7 @@ select u.id as workflow_id, u.status, u.name, u.queue, u.application_version, u.
   left join durable.executors as e on e.incarnation = u.incarnation
   left join lateral (select * from durable.steps where u.status = 'PENDING' and workflow_id = u.id
                       order by position desc limit 1) as s on true
-  left join unfinished as c on c.id = s.child_workflow_id;
+  left join unfinished as c on c.id = s.child_workflow_id
+ order by since;
 
 insert into durable.version (number) select 1 where not exists (select from durable.version);
