@@ -59,6 +59,7 @@ import hmac
 import http.server
 import importlib
 import inspect
+import io
 import ipaddress
 import itertools
 import json
@@ -81,10 +82,20 @@ import uuid
 import warnings
 import zoneinfo
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from pathlib import Path
@@ -133,23 +144,37 @@ _DELETE_BATCH = 1000  # finished workflows deleted at a time
 _IDLE_TRANSACTION_S = 300  # a transaction function that leaves its transaction idle for longer is cut off
 _LONGEST_NAME = 1000  # bytes of an ID or a queue's name: an entry of an index takes 2,700
 _LARGEST_VALUE = 200_000_000  # characters: JSON may double them, and a message to Postgres holds 1 GB
-_BODY_LIMIT = 1 << 20  # bytes of a request to the admin server
+_HEAD_LIMIT = 1 << 16  # bytes of a request's head, and
+_BODY_LIMIT = 1 << 20  # of its body, that the admin server takes
+_REQUEST_S = 10.0  # a request that has not arrived by then is cut off
+_CLIENTS = 256  # connections to the admin server at a time: it must leave open files to the application
+_CENSUS = 100_000  # workflows that the page counts, the newest: within some 50 ms, however many there are
 _RETRY_CEILING_S = 3600.0  # the longest wait between two tries of a step, as in DBOS
 
 
-class _WorkflowID(logging.Filter):
-    """Puts the ID of the workflow that logs into its lines."""
+class _Origin(logging.Filter):
+    """Puts into each line which executor logs, of which version, and from which workflow.
+
+    They are attributes of the record too.  Outside of workflows, where more than one executor lives in
+    the process, a line cannot tell which it is about.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        frame = _frame.get()
-        if frame is not None:
-            id = frame.run.id.replace("%", "%%") if record.args else frame.run.id
-            record.msg = f"[{id}] {record.msg}"
+        frame, lone = _frame.get(), tuple(_launched)
+        executor = frame.run.executor if frame else lone[0] if len(lone) == 1 else None
+        me = executor.me if executor else {}
+        about = {"executor_id": me.get("executor_id"), "application_version": me.get("version")}
+        about["workflow_id"] = frame.run.id if frame else None
+        record.__dict__.update(about)
+        origin = " ".join(filter(None, about.values()))
+        if origin:
+            record.msg = f"[{origin.replace('%', '%%') if record.args else origin}] {record.msg}"
         return True
 
 
+_launched: "set[_Executor]" = set()  # the executors that live in this process
 _log = logging.getLogger("durable")
-_log.addFilter(_WorkflowID())
+_log.addFilter(_Origin())
 
 
 # --- Errors -------------------------------------------------------------------------------------------
@@ -344,11 +369,11 @@ def _type_name(value: object) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _text_of(error: BaseException) -> str:
+def _text_of(value: object) -> str:
     try:
-        return str(error)
+        return str(value)
     except Exception:  # a __str__ of the user's may raise
-        return f"<{type(error).__qualname__} without text>"
+        return f"<{type(value).__qualname__} without text>"
 
 
 # --- Colours ------------------------------------------------------------------------------------------
@@ -611,11 +636,11 @@ _START_CHILD = _Write(
 _RECORD = _Write(
     "record",
     "id text, claim bigint, position integer, name text, output text, error text, "
-    "child_workflow_id text, took_s double precision",
+    "child_workflow_id text, tries integer, took_s double precision",
     """
     insert into durable.steps
-           (workflow_id, position, name, output, error, child_workflow_id, started_at, completed_at)
-    select new.id, new.position, new.name, new.output, new.error, new.child_workflow_id,
+           (workflow_id, position, name, output, error, child_workflow_id, tries, started_at, completed_at)
+    select new.id, new.position, new.name, new.output, new.error, new.child_workflow_id, new.tries,
            clock_timestamp() - make_interval(secs => new.took_s), clock_timestamp()
       from {rows} join durable.workflows as w on w.id = new.id and w.claim = new.claim
      where w.status = 'PENDING' for share of w
@@ -1121,8 +1146,9 @@ def _fork(conn: Conn, row: dict[str, Any]) -> str | None:
               from original on conflict do nothing returning id),
         steps as (
             insert into durable.steps
-                   (workflow_id, position, name, output, error, child_workflow_id, started_at, completed_at)
-            select forked.id, s.position, s.name, s.output, s.error, s.child_workflow_id, s.started_at, s.completed_at
+                   (workflow_id, position, name, output, error, child_workflow_id, tries, started_at, completed_at)
+            select forked.id, s.position, s.name, s.output, s.error, s.child_workflow_id, s.tries, s.started_at,
+                   s.completed_at
               from forked, durable.steps as s where s.workflow_id = %(id)s and s.position < %(start_step)s),
         events as (
             insert into durable.events (workflow_id, key, position, value)
@@ -1214,22 +1240,71 @@ def _view(conn: Conn, name: str, ids: list[str]) -> list[dict[str, Any]]:
 
 def _stranded(conn: Conn, version: str) -> list[tuple[str, int]]:
     """Count the unfinished workflows of other versions that no live executor serves, by version."""
-    query = f"""
-        select application_version, count(*) from durable.workflows
-         where status in {_UNFINISHED} and application_version <> %s
-           and application_version not in (select application_version from durable.executors
-                                            where incarnation in {_ALIVE})
-         group by application_version order by application_version
+    query = """
+        select application_version, delayed + enqueued + pending from durable.versions
+         where stranded and application_version <> %s order by application_version
     """
     return conn.execute(query, (version,)).fetchall()
+
+
+def _note_lost(conn: Conn) -> None:
+    """Note which executors were seen to be gone, and take it back of those that were not."""
+    conn.execute(f"""
+        update durable.executors set lost_at = case when lost_at is null then clock_timestamp() end
+         where stopped_at is null and (lost_at is null) = (incarnation not in {_ALIVE})
+    """)
+
+
+def _executors(conn: Conn, most: int) -> list[dict[str, Any]]:
+    """Read the latest launches, those that live first."""
+    query = f"""
+        select executor_id, incarnation, application, application_version, hostname, pid,
+               incarnation in {_ALIVE} as alive, deactivated, failover, {_MS.format("launched_at")} as launched_at,
+               {_MS.format("stopped_at")} as stopped_at, {_MS.format("lost_at")} as lost_at
+          from durable.executors order by alive desc, incarnation desc limit %s
+    """
+    return conn.cursor(row_factory=dict_row).execute(query, (most,)).fetchall()
+
+
+def _unfinished(conn: Conn) -> list[tuple[str, str, str, int, float]]:
+    """Count the unfinished workflows by status, name and queue; with the age of the oldest, in seconds."""
+    return conn.execute("""
+        select status, name, coalesce(queue, ''), count(*), extract(epoch from now() - min(updated_at))::float8
+          from durable.unfinished group by status, name, queue order by status, name, queue
+    """).fetchall()
+
+
+def _count(conn: Conn, newest: int) -> dict[str, int]:
+    """Count by status: the newest workflows, not all, so that it takes no longer when there are millions."""
+    query = """
+        select status, count(*) from (select status from durable.workflows order by created_at desc limit %s) as newest
+         group by status order by status
+    """
+    return dict(conn.execute(query, (newest,)).fetchall())
+
+
+def _tries(conn: Conn, id: str | None) -> dict[int, int]:
+    """Say which steps of a workflow took more than one try."""
+    query = "select position, tries from durable.steps where workflow_id = %s and tries > 1"
+    return dict(conn.execute(query, (id,)).fetchall())
+
+
+def _offer(conn: Conn, offer: dict[str, Any]) -> None:
+    """Tell everybody what an executor would take, after it changed."""
+    query = """
+        update durable.executors set known = %(known)s, queues = %(queues)s, deactivated = %(deactivated)s
+         where incarnation = %(incarnation)s
+    """
+    conn.execute(query, offer)
 
 
 def _enlist(conn: Conn, me: dict[str, Any]) -> int:
     """Enter a new incarnation, and return its number."""
     query = """
         insert into durable.executors
-               (executor_id, application, application_version, workflows, hostname, pid)
-        values (%(executor_id)s, %(application)s, %(version)s, %(workflows)s::jsonb, %(hostname)s, %(pid)s)
+               (executor_id, application, application_version, workflows, hostname, pid, known, queues, failover)
+        values (%(executor_id)s, %(application)s, %(version)s, %(workflows)s, %(hostname)s, %(pid)s, %(known)s,
+                %(queues)s, %(failover)s)
         returning incarnation
     """
     return int((conn.execute(query, me).fetchone() or (0,))[0])
@@ -1554,6 +1629,7 @@ class _Run:
         self.stopped: _Stopped | None = None  # set from outside when this run is no longer to go on,
         self.stop = _Signal()  # and at the same time this, for those who wait
         self.awaited_elsewhere = row.queue is not None  # more than its caller may wait for it
+        self.tries: dict[int, int] = {}  # of steps that are not on record yet
         self._position = 0
         self._history: dict[int, _Record] = {}
         self.history_to: int | None = 0 if row.has_history else None  # None: nothing left to read
@@ -1624,7 +1700,7 @@ class _Run:
         output, problem, error = self.store(f"step {name}", value, error)
         row = {
             "id": self.id, "claim": self.claim, "position": position, "name": name, "output": output,
-            "error": problem, "child_workflow_id": child, "took_s": took_s,
+            "error": problem, "child_workflow_id": child, "tries": self.tries.pop(position, 1), "took_s": took_s,
         }
         while not (await self.executor.journal.write(_RECORD, row))[0]:
             past = await self.settle(position, name)
@@ -1712,6 +1788,7 @@ async def _attempts(run: _Run, position: int, name: str, retries: _Retries, call
             return await _value_of(call())
     errors: list[Exception] = []
     for attempt in range(retries.max_attempts):
+        run.tries[position] = attempt + 1
         with _framed(_Frame(run, StepStatus(position, attempt, retries.max_attempts))):
             try:
                 return await _value_of(call())
@@ -2155,6 +2232,8 @@ async def _finish(run: _Run, value: Any, error: Exception | None) -> Exception |
         if not await run.standing(finished=status):
             break  # it is written; only the acknowledgement was lost
     run.result = None if error else (value,)
+    with run.executor.counting:
+        run.executor.finished[status, run.function.name, run.queue or ""] += 1
     return error
 
 
@@ -2557,6 +2636,12 @@ class Queue:
         self.concurrency, self.worker_concurrency, self.limiter = concurrency, worker_concurrency, limiter
         self.polling_interval_sec = polling_interval_sec
 
+    def _describe(self) -> dict[str, Any]:
+        """Name this queue and the limits that are set, in the words of the admin API."""
+        limits = {"concurrency": self.concurrency, "workerConcurrency": self.worker_concurrency}
+        known = {"name": self.name, **limits, "rateLimit": self.limiter}
+        return {key: value for key, value in known.items() if value is not None}
+
     def enqueue(self, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> "WorkflowHandle[R]":
         """Put a workflow, or a step as a workflow of its own, on this queue.
 
@@ -2899,6 +2984,9 @@ class _Executor:
         self.missed: dict[int, float] = {}  # incarnations whose lock is free, and since when we know
         self.reported: set[tuple[str, str | None, str | None]] = set()  # what was logged as unknown
         self.me: dict[str, Any] = {}  # who we are, once launched
+        self.offered: dict[str, Any] = {}  # what the others were told that we would take
+        self.counting = threading.Lock()
+        self.finished: Counter[tuple[str, str, str]] = Counter()  # workflows, by status, name and queue
         self.admin: _AdminServer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_lock = threading.Lock()
@@ -3142,7 +3230,8 @@ class _Executor:
             if self.serves:
                 self.me = self.registry._identity()
                 self.registry._publish()
-                self.me["incarnation"] = _enlist(conn, self.me)
+                self.offered = self.offer()
+                self.me["incarnation"] = _enlist(conn, {**self.me, **self.offered, "failover": self.failover})
             else:
                 self.me = {"version": None, "incarnation": -secrets.randbits(31)}
             self._announce(conn)
@@ -3164,15 +3253,27 @@ class _Executor:
 
     def _take_office(self) -> None:
         """Warn of stranded work, recover what is ours, and open the admin server."""
+        _launched.add(self)
         stranded = self.now(_stranded, self.me["version"])
         if stranded:
             _log.warning(
                 "unfinished workflows of other application versions wait, and no live executor serves them: %s",
                 ", ".join(f"{count} of version {version}" for version, count in stranded),
             )
-        _recover(self)
+        self.now(_note_lost)
+        taken = _recover(self)
         if self.config.get("run_admin_server", True):
             self.admin = _AdminServer.start(self)
+        _log.info(
+            "launched %s as executor %s, incarnation %d, version %s, on %s; admin server: %s; recovered: %s",
+            self.me["application"], self.me["executor_id"], self.me["incarnation"], self.me["version"],
+            _without_password(self.url), self.admin.url if self.admin else "none", _some(taken),
+        )
+
+    def offer(self) -> dict[str, Any]:
+        """What this executor would take: the functions it knows, from the queues it declares."""
+        queues = [queue._describe() for queue in tuple(self.registry._queues.values())]
+        return {"known": self.me["known"], "queues": json.dumps(queues), "deactivated": self.deactivated}
 
     def _first_connection(self) -> Conn:
         """Connect, or say in one sentence why not; later on, a database that is away is waited for."""
@@ -3180,7 +3281,7 @@ class _Executor:
             return self.connect()
         except psycopg.Error as error:
             raise DBOSInitializationError(
-                f"cannot connect to the database {_without_password(self.url)}: {str(error).strip()}"
+                f"cannot connect to the {_without_password(self.url)}: {str(error).strip()}"
             ) from error
 
     def _listen(self, conn: Conn) -> None:
@@ -3236,7 +3337,10 @@ class _Executor:
                     self._look(polled, now)
                 if now >= next_sweep and not self.stopping.is_set():
                     next_sweep = now + _SWEEP_S * random.uniform(0.9, 1.1)
-                    _recover(self)
+                    self.now(_note_lost)
+                    taken = _recover(self)
+                    if taken:
+                        _log.info("recovered %s", _some(taken))
                 while self.due:
                     queue = self.registry._queues.get(self.due.pop())
                     if queue is not None:
@@ -3273,6 +3377,9 @@ class _Executor:
         awaited = self.hints.awaited()
         for key in self.now(_arrived, awaited) if awaited else ():
             self.hints.arrive(*key)
+        if self.serves and self.offer() != self.offered:
+            self.offered = self.offer()
+            self.now(_offer, {**self.offered, "incarnation": self.me["incarnation"]})
         if self.deactivated or self.stopping.is_set():
             return
         self.now(_release_delayed)
@@ -3310,6 +3417,7 @@ class _Executor:
         self.callers.close()
         self.journal.close()
         self.pool.close(timeout=1.0)
+        _launched.discard(self)
 
     def fall_silent(self) -> None:
         """The interpreter ends: let no daemon thread complain about what it loses."""
@@ -3346,8 +3454,6 @@ def _recover(executor: _Executor, listed: Sequence[str] = ()) -> list[str]:
             executor.reported.add(target)
             what = "/".join(part for part in target if part)
             _log.warning("%d workflows of %s wait: this process has no such function or instance", p.number, what)
-    if taken:
-        _log.info("recovered %d workflows", len(taken))
     return taken
 
 
@@ -3386,12 +3492,20 @@ def _dead(executor: _Executor, pending: list[_Pending]) -> list[int]:
     return list(dead)
 
 
+def _some(ids: list[str]) -> str:
+    """A few of the IDs, and how many there are, for one line of the log."""
+    shown = ", ".join(ids[:5]) + ", ..." * (len(ids) > 5)
+    return f"{len(ids)} workflow{'s' * (len(ids) > 1)} ({shown})" if ids else "nothing"
+
+
 def _without_password(url: str) -> str:
+    """Where a database is, and nothing else of its URL: a secret may stand in many places."""
     try:
         parts = psycopg.conninfo.conninfo_to_dict(url)
     except psycopg.ProgrammingError:
-        return "of this URL"
-    return psycopg.conninfo.make_conninfo(**{key: str(value) for key, value in parts.items() if key != "password"})
+        return "database of this URL"
+    told = {key: str(parts[key]) for key in ("host", "hostaddr", "port", "dbname", "user", "service") if key in parts}
+    return f"database {psycopg.conninfo.make_conninfo(**told)}"
 
 
 def _embedded_url() -> str:
@@ -3418,19 +3532,20 @@ def _embedded_url() -> str:
 
 # --- Admin --------------------------------------------------------------------------------------------
 #
-# The HTTP server for operators and load balancers.  It listens on loopback unless a token guards it, and
-# believes nothing that a browser sends on a web page's behalf.  One request per connection: whatever
-# else is sent on it is dropped.
+# The HTTP server for operators, load balancers, Prometheus and people.  It listens on loopback unless a
+# token guards it, and believes nothing that a browser sends on a web page's behalf.  One request per
+# connection: whatever else is sent on it is dropped.
 
 
 class _AdminServer(socketserver.ThreadingTCPServer):
     """Serves the admin API of one executor, on threads that cannot hold anything up."""
 
-    daemon_threads = True
     allow_reuse_address = True
     request_queue_size = 128  # who connects at the same moment waits, and is not refused
     executor: _Executor
     token: str | None
+    url: str
+    clients: dict[Any, tuple[threading.Thread, float]]  # who is served: on which thread, and when it must have asked
 
     @classmethod
     def start(cls, executor: _Executor) -> "_AdminServer | None":
@@ -3446,19 +3561,51 @@ class _AdminServer(socketserver.ThreadingTCPServer):
             return None
         server.executor = executor
         server.token = config.get("admin_token")
+        server.url = f"http://{f'[{host}]' if ':' in host else host}:{server.server_address[1]}/"
+        server.clients = {}
         executor._spawn_thread("durable-admin", functools.partial(server.serve_forever, 0.1))
         return server
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if len(self.clients) >= _CLIENTS:
+            return self.shutdown_request(request)
+        serve = functools.partial(self.process_request_thread, request, client_address)
+        thread = threading.Thread(target=serve, name="durable-admin-request", daemon=True)
+        self.clients[request] = (thread, time.monotonic() + _REQUEST_S)
+        thread.start()  # may raise: the connection is closed then
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        self.clients.pop(request, None)
+
+    def service_actions(self) -> None:
+        """Ten times a second: hear no more of those who have not asked in time, be they silent or slow."""
+        for request, (_, until) in tuple(self.clients.items()):
+            if time.monotonic() > until:
+                _hang_up(request, socket.SHUT_RD)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         _log.debug("admin: a connection from %s failed", client_address, exc_info=True)
 
     def stop(self) -> None:
+        """Take no more requests, answer those that have come, and cut off what does not end."""
         self.shutdown()
         self.server_close()
+        for how in (socket.SHUT_RD, socket.SHUT_RDWR):
+            end = time.monotonic() + 1.0
+            for request, (thread, _) in tuple(self.clients.items()):
+                _hang_up(request, how)
+                if thread is not threading.current_thread():
+                    thread.join(max(0.0, end - time.monotonic()))
 
 
 class _AdminServerV6(_AdminServer):
     address_family = socket.AF_INET6
+
+
+def _hang_up(connection: socket.socket, how: int) -> None:
+    with suppress(OSError):  # it is closed
+        connection.shutdown(how)
 
 
 class _Refusal(Exception):
@@ -3470,26 +3617,41 @@ class _Refusal(Exception):
 
 
 class _AdminRequest(http.server.BaseHTTPRequestHandler):
-    """One request: guarded, routed, answered."""
+    """One request: read, guarded, routed, answered."""
 
     server: _AdminServer
     protocol_version = "HTTP/1.1"
     server_version = "durable"
     sys_version = ""
-    timeout = 10  # seconds that a silent client is waited for
+    timeout = _REQUEST_S
+    id = ""  # of the workflow that the path names
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("do_"):  # every method comes to one place, and the routes know which are allowed
-            return self._serve
-        raise AttributeError(name)
+    def handle(self) -> None:
+        """Read the whole head before believing any of it: cut short, it may lack the header that forbids."""
+        stream, lines = self.rfile, [self.rfile.readline(_HEAD_LIMIT)]
+        while lines[-1] not in (b"", b"\r\n", b"\n") and sum(map(len, lines)) < _HEAD_LIMIT:
+            lines.append(stream.readline(_HEAD_LIMIT))
+        self.raw_requestline, self.rfile = lines[0], io.BytesIO(b"".join(lines[1:]))
+        if not lines[0].strip() or not self.parse_request():
+            return
+        self.rfile = stream
+        if lines[-1] not in (b"\r\n", b"\n"):
+            cut = sum(map(len, lines)) < _HEAD_LIMIT
+            return self._refuse(400 if cut else 431, "the headers do not end" if cut else "the headers are too large")
+        self._serve()
 
     def _serve(self) -> None:
         try:
             self._guard()
-            status, kind, body = self._route()
-            self._answer(status, kind, body)
+            self._answer(*self._route())
         except _Refusal as refusal:
             self._refuse(refusal.status, str(refusal), **refusal.headers)
+        except DBOSNonExistentWorkflowError as error:
+            self._refuse(404, str(error))
+        except DBOSException as error:
+            self._refuse(400, str(error))
+        except _Stopped:
+            self._refuse(503, "the executor is being destroyed")
         except OSError:
             raise  # the client is gone
         except Exception:
@@ -3512,60 +3674,194 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
         if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
             raise _Refusal(403, "requests from other sites are not taken")
 
-    def _route(self) -> tuple[int, str, bytes]:
+    def _route(self) -> tuple[int, str, str]:
+        """Find who answers, and turn the answer into status, type and text."""
         routes: dict[str, tuple[str, Callable[[], Any]]] = {
+            "/": ("GET", self._page), "/overview": ("POST", self._overview), "/metrics": ("GET", self._metrics),
             "/dbos-healthz": ("GET", self._healthz), "/deactivate": ("GET", self._deactivate),
             "/dbos-workflow-queues-metadata": ("GET", self._queues),
             "/dbos-workflow-recovery": ("POST", self._recovery),
+            "/dbos-garbage-collect": ("POST", self._garbage_collect),
+            "/dbos-global-timeout": ("POST", self._global_timeout),
+            "/workflows": ("POST", self._workflows), "/queues": ("POST", self._queued),
+            "/workflows/ID": ("GET", self._workflow), "/workflows/ID/steps": ("GET", self._steps),
+            "/workflows/ID/cancel": ("POST", self._cancel), "/workflows/ID/resume": ("POST", self._resume),
+            "/workflows/ID/restart": ("POST", self._restart), "/workflows/ID/fork": ("POST", self._fork),
         }
-        path = _decoded(self.path.partition("?")[0])
+        parts = [_decoded(part) for part in self.path.partition("?")[0].split("/")]  # a %2F is part of an ID
+        if parts[:2] == ["", "workflows"] and "".join(parts[2:3]):
+            self.id, parts[2] = parts[2], "ID"
+        path = "/".join(parts)
         if path not in routes:
             raise _Refusal(404, f"there is no {path!r} here")
         method, answer = routes[path]
         allowed = ("GET", "HEAD") if method == "GET" else (method,)
         if self.command not in allowed:
             raise _Refusal(405, f"{self.command} is not for {path}", Allow=", ".join(allowed))
+        if answer not in (self._page, self._deactivate, self._queues):
+            self._healthz()  # the others wait for the database as long as it takes
         result = answer()
-        if isinstance(result, str):
-            return 200, "text/plain; charset=utf-8", result.encode()
-        return 200, "application/json", json.dumps(result).encode()
+        if isinstance(result, _Text):
+            return 200, result.kind, result.text
+        return (204, "", "") if result is None else (200, "application/json", json.dumps(result))
 
-    def _healthz(self) -> str:
+    # For load balancers and orchestrators.
+
+    def _healthz(self) -> "_Text":
         executor = self.server.executor
         try:
             with executor.pool.connection(timeout=2.0) as conn:
                 conn.execute("select 1")
         except Exception as error:
             raise _Refusal(503, f"the database cannot be reached: {str(error).strip()}") from error
-        return "healthy"
+        return _Text("healthy")
 
-    def _deactivate(self) -> str:
+    def _deactivate(self) -> "_Text":
         executor = self.server.executor
         if not executor.deactivated:
             _log.info("deactivated: what runs is completed and recovered, nothing new is started or dequeued")
         executor.deactivated = True
-        return "deactivated"
+        return _Text("deactivated")
 
     def _queues(self) -> list[dict[str, Any]]:
-        keys = ("name", "concurrency", "workerConcurrency", "rateLimit")
-        described = []
-        for q in tuple(self.server.executor.registry._queues.values()):
-            values = zip(keys, (q.name, q.concurrency, q.worker_concurrency, q.limiter), strict=True)
-            described.append({key: value for key, value in values if value is not None})
-        return described
+        return [queue._describe() for queue in tuple(self.server.executor.registry._queues.values())]
 
     def _recovery(self) -> list[str]:
         names = self._json()
         if not isinstance(names, list) or not all(isinstance(name, str) and _storable(name) for name in names):
             raise _Refusal(400, 'the body must be a JSON list of executor IDs, such as ["local"]')
-        return _recover(self.server.executor, names)
+        taken = _recover(self.server.executor, names)
+        _log.info("recovered, as asked for %s: %s", ", ".join(names), _some(taken))
+        return taken
+
+    # For operators: what DBOS calls them is kept, in the paths and in the fields.
+
+    def _workflows(self) -> list[dict[str, str | None]]:
+        return self._listed(self.server.executor.registry.list_workflows)
+
+    def _queued(self) -> list[dict[str, str | None]]:
+        return self._listed(self.server.executor.registry.list_queued_workflows)
+
+    def _listed(self, read: "Callable[..., list[WorkflowStatus]]") -> list[dict[str, str | None]]:
+        asked = {"load_input": False, "load_output": False, **self._fields(_FILTERS)}
+        try:
+            return [_told(_TOLD, vars(found)) for found in read(**{_OUR_NAMES.get(k, k): v for k, v in asked.items()})]
+        except ValueError as error:
+            raise _Refusal(400, str(error)) from error
+
+    def _workflow(self) -> dict[str, str | None]:
+        found = self.server.executor.registry.list_workflows(workflow_ids=[self.id]) if _storable(self.id) else []
+        if not found:
+            raise _Refusal(404, f"there is no workflow {self.id}")
+        return _told(_TOLD, vars(found[0]))
+
+    def _steps(self) -> list[dict[str, Any]]:
+        self._workflow()
+        steps = cast(list[dict[str, Any]], self.server.executor.registry.list_workflow_steps(self.id))
+        return [{**_told({name: name for name in step}, step), "function_id": step["function_id"]} for step in steps]
+
+    def _cancel(self) -> None:
+        self._workflow()
+        self.server.executor.registry.cancel_workflow(self.id)
+
+    def _resume(self) -> None:
+        self._workflow()
+        self.server.executor.registry.resume_workflow(self.id)
+
+    def _restart(self) -> dict[str, str]:
+        self._workflow()
+        return {"workflow_id": self.server.executor.registry.restart_workflow(self.id).workflow_id}
+
+    def _fork(self) -> dict[str, str]:
+        self._workflow()
+        asked = self._fields({"start_step": _NUMBER, "new_workflow_id": _STRING, "application_version": _STRING})
+        version, new_id = asked.get("application_version"), asked.get("new_workflow_id")
+        with SetWorkflowID(new_id) if new_id is not None else nullcontext():
+            fork = self.server.executor.registry.fork_workflow(
+                self.id, asked.get("start_step", 1), application_version=version
+            )
+        return {"workflow_id": fork.workflow_id}
+
+    def _garbage_collect(self) -> None:
+        asked = self._fields({"cutoff_epoch_timestamp_ms": _MOMENT, "rows_threshold": _NUMBER})
+        self.server.executor.registry.garbage_collect(**asked)
+
+    def _global_timeout(self) -> None:
+        asked = self._fields({"cutoff_epoch_timestamp_ms": _MOMENT})
+        if not asked:
+            raise _Refusal(400, "the field 'cutoff_epoch_timestamp_ms' is required")
+        self.server.executor.registry.global_timeout(**asked)
+
+    # For Prometheus.
+
+    def _metrics(self) -> "_Text":
+        """What is unfinished is counted in the table, through indexes.
+
+        What has finished is not: that takes the longer, the more there is.  Each executor counts what it
+        finishes itself, from its launch on; Prometheus adds them up and bears with restarts.
+        """
+        executor = self.server.executor
+        unfinished, queues = executor.now(_unfinished), dict.fromkeys(tuple(executor.registry._queues), (0, 0.0))
+        for status, _, queue, number, age in unfinished:
+            if status == "ENQUEUED":
+                depth, oldest = queues.get(queue, (0, 0.0))
+                queues[queue] = (depth + number, max(oldest, age))
+        living = Counter(
+            (e["application"], e["executor_id"], e["application_version"])
+            for e in executor.now(_executors, 10_000) if e["alive"]
+        )
+        with executor.counting:
+            finished = dict(executor.finished)
+        work = ("status", "name", "queue")
+        return _Text("".join([
+            _family("durable_workflows", "gauge", "Unfinished workflows in the database.", work,
+                    {(status, name, queue): number for status, name, queue, number, _ in unfinished}),
+            _family("durable_workflows_finished_total", "counter", "Workflows that this executor finished.", work,
+                    finished),
+            _family("durable_queue_depth", "gauge", "Workflows that are due in a queue.", ("queue",),
+                    {(name,): depth for name, (depth, _) in queues.items()}),
+            _family("durable_queue_oldest_seconds", "gauge", "How long the first of them has waited.", ("queue",),
+                    {(name,): age for name, (_, age) in queues.items()}),
+            _family("durable_executors", "gauge", "Executors that live.",
+                    ("application", "executor_id", "application_version"), living),
+        ]), "text/plain; version=0.0.4; charset=utf-8")
+
+    # For people.
+
+    def _page(self) -> "_Text":
+        return _Text(_PAGE, "text/html; charset=utf-8")
+
+    def _overview(self) -> dict[str, Any]:
+        """What the page shows beside workflows and steps; `why` for those that it shows."""
+        executor = self.server.executor
+        asked = self._fields({"workflow_uuids": _STRINGS, "steps_of": _STRING})
+        ids = asked.get("workflow_uuids")
+        return {
+            "name": executor.me["application"], "counts": executor.now(_count, _CENSUS), "of_newest": _CENSUS,
+            "executors": executor.now(_executors, 100), "tries": executor.now(_tries, asked.get("steps_of")),
+            "why": {row["workflow_id"]: row["why"] for row in executor.now(_view, "why", ids)} if ids else {},
+        }
+
+    # Reading and writing.
+
+    def _fields(self, kinds: dict[str, "_Kind"]) -> dict[str, Any]:
+        """Read an object with these fields, all optional; null is unset."""
+        given = self._json()
+        if not isinstance(given, dict):
+            raise _Refusal(400, "the body must be a JSON object")
+        for name, value in given.items():
+            if name not in kinds:
+                raise _Refusal(400, f"there is no field {name!r}; there are: {', '.join(kinds)}")
+            if value is not None and not kinds[name].holds(value):
+                raise _Refusal(400, f"the field {name!r} must be {kinds[name].words}")
+        return {name: value for name, value in given.items() if value is not None and kinds[name] is not _FOREIGN}
 
     def _json(self) -> Any:
         if "Transfer-Encoding" in self.headers or "Content-Length" not in self.headers:
             raise _Refusal(411, "a body with a Content-Length is required")
-        length = self.headers["Content-Length"]
-        if not (length.isascii() and length.isdigit()):
-            raise _Refusal(400, f"the Content-Length {length!r} is not a number")
+        length, *others = set(self.headers.get_all("Content-Length", []))
+        if others or not (length.isascii() and length.isdigit()):
+            raise _Refusal(400, f"the Content-Length {length!r} is not a number, or not the only one")
         if len(length) > 12 or int(length) > _BODY_LIMIT:
             raise _Refusal(413, f"the body is larger than {_BODY_LIMIT} bytes")
         body = self.rfile.read(int(length))
@@ -3576,26 +3872,28 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
         except (ValueError, RecursionError) as error:
             raise _Refusal(400, f"the body is not JSON: {error}") from None
 
-    def _answer(self, status: int, kind: str, body: bytes, **headers: str) -> None:
-        self.close_connection = True
+    def _answer(self, status: int, kind: str, text: str, **headers: str) -> None:
+        body = text.encode()
         self.send_response(status)
-        standard = {"Content-Type": kind, "Content-Length": str(len(body)), "Cache-Control": "no-store"}
-        for name, value in {**standard, "Connection": "close", **headers}.items():
+        standard = {"Content-Type": kind, "Content-Length": str(len(body))} if status != 204 else {}
+        for name, value in {**standard, **_ALWAYS, **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
-
-    def _refuse(self, status: int, reason: str, **headers: str) -> None:
-        self._answer(status, "application/json", json.dumps({"error": reason}).encode(), **headers)
         # Closing on unread input would reset the connection, and the answer with it: let the client finish.
         with suppress(OSError):
-            self.wfile.flush()
             self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(1.0)
-            for _ in range(64):
+            end = time.monotonic() + 1.0
+            while (left := end - time.monotonic()) > 0:
+                self.connection.settimeout(left)
                 if not self.connection.recv(1 << 16):
                     break
+
+    def _refuse(self, status: int, reason: str, **headers: str) -> None:
+        if status == 401 and self.path == "/" and "text/html" in self.headers.get("Accept", ""):
+            return self._answer(401, "text/html; charset=utf-8", _PAGE, **headers)  # which asks for the token
+        self._answer(status, "application/json", json.dumps({"error": reason}), **headers)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what http.server itself refuses (a request line or headers that are none) in our form."""
@@ -3605,6 +3903,65 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         _log.debug("admin: " + format, *args)
+
+
+class _Text(NamedTuple):
+    """An answer that is not JSON."""
+
+    text: str
+    kind: str = "text/plain; charset=utf-8"
+
+
+class _Kind(NamedTuple):
+    """What a field of a request may be."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+_STRING = _Kind("a string", lambda value: isinstance(value, str) and _storable(value))
+_STRINGS = _Kind("a list of strings", lambda value: isinstance(value, list) and all(map(_STRING.holds, value)))
+_EITHER = _Kind("a string or a list of strings", lambda value: _STRING.holds(value) or _STRINGS.holds(value))
+_NUMBER = _Kind("a whole number from 1 or 0", lambda value: type(value) is int and 0 <= value < 1 << 31)
+_MOMENT = _Kind("milliseconds since 1970", lambda value: type(value) is int and 0 <= value < 1 << 52)
+_BOOLEAN = _Kind("true or false", lambda value: isinstance(value, bool))
+_FOREIGN = _Kind("null: it is of the DBOS library, and not of durable.py", lambda value: value is False)
+_FILTERS = {
+    "workflow_uuids": _STRINGS, "workflow_name": _EITHER, "status": _EITHER, "start_time": _STRING,
+    "end_time": _STRING, "application_version": _EITHER, "forked_from": _EITHER, "parent_workflow_id": _EITHER,
+    "executor_id": _EITHER, "queue_name": _EITHER, "workflow_id_prefix": _EITHER, "limit": _NUMBER,
+    "offset": _NUMBER, "sort_desc": _BOOLEAN, "load_input": _BOOLEAN, "load_output": _BOOLEAN,
+    **dict.fromkeys((
+        "authenticated_user", "completed_after", "completed_before", "dequeued_after", "dequeued_before",
+        "queues_only", "was_forked_from", "has_parent", "attributes", "schedule_name", "application_name",
+    ), _FOREIGN),
+}
+_OUR_NAMES = {"workflow_uuids": "workflow_ids", "workflow_name": "name", "application_version": "app_version"}
+_TOLD = {
+    "WorkflowUUID": "workflow_id", "Status": "status", "WorkflowName": "name", "WorkflowClassName": "class_name",
+    "WorkflowConfigName": "config_name", "Input": "input", "Output": "output", "Error": "error",
+    "CreatedAt": "created_at", "UpdatedAt": "updated_at", "QueueName": "queue_name",
+    "ApplicationVersion": "app_version", "ExecutorID": "executor_id", "WorkflowTimeoutMS": "workflow_timeout_ms",
+    "WorkflowDeadlineEpochMS": "workflow_deadline_epoch_ms", "DeduplicationID": "deduplication_id",
+    "Priority": "priority", "ForkedFrom": "forked_from", "ParentWorkflowID": "parent_workflow_id",
+    "DequeuedAt": "dequeued_at", "DelayUntilEpochMS": "delay_until_epoch_ms",
+}
+
+
+def _told(names: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, str | None]:
+    """Say values as strings, under other names."""
+    return {name: None if values[ours] is None else _text_of(values[ours]) for name, ours in names.items()}
+
+
+def _family(name: str, kind: str, about: str, labels: Sequence[str], samples: Mapping[Any, float]) -> str:
+    """A metric as Prometheus reads it."""
+
+    def line(values: tuple[str, ...], number: float) -> str:
+        escaped = (value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n") for value in values)
+        pairs = ",".join(map('{}="{}"'.format, labels, escaped))
+        return f"{name}{{{pairs}}} {number}\n"
+
+    return f"# HELP {name} {about}\n# TYPE {name} {kind}\n" + "".join(line(*sample) for sample in samples.items())
 
 
 def _decoded(path: str) -> str:
@@ -3622,6 +3979,175 @@ def _is_loopback(host: str) -> bool:
         return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+# The page.  Everything that it shows goes through textContent; its own parts are known to the browser by
+# their hashes, and nothing else may run, load or be called.
+_PAGE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>durable</title><link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --ink: #1c2024; --page: #fff; --fill: #f2f3f7; --line: #dcdfe6; --faint: #606776;
+        --good: #18794e; --bad: #c62a2f; --busy: #0b62c4; --wait: #7d5f0e }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ec; --page: #14161a; --fill: #20242b; --line: #333943;
+        --faint: #9aa3b2; --good: #4cc38a; --bad: #ff8589; --busy: #70b0ff; --wait: #e0b94a } }
+* { box-sizing: border-box; overflow-wrap: anywhere }
+body { max-width: 1200px; margin: 0 auto; padding: 0 16px 48px; background: var(--page); color: var(--ink);
+       font: 14px/1.45 system-ui, sans-serif }
+h1 { font-size: 20px } h2 { font-size: 15px; margin: 24px 0 6px } a { color: var(--busy) }
+form, nav { display: flex; flex-wrap: wrap; gap: 6px; align-items: center; margin: 8px 0 }
+input, select, button { font: inherit; color: inherit; background: var(--fill); border: 1px solid var(--line);
+                        border-radius: 5px; padding: 4px 8px; min-width: 0; width: 11em } button { width: auto }
+table { border-collapse: collapse; width: 100% } .faint, th { color: var(--faint); font-weight: normal }
+td, th { text-align: left; vertical-align: top; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line) }
+.num { text-align: right; white-space: nowrap; padding-right: 0 } th, .wide { overflow-wrap: normal }
+pre { background: var(--fill); padding: 8px; border-radius: 5px; max-height: 20em; overflow: auto;
+      white-space: pre-wrap } td.status { font-size: 12px } td.status, .key { width: 10em } [hidden] { display: none !important }
+.SUCCESS, .alive { color: var(--good) } .PENDING { color: var(--busy) } .ENQUEUED, .DELAYED { color: var(--wait) }
+.ERROR, .CANCELLED, .MAX_RECOVERY_ATTEMPTS_EXCEEDED, .dead { color: var(--bad) }
+.step { display: grid; grid-template-columns: 28% 1fr 7em; gap: 10px; padding: 4px 0;
+        border-bottom: 1px solid var(--line) }
+.line { position: relative; height: 14px; margin: 3px 0; background: var(--fill); border-radius: 3px }
+.bar { position: absolute; height: 100%; min-width: 2px; border-radius: 3px; background: var(--good) }
+.bar.waits { background: var(--wait); opacity: .6 } .bar.busy { background: var(--busy); opacity: .6 }
+.bar.bad { background: var(--bad) }
+.bar.again { background-image: repeating-linear-gradient(135deg, #0000 0 5px, #fff9 5px 8px) }
+@media (max-width: 700px) { .wide { display: none } td.status { width: 7em } input, select { width: calc(50% - 3px) }
+        .step { grid-template-columns: 1fr 6em } .line { grid-row: 2; grid-column: 1 / 3 } }
+</style>
+<h1></h1><p id="trouble" class="dead" role="alert" hidden></p>
+<form id="login" hidden><input type="password" name="token" placeholder="admin token"><button>Show</button></form>
+<form id="filters" hidden><select name="status" aria-label="status"><option value="">any status</option></select>
+<input name="workflow_name" placeholder="name"><input name="queue_name" placeholder="queue">
+<input name="workflow_id_prefix" placeholder="ID begins with"></form><main></main>
+<script>
+"use strict"
+const LIMIT = 50, UNFINISHED = ["DELAYED", "ENQUEUED", "PENDING"], WAITS = /^DBOS\.(sleep|recv|getEvent|getResult)$/
+const main = document.querySelector("main"), filters = document.forms.filters, login = document.forms.login
+let offset = 0, turns = 0, shown, timer
+
+function make(tag, about, ...parts) {               // the only way onto the page: whatever is shown is text
+  const node = Object.assign(document.createElement(tag), about)
+  node.append(...parts.flat().filter(part => part != null && part !== ""))
+  return node
+}
+const div = (className, ...parts) => make("div", {className}, ...parts)
+const link = id => id && make("a", {href: "#" + encodeURIComponent(id)}, id)
+const when = ms => ms ? new Date(+ms).toLocaleString() : ""
+const took = ms => ms < 1e3 ? Math.round(ms) + " ms" : ms < 6e4 ? (ms / 1e3).toFixed(1) + " s" :
+  ms < 36e5 ? (ms / 6e4).toFixed(1) + " min" : (ms / 36e5).toFixed(1) + " h"
+const table = (...rows) => make("table", {}, rows.map(cells =>
+  make("tr", {}, cells.map(([text, kind]) => make(rows[0] == cells ? "th" : "td", {className: kind || ""}, text)))))
+
+async function ask(path, body) {
+  const headers = {Authorization: "Bearer " + (sessionStorage.token || "")}
+  const answer = await fetch(path, body ? {method: "POST", headers, body: JSON.stringify(body)} : {headers})
+  login.hidden = answer.status != 401
+  const said = await answer.json()
+  if (!answer.ok) throw Error(said.error)
+  return said
+}
+
+async function list() {
+  const asked = {limit: LIMIT, offset, sort_desc: true}
+  for (const each of filters.elements) if (each.value) asked[each.name] = each.value
+  const found = await ask("/workflows", asked), waiting = found.filter(w => UNFINISHED.includes(w.Status))
+  const ids = waiting.map(w => w.WorkflowUUID)
+  const {name, counts, of_newest, executors, why} = await ask("/overview", {workflow_uuids: ids})
+  const turn = (by, text, disabled) => make("button", {disabled, onclick: () => { offset += by, refresh() }}, text)
+  const count = ([status, number]) => make("button", {className: status, onclick: () => {
+    filters.elements.status.value = status, offset = 0, refresh() }}, status + " " + number.toLocaleString())
+  const all = Object.values(counts).reduce((sum, number) => sum + number, 0)
+  const state = e => e.alive ? (e.deactivated ? "deactivated, " : "") + "alive since " + when(e.launched_at) :
+    e.stopped_at ? "stopped " + when(e.stopped_at) : e.lost_at ? "died before " + when(e.lost_at) : "gone"
+  return [name, [found, counts, executors, why], () => [
+    make("nav", {}, Object.entries(counts).map(count), all < of_newest ? "" : `of the newest ${all.toLocaleString()}`),
+    table([["status"], ["workflow"], ["created", "wide"], ["executor", "wide"], ["took", "num"]], ...found.map(w => [
+      [w.Status, "status " + w.Status],
+      [[link(w.WorkflowUUID), div("faint", w.WorkflowName, w.QueueName && ", queue " + w.QueueName),
+        why[w.WorkflowUUID]]], [when(w.CreatedAt), "wide"], [w.ExecutorID, "wide"],
+      [waiting.includes(w) ? "" : took(w.UpdatedAt - w.CreatedAt), "num"]])),
+    make("nav", {}, turn(-LIMIT, "newer", !offset), turn(LIMIT, "older", found.length < LIMIT),
+         found.length ? `${offset + 1} to ${offset + found.length}` : "none"),
+    make("h2", {}, "Executors"),
+    table([["name", "key"], ["version"], ["state"], ["host", "wide"], ["incarnation", "num wide"]],
+          ...executors.map(e => [
+      [e.executor_id], [e.application_version], [state(e), e.alive ? "alive" : "dead"],
+      [e.hostname + ", process " + e.pid, "wide"], [e.incarnation, "num wide"]]))]]
+}
+
+async function one(id) {
+  const path = "/workflows/" + encodeURIComponent(id), w = await ask(path), steps = await ask(path + "/steps")
+  const {why, tries} = await ask("/overview", {workflow_uuids: [id], steps_of: id})
+  const from = +w.CreatedAt, last = Math.max(w.DequeuedAt || from, ...steps.map(s => s.completed_at_epoch_ms))
+  const now = UNFINISHED.includes(w.Status) && Date.now(), until = now || Math.max(last, w.UpdatedAt)
+  const bar = (name, begun, ended, kind, ...more) => {
+    const it = div("bar " + kind), scale = 100 / Math.max(1, until - from)
+    it.style.left = Math.min(99.7, (begun - from) * scale) + "%"  // (the policy allows this, and no style in markup)
+    it.style.width = Math.max(0, Math.min(until, ended) - begun) * scale + "%"
+    it.title = when(begun) + " to " + when(ended)
+    return div("step", div("", name, more), div("line", it),
+               div("faint", ended > until ? took(ended - until) + " left" : took(ended - begun)))
+  }
+  const step = s => bar(s.function_id + " " + s.function_name, +s.started_at_epoch_ms,
+    s.function_name == "DBOS.sleep" ? s.output * 1000 : +s.completed_at_epoch_ms,
+    (s.error ? "bad" : WAITS.test(s.function_name) ? "waits" : "") + (tries[s.function_id] ? " again" : ""),
+    tries[s.function_id] ? `, ${tries[s.function_id]} tries ` : " ", link(s.child_workflow_id),
+    s.error && div("ERROR", s.error))
+  const facts = [["status", w.Status], ["why", why[id]], ["name", w.WorkflowName], ["queue", w.QueueName],
+    ["version", w.ApplicationVersion], ["executor", w.ExecutorID], ["created", when(w.CreatedAt)],
+    [now ? "updated" : "ended", when(w.UpdatedAt)], ["deadline", when(w.WorkflowDeadlineEpochMS)],
+    ["parent", link(w.ParentWorkflowID)], ["forked from", link(w.ForkedFrom)]].filter(([_, text]) => text)
+  return [id, [w, steps, why, now], () => [
+    make("a", {href: "#"}, "all workflows"), w.Error && make("pre", {className: "ERROR"}, w.Error),
+    table([], ...facts.map(([name, text]) => [[name, "faint key"], [text, name == "status" ? text : ""]])),
+    make("h2", {}, steps.length > 1000 ? `The last 1,000 of ${steps.length} steps` : "Steps"),
+    w.DequeuedAt && bar("in queue " + w.QueueName, from, +w.DequeuedAt, "waits"), steps.slice(-1000).map(step),
+    w.Status == "PENDING" && bar("since then", last, now, "busy"),
+    ["Input", "Output"].map(part => w[part] && [make("h2", {}, part), make("pre", {}, w[part])])]]
+}
+
+async function refresh() {
+  clearTimeout(timer)
+  const turn = ++turns, id = decodeURIComponent(location.hash.slice(1))
+  try {
+    const [title, data, show] = document.hidden ? [] : await (id ? one(id) : list())
+    if (turn != turns) return                       // somebody clicked meanwhile
+    if (show && JSON.stringify([id, data]) != shown) {
+      main.replaceChildren(...show().flat(2).filter(part => part))
+      document.title = document.querySelector("h1").textContent = title
+      shown = JSON.stringify([id, data])
+      filters.hidden = !!id
+    }
+    trouble.hidden = true
+  } catch (error) {
+    trouble.textContent = error.message
+    trouble.hidden = false
+  }
+  timer = setTimeout(refresh, 3000)
+}
+
+filters.elements.status.append(...[...UNFINISHED, "SUCCESS", "ERROR", "CANCELLED",
+                                   "MAX_RECOVERY_ATTEMPTS_EXCEEDED"].map(status => make("option", {}, status)))
+filters.oninput = () => { offset = 0, refresh() }
+filters.onsubmit = event => event.preventDefault()
+login.onsubmit = event => {
+  event.preventDefault()
+  sessionStorage.token = login.elements.token.value
+  refresh()
+}
+onhashchange = document.onvisibilitychange = refresh
+refresh()
+</script>"""
+_HASHES = {tag: base64.b64encode(hashlib.sha256(
+    "".join(re.findall(f"<{tag}>(.*)</{tag}>", _PAGE, re.DOTALL)).encode()).digest()).decode()
+    for tag in ("script", "style")}
+_ALWAYS = {
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action "
+    f"'none'; frame-ancestors 'none'; script-src 'sha256-{_HASHES['script']}'; style-src 'sha256-{_HASHES['style']}'",
+    "Cache-Control": "no-store", "Connection": "close", "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 
 
 # --- The public face ----------------------------------------------------------------------------------
@@ -4910,6 +5436,8 @@ def _run_command(client: DBOSClient, options: argparse.Namespace) -> Any:
             if not options.older_than >= 0:
                 raise ValueError(f"--older-than is {options.older_than}; it must be a number of days from 0")
             return [{"deleted": client.garbage_collect((executor.now(_clock) - options.older_than * 86400) * 1000)}]
+        case "executors":
+            return [_plain(row, row) for row in executor.now(_executors, 1000)]
         case view:
             return [_plain(row, row) for row in executor.now(_view, view, ids)]
     after = executor.now(_claims, ids)

@@ -36,7 +36,14 @@ create table if not exists durable.executors (
     hostname            text        not null,
     pid                 integer     not null,
     launched_at         timestamptz not null default now(),
-    stopped_at          timestamptz             -- set by destroy(); a crash leaves it empty
+    stopped_at          timestamptz,            -- set by destroy(); a crash leaves it empty
+    lost_at             timestamptz,            -- when another executor first saw its lock free
+
+    -- what it would take, for durable.why; kept up to date within a second
+    known               jsonb       not null default '[]',  -- functions, each with its class and instance
+    queues              jsonb       not null default '[]',  -- each with its limits
+    deactivated         boolean     not null default false, -- it recovers, but takes nothing new
+    failover            boolean     not null default false  -- it also recovers executors of other names
 );
 
 create table if not exists durable.workflows (
@@ -133,6 +140,7 @@ create table if not exists durable.steps (
     child_workflow_id   text,                   -- for the start of a child, or the wait for its result
     started_at          timestamptz not null,
     completed_at        timestamptz not null,
+    tries               integer     not null default 1,     -- more where the step has retries
     primary key (workflow_id, position)
 );
 
@@ -171,5 +179,129 @@ create table if not exists durable.streams (
     position            integer     not null,
     primary key (workflow_id, key, "offset")
 );
+
+-- The operator's questions, for any client.  However many workflows have ended, these views are as quick.
+
+-- For durable.unfinished.
+create index if not exists workflows_dead on durable.workflows (id)
+    where status = 'MAX_RECOVERY_ATTEMPTS_EXCEEDED';
+
+-- Which executors live?  Those whose lock somebody holds.
+create or replace view durable.living as
+select incarnation, executor_id, application, application_version, known, queues, deactivated, failover, launched_at
+  from durable.executors
+ where incarnation in (select objid::integer from pg_locks
+                        where locktype = 'advisory' and classid = 730624 and objsubid = 2 and granted
+                          and database = (select oid from pg_database where datname = current_database()));
+
+-- What has not come to an end?  Each arm is the condition of an index.
+create or replace view durable.unfinished as
+select id, number, status, name, class_name, config_name, queue, priority, application_version,
+       executor_id, incarnation, recovery_attempts, created_at, updated_at, delayed_until, deadline_at
+  from durable.workflows
+ where status = 'DELAYED' or status = 'ENQUEUED' or (status = 'PENDING' and incarnation is not null)
+    or status = 'MAX_RECOVERY_ATTEMPTS_EXCEEDED';
+
+-- Which versions have executors or work, and which have work that nobody will do?
+create or replace view durable.versions as
+select application_version, coalesce(delayed, 0) as delayed, coalesce(enqueued, 0) as enqueued,
+       coalesce(pending, 0) as pending, coalesce(executors, 0) as executors,
+       (select max(launched_at) from durable.executors as e where e.application_version = v.application_version)
+           as launched_at,
+       coalesce(delayed + enqueued + pending, 0) > 0 and coalesce(executors, 0) = 0
+           and (application_version is not null or not exists (select from durable.living)) as stranded
+  from ((select application_version, count(*) filter (where status = 'DELAYED') as delayed,
+                count(*) filter (where status = 'ENQUEUED') as enqueued,
+                count(*) filter (where status = 'PENDING') as pending
+           from durable.unfinished where status <> 'MAX_RECOVERY_ATTEMPTS_EXCEEDED'
+          group by application_version) as work
+        full join (select application_version, count(*) as executors
+                     from durable.living group by application_version) as life using (application_version)) as v
+ order by stranded desc, launched_at desc;
+
+-- Why is it not moving?  What is the same for all workflows of a kind (who could take them, how full their
+-- queue is) is found once per kind, so that the view stays quick with many of them.
+create or replace view durable.why as
+with unfinished as materialized (
+    select *, row_number() over (partition by status, queue, application_version order by priority, number) - 1 as ahead,
+           jsonb_build_array(application_version, executor_id, queue, name, class_name, config_name) as kind
+      from durable.unfinished),
+living as materialized (select * from durable.living),
+kinds as materialized (
+    select u.kind, able.*
+      from (select distinct on (kind) * from unfinished) as u
+     cross join lateral (
+        select count(*) as of_version, count(*) filter (where knows) as knowing,
+               count(*) filter (where knows and not deactivated) as willing,
+               count(*) filter (where knows and not deactivated and serves) as serving,
+               string_agg(distinct l.executor_id, ', ') filter (where knows) as able,
+               bool_or(knows and l.executor_id = u.executor_id) as namesake,
+               min(l.executor_id) filter (where knows and failover) as successor
+          from (select *, known @> jsonb_build_array(jsonb_build_object('name', u.name, 'class_name',
+                              u.class_name, 'config_name', u.config_name)) as knows,
+                       queues @> jsonb_build_array(jsonb_build_object('name', u.queue)) as serves
+                  from living) as l
+         where l.application_version = u.application_version or u.application_version is null) as able),
+queues as materialized (
+    select *, (select count(*) from unfinished as u where u.queue = q.queue and u.status = 'PENDING') as running,
+           case when "limit" is not null then
+               (select count(*) from durable.workflows as w
+                 where w.queue = q.queue and w.dequeued_at > now() - make_interval(secs => period)) end as started
+      from (select name as queue, min(concurrency) as concurrency, min("workerConcurrency") as each,
+                   min(("rateLimit" ->> 'limit')::bigint) as "limit", min(("rateLimit" ->> 'period')::float8) as period
+              from living, jsonb_to_recordset(living.queues)
+                   as q(name text, concurrency integer, "workerConcurrency" integer, "rateLimit" jsonb)
+             group by name) as q)
+select u.id as workflow_id, u.status, u.name, u.queue, u.application_version, u.executor_id,
+       case when u.status = 'DELAYED' then u.created_at else u.updated_at end as since,
+       case
+       when u.status = 'MAX_RECOVERY_ATTEMPTS_EXCEEDED' then format(
+           'was begun %s times without coming to an end: find out what takes its process down, then resume it',
+           u.recovery_attempts)
+       when u.status = 'DELAYED' and u.delayed_until > now() then format('delayed until %s', u.delayed_until::timestamptz(0))
+       when u.status = 'PENDING' and a.incarnation is not null then
+           format('runs on %s since %s; ', u.executor_id, u.updated_at::timestamptz(0))
+           || case when s.position is null then 'no step is on record yet'
+                   when s.name = 'DBOS.sleep' and s.output ~ '^\d+(\.\d+)?$' and to_timestamp(s.output::float8) > now()
+                   then format('waits, until %s at the latest', to_timestamp(s.output::float8)::timestamptz(0))
+                   else format('last step: %s %s, at %s', s.position, s.name, s.completed_at::timestamptz(0)) end
+           || coalesce('; it started workflow ' || c.id || ', which is ' || c.status, '')
+           || coalesce('; will be cancelled at ' || u.deadline_at::timestamptz(0), '')
+       when u.status = 'PENDING' then
+           format('its executor %s (incarnation %s) ', u.executor_id, u.incarnation)
+           || coalesce('stopped at ' || e.stopped_at::timestamptz(0), 'died before ' || e.lost_at::timestamptz(0),
+                       'is gone') || ': '
+           || case when of_version = 0 then
+                       format('launch %s again, with version %s', u.executor_id, u.application_version)
+                   when knowing = 0 then format('no live executor of version %s knows %s: launch %s again',
+                                                u.application_version, u.name, u.executor_id)
+                   when namesake then format('%s lives again, and takes it up within seconds', u.executor_id)
+                   when successor is not null then format('%s takes it over within seconds', successor)
+                   else format('launch %s again, or POST ["%1$s"] to /dbos-workflow-recovery of %s',
+                               u.executor_id, able) end
+       when of_version = 0 then coalesce('no live executor has its version, ' || u.application_version || ': launch one',
+                                         'no executor lives: launch one')
+       when knowing = 0 then format('no live executor of its version knows %s',
+                                    concat_ws('/', u.name, u.class_name, u.config_name))
+       when willing = 0 then format('the live executors that know %s are deactivated: launch one', u.name)
+       when serving = 0 then format('no live executor that knows %s serves queue %s: declare it there', u.name, u.queue)
+       when u.status = 'DELAYED' then format('its delay is over since %s; enters queue %s within a second',
+                                             u.delayed_until::timestamptz(0), u.queue)
+       else case when u.ahead = 0 then 'is next' else 'waits behind ' || u.ahead end || ' in queue ' || u.queue || ': '
+           || case when running >= concurrency then format('%s of %s places are taken (concurrency)', running, concurrency)
+                   when started >= "limit" then format('%s of %s starts in %s s are used up', started, "limit", period)
+                   when running >= each * serving then
+                       format('%s of %s places are taken (worker_concurrency)', running, each * serving)
+                   else 'no limit holds it, so executors take it as soon as they have a thread free' end
+       end as why
+  from unfinished as u
+  join kinds as k using (kind)
+  left join queues as q on q.queue = u.queue
+  left join living as a on a.incarnation = u.incarnation
+  left join durable.executors as e on e.incarnation = u.incarnation
+  left join lateral (select * from durable.steps where u.status = 'PENDING' and workflow_id = u.id
+                      order by position desc limit 1) as s on true
+  left join unfinished as c on c.id = s.child_workflow_id
+ order by since;
 
 insert into durable.version (number) select 1 where not exists (select from durable.version);
