@@ -123,7 +123,7 @@ T = TypeVar("T")
 Self = TypeVar("Self")
 Conn = psycopg.Connection[Any]
 
-_SCHEMA_VERSION = 1  # the edition of schema.sql that this code was written for
+_SCHEMA_VERSION = 2  # the edition of schema.sql that this code was written for
 _LOCKS = 730624  # first key of our advisory locks, the second is an incarnation, or 0 for the schema; -_LOCKS: queues
 _CHANNEL = "durable"  # where hints travel
 _INTERNAL_QUEUE = "_dbos_internal_queue"  # the library's names, kept so that tools know them
