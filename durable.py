@@ -708,12 +708,12 @@ _SET_EVENT = _effect(
 # the same offset: one of them fails, and is written again.
 _WRITE_STREAM = _effect(
     "write_stream",
-    "key text, value text",
-    """insert into durable.streams (workflow_id, key, "offset", value, position)
+    "key text, value text, token bigint",
+    """insert into durable.streams (workflow_id, key, "offset", value, position, token)
        select id, key, coalesce((select max("offset") + 1 from durable.streams as s
                                   where s.workflow_id = id and s.key = due.key), 0)
-                        + row_number() over (partition by id, key order by position) - 1, value, position
-         from {due} as due""",
+                        + row_number() over (partition by id, key order by position) - 1, value, position, token
+         from {due} as due on conflict (workflow_id, token) do nothing""",
     only="""and not exists (select from (select value from durable.streams as s
                                           where s.workflow_id = new.id and s.key = new.key
                                           order by "offset" desc limit 1) as last where value is null)""",
@@ -1154,8 +1154,8 @@ def _fork(conn: Conn, row: dict[str, Any]) -> str | None:
             insert into durable.events (workflow_id, key, position, value)
             select forked.id, e.key, e.position, e.value
               from forked, durable.events as e where e.workflow_id = %(id)s and e.position < %(start_step)s)
-        insert into durable.streams (workflow_id, key, "offset", value, position)
-        select forked.id, s.key, s."offset", s.value, s.position
+        insert into durable.streams (workflow_id, key, "offset", value, position, token)
+        select forked.id, s.key, s."offset", s.value, s.position, s.token
           from forked, durable.streams as s where s.workflow_id = %(id)s and s.position < %(start_step)s
     """
     conn.execute(query, row)
@@ -2452,7 +2452,7 @@ async def _write_to_stream(name: str, key: str, value: str | None) -> None:
             return None
         return DBOSException(f"the stream {key!r} of workflow {frame.run.id} is closed: nobody would read what follows")
 
-    await _write_step(_WRITE_STREAM, name, refusal, key=key, value=value)
+    await _write_step(_WRITE_STREAM, name, refusal, key=key, value=value, token=secrets.randbits(63))
     if frame is not None:
         frame.run.executor.hints.send("s", frame.run.id, key)
 
