@@ -38,8 +38,8 @@ Asked of you: a workflow's own code must be deterministic.  Given the same input
 results it must call the same steps in the same order; clocks, random numbers, files and the network
 belong in steps.
 
-Contents: Errors, Values, Colours, Statements, Journal, Steps, Workflows, Waiting, Queues, Executors,
-Admin, and the public face.  Names and behaviour follow the DBOS Python library 2.x, so that code moves
+Contents: Errors, Values, Colours, Statements, Journal, Steps, Workflows, Waiting, Queues and schedules,
+Executors, Admin, the public face, and the command line.  Names and behaviour follow the DBOS Python library 2.x, so that code moves
 to `dbos` and back by one import line.
 
 Needs Python 3.10+, psycopg 3 with psycopg_pool, PostgreSQL 13+, and schema.sql beside this file.
@@ -2503,6 +2503,7 @@ class _Hints:
         self._lock = threading.Lock()
         self._expected: dict[tuple[str, ...], dict[_Signal, int]] = {}
         self._looked_at = 0
+        self.missed = False  # while the listening connection was away, hints may have been
         self._outgoing: set[tuple[str, ...]] = set()
         self._sending = False
 
@@ -2524,7 +2525,9 @@ class _Hints:
     def awaited(self) -> list[dict[str, Any]]:
         """What to look for now: all that is awaited, or in turn so much that a look stays cheap."""
         with self._lock:
-            keys, some = list(self._expected), _LOOK_CHUNK if self._executor.listens else len(self._expected)
+            keys = list(self._expected)
+            some = len(keys) if self.missed or not self._executor.listens else _LOOK_CHUNK
+            self.missed = False
             start = self._looked_at if self._looked_at < len(keys) else 0
             self._looked_at = start + some
             return [
@@ -3291,7 +3294,7 @@ class _Executor:
                 if conn.closed:
                     conn = self.connect()
                     self._announce(conn)
-                    self.work.set()  # hints were missed
+                    self.hints.missed = True
                 elif not self._held:  # the server has not noticed yet that our former connection is gone
                     self._announce(conn)
                 self._hear(conn)
