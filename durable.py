@@ -39,8 +39,8 @@ results it must call the same steps in the same order; clocks, random numbers, f
 belong in steps.
 
 Contents: Errors, Values, Colours, Statements, Journal, Steps, Workflows, Waiting, Queues and schedules,
-Executors, Admin, the public face, and the command line.  Names and behaviour follow the DBOS Python library 2.x, so that code moves
-to `dbos` and back by one import line.
+Executors, Admin, the public face, and the command line.  Names and behaviour follow the DBOS Python
+library 2.x, so that code moves to `dbos` and back by one import line.
 
 Needs Python 3.10+, psycopg 3 with psycopg_pool, PostgreSQL 13+, and schema.sql beside this file.
 Licence: MIT.  Made to be copied into your project and read.
