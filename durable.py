@@ -4445,15 +4445,7 @@ class _Management:
         Their places in queues and their deduplication IDs are free with that.  IDs that do not exist are
         passed over, as in DBOS.
         """
-        executor = self._launched()
-
-        async def cancel() -> None:
-            ids = _alternatives("workflow_ids", workflow_ids)
-            more = await executor.ask(_children_of, ids) if cancel_children else []
-            for id, queue in await executor.ask(_cancel, [*ids, *more]):
-                executor.ended(id, queue)
-
-        await _recorded("DBOS.cancelWorkflow", cancel)
+        await self._end("DBOS.cancelWorkflow", _cancel, workflow_ids, cancel_children)
 
     cancel_workflows, cancel_workflows_async = _twins(_cancel_workflows)
 
@@ -4462,6 +4454,20 @@ class _Management:
         await self._cancel_workflows([workflow_id], cancel_children=cancel_children)
 
     cancel_workflow, cancel_workflow_async = _twins(_cancel_workflow)
+
+    async def _end(
+        self, name: str, statement: "Callable[[Conn, list[str]], list[tuple[str, str | None]]]",
+        workflow_ids: list[str], with_children: bool,
+    ) -> None:
+        executor = self._launched()
+
+        async def end() -> None:
+            ids = _alternatives("workflow_ids", workflow_ids)
+            ids += await executor.ask(_children_of, ids) if with_children else []
+            for id, queue in await executor.ask(statement, ids):
+                executor.ended(id, queue)
+
+        await _recorded(name, end)
 
     async def _resume_all(self, workflow_ids: list[str]) -> None:
         executor = self._launched()
@@ -4542,15 +4548,7 @@ class _Management:
 
         One that runs is stopped, as by a cancel.  IDs that do not exist are passed over, as in DBOS.
         """
-        executor = self._launched()
-
-        async def delete() -> None:
-            ids = _alternatives("workflow_ids", workflow_ids)
-            more = await executor.ask(_children_of, ids) if delete_children else []
-            for id, queue in await executor.ask(_delete, [*ids, *more]):
-                executor.ended(id, queue)
-
-        await _recorded("DBOS.deleteWorkflow", delete)
+        await self._end("DBOS.deleteWorkflow", _delete, workflow_ids, delete_children)
 
     delete_workflows, delete_workflows_async = _twins(_delete_workflows)
 
