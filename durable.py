@@ -3176,7 +3176,8 @@ class _Executor:
         try:
             await _execute(run)
         except _Stopped as why:
-            _log.info("stopped a run of %s: %s", run.function.name, why)
+            level = logging.DEBUG if isinstance(why, _Closing) else logging.INFO
+            _log.log(level, "stopped a run of %s: %s", run.function.name, why)
         except Exception as error:
             _log.debug("workflow %s (%s) failed: %r", run.id, run.function.name, error)
         except (SystemExit, KeyboardInterrupt) as end:
