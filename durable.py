@@ -869,7 +869,8 @@ def _receive(conn: Conn, row: dict[str, Any]) -> tuple[str | None, bool]:
         with ours as (select id from durable.workflows
                        where id = %(id)s and claim = %(claim)s and status = 'PENDING' for share),
         oldest as (select number, message from durable.messages
-                    where workflow_id in (select id from ours) and topic = %(topic)s and received_at is null
+                    where workflow_id = %(id)s and exists (select from ours) and topic = %(topic)s
+                      and received_at is null
                     order by number limit 1 for update skip locked),
         noted as (insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
                   select id, %(position)s, %(name)s, coalesce((select message from oldest), %(nothing)s),
@@ -1077,7 +1078,7 @@ def _sweep(
              where w.status = 'PENDING' and w.incarnation is not null and w.application_version = %(version)s
                and (w.incarnation = %(incarnation)s or w.incarnation = any(%(dead)s)
                     or w.executor_id = any(%(listed)s))
-               and not (w.incarnation = %(incarnation)s and w.id = any(%(running)s)))
+               and not (w.incarnation = %(incarnation)s and w.id in (select unnest(%(running)s::text[]))))
         update durable.workflows as w
            set status = case when w.recovery_attempts > lost.most then 'MAX_RECOVERY_ATTEMPTS_EXCEEDED'
                              when w.queue is null then 'PENDING' else 'ENQUEUED' end,
