@@ -619,26 +619,26 @@ _START = _Write(
 )
 
 # A child begins, and its parent's history says so, in one statement: a crash leaves both or neither.
+# (`is true` makes a hash of the IDs; a join, planned for few, would compare each with each.)
 _START_CHILD = _Write(
     "start_child",
     _START_COLUMNS + ", delay_s double precision, inherits boolean, parent_claim bigint, position integer",
     "select id, 0 as position from born",
     before="""
-         child as (select * from {rows}),
-         parent as (select w.id as parent_id, w.claim as its_claim, w.deadline_at as its_deadline_at
-                      from durable.workflows as w join child on w.id = child.parent_workflow_id
-                     where w.claim = child.parent_claim and w.status = 'PENDING' for share of w),
+         child as (select new.*, w.deadline_at as its_deadline_at
+                     from {rows} join durable.workflows as w
+                       on w.id = new.parent_workflow_id and w.claim = new.parent_claim
+                    where w.status = 'PENDING' for share of w),
          born as ("""
     + _INSERT_WORKFLOW
     + f"case when inherits then its_deadline_at else {_FROM_NOW} end"
-    + """ from child join (select distinct * from parent) as parent
-                       on (parent_id, its_claim) = (parent_workflow_id, parent_claim)
-                     on conflict do nothing returning id),
+    + """ from child on conflict do nothing returning id),
          noted as (insert into durable.steps
                           (workflow_id, position, name, child_workflow_id, started_at, completed_at)
                    select parent_workflow_id, position, name, id, clock_timestamp(), clock_timestamp()
-                     from child join born using (id) on conflict do nothing)""",
+                     from child where (id in (select id from born)) is true on conflict do nothing)""",
 )
+
 
 # A step is done.  The share lock makes a later claim wait for this record, or this record miss.
 _RECORD = _Write(
