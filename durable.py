@@ -1761,10 +1761,18 @@ class _Run:
         self.stop.set()
 
 
+async def _recorded(name: str, perform: Callable[[], Awaitable[T]], child: str | None = None) -> T:
+    """Make a call: in a workflow as its next step, elsewhere plainly."""
+    run = _current_run()
+    return await _checkpointed(run, run.advance() if run else 0, name, perform, child)
+
+
 async def _checkpointed(
-    run: _Run, position: int, name: str, perform: Callable[[], Awaitable[T]], child: str | None = None
+    run: _Run | None, position: int, name: str, perform: Callable[[], Awaitable[T]], child: str | None = None
 ) -> T:
-    """Return what stands on record at `position`, or perform the call and record it."""
+    """Return what stands on record at `position`, or make the call and record it; without a run only make it."""
+    if run is None:
+        return await perform()
     past = await run.recall(position, name)
     if past is not None:
         return cast(T, run.outcome(past))
@@ -2266,8 +2274,6 @@ async def _call(executor: "_Executor", function: _Function, args: tuple[Any, ...
                 return await _execute(run)
         return await _result(executor, id)
 
-    if start.parent is None:
-        return await see_through()
     return await _checkpointed(start.parent, start.position + 1, "DBOS.getResult", see_through, child=id)
 
 
@@ -2361,9 +2367,6 @@ async def _wait_until(executor: "_Executor", run: _Run | None, position: int, se
 
     The record has it in the database's time, for another process may have to wait for the rest.
     """
-    if run is None:
-        return time.monotonic() + seconds
-
     async def decide() -> float:
         return executor.clock() + seconds
 
@@ -2506,7 +2509,7 @@ async def _event(executor: "_Executor", id: str, key: str, timeout_s: float) -> 
                     return None
                 await _pause_run(executor, hint, timeout=left)
 
-    return await _checkpointed(run, position, "DBOS.getEvent", wait) if run else await wait()
+    return await _checkpointed(run, position, "DBOS.getEvent", wait)
 
 
 class _Hints:
@@ -4559,8 +4562,7 @@ class _Management:
             executor.hints.send("q", _INTERNAL_QUEUE)
             return str(row["new_id"])
 
-        forked = await _checkpointed(run, position, "DBOS.forkWorkflow", fork) if run else await fork()
-        return await self._existing_workflow(forked)
+        return await self._existing_workflow(await _checkpointed(run, position, "DBOS.forkWorkflow", fork))
 
     fork_workflow, fork_workflow_async = _handle_twins(_fork_workflow)
 
@@ -5151,14 +5153,6 @@ class Durable(_Management):
         await _write_to_stream("DBOS.closeStream", _valid_key("stream key", key), None)
 
     close_stream, close_stream_async = _twins(_close_stream)
-
-
-async def _recorded(name: str, perform: Callable[[], Awaitable[T]], child: str | None = None) -> T:
-    """Perform an operation: in a workflow as a step of this name, elsewhere plainly."""
-    run = _current_run()
-    if run is None:
-        return await perform()
-    return await _checkpointed(run, run.advance(), name, perform, child)
 
 
 class _Handle(Generic[R]):
