@@ -4382,11 +4382,7 @@ class _Management:
     async def _get_workflow_status(self, workflow_id: str) -> "WorkflowStatus | None":
         """Read how a workflow stands; None if there is none."""
         executor = self._launched()
-
-        async def look() -> dict[str, Any] | None:
-            return await executor.ask(_find, workflow_id)
-
-        row = await _recorded("DBOS.getStatus", look)
+        row = await _recorded("DBOS.getStatus", lambda: executor.ask(_find, workflow_id))
         return None if row is None else _status_of(executor.serializer, row)
 
     get_workflow_status, get_workflow_status_async = _twins(_get_workflow_status)
@@ -4394,11 +4390,7 @@ class _Management:
     async def _list_workflow_steps(self, workflow_id: str) -> "list[StepInfo]":
         """Read a workflow's recorded steps, in order."""
         executor = self._launched()
-
-        async def look() -> list[dict[str, Any]]:
-            return await executor.ask(_steps_of, workflow_id)
-
-        rows = await _recorded("DBOS.listWorkflowSteps", look)
+        rows = await _recorded("DBOS.listWorkflowSteps", lambda: executor.ask(_steps_of, workflow_id))
         return [cast(StepInfo, _read_outcome(executor.serializer, row)) for row in rows]
 
     list_workflow_steps, list_workflow_steps_async = _twins(_list_workflow_steps)
@@ -4430,12 +4422,9 @@ class _Management:
         for key, number in (("limit", limit), ("offset", offset)):
             if number is not None and (type(number) is not int or not 0 <= number < 1 << 62):
                 raise ValueError(f"{key} is {number!r}; it must be a whole number from 0")
-        executor = self._launched()
-
-        async def look() -> list[dict[str, Any]]:
-            return await executor.ask(_list, where, limit, offset, sort_desc, load_input, load_output)
-
-        rows = await _recorded("DBOS.listQueuedWorkflows" if queues_only else "DBOS.listWorkflows", look)
+        executor, step = self._launched(), "DBOS.listQueuedWorkflows" if queues_only else "DBOS.listWorkflows"
+        read = (where, limit, offset, sort_desc, load_input, load_output)
+        rows = await _recorded(step, lambda: executor.ask(_list, *read))
         return [_status_of(executor.serializer, row) for row in rows]
 
     list_workflows, list_workflows_async = _twins(_list_workflows)
