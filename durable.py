@@ -2063,12 +2063,10 @@ def _next_id(parent: _Run | None, position: int) -> str:
 
 
 class _Start(NamedTuple):
-    """A workflow about to begin."""
+    """A workflow about to begin: its row (with the position that its start has in the parent), and the parent."""
 
     row: dict[str, Any]
-    function: _Function
     parent: _Run | None
-    position: int  # of its start, in the parent
 
 
 def _prepare_start(
@@ -2097,7 +2095,7 @@ def _prepare_start(
     names = {"name": function.name, "class_name": class_name, "config_name": config_name}
     origin = {"parent_workflow_id": parent and parent.id, "parent_claim": parent and parent.claim, "position": position}
     row = {"id": _next_id(parent, position), **names, "inputs": text, **origin, **_terms(executor, queue)}
-    return _Start(row, function, parent, position)
+    return _Start(row, parent)
 
 
 def _terms(executor: "_Executor", queue: str | None) -> dict[str, Any]:
@@ -2125,14 +2123,14 @@ async def _has_begun(start: _Start) -> bool:
     """Whether the parent's history has this start: then take the ID from there, or raise what refused it."""
     past = None
     if start.parent is not None:
-        past = await start.parent.recall(start.position, start.row["name"])
+        past = await start.parent.recall(start.row["position"], start.row["name"])
         if past is not None:
             start.parent.outcome(past)
             start.row["id"] = past.child_workflow_id
     return past is not None
 
 
-async def _begin(executor: "_Executor", start: _Start) -> tuple[str, _Run | None]:
+async def _begin(executor: "_Executor", function: _Function, start: _Start) -> tuple[str, _Run | None]:
     """Commit the row; return the ID, and the run if it is ours to execute now."""
     row = start.row
     if await _has_begun(start):
@@ -2147,17 +2145,17 @@ async def _begin(executor: "_Executor", start: _Start) -> tuple[str, _Run | None
         _same_workflow(existing, row)
         return row["id"], None
     claimed = _Claimed(**{name: row[name] for name in _Claimed._fields if name in row}, has_history=False)
-    run = _Run(executor, start.function, claimed)
+    run = _Run(executor, function, claimed)
     # It is entered before the row is there: a sweep must not take it for lost.
     while (other := executor.running.setdefault(run.id, run)) is not run:
         await _for_any(other.begun)
         if await executor.ask(_find, run.id) is not None:
-            await _insert(executor, row, start.parent, start.position)
+            await _insert(executor, start)
             return run.id, None
         other.halt(_Superseded(f"workflow {run.id} was deleted"))  # or its start was refused: it is our turn
         executor.forget(other)
     try:
-        existing = await _insert(executor, row, start.parent, start.position)
+        existing = await _insert(executor, start)
     except BaseException:
         executor.forget(run)
         raise
@@ -2177,16 +2175,15 @@ async def _begin(executor: "_Executor", start: _Start) -> tuple[str, _Run | None
     return run.id, None
 
 
-async def _insert(
-    executor: "_Executor", row: dict[str, Any], parent: _Run | None, position: int
-) -> dict[str, Any] | None:
+async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None:
     """Insert the row and, in the parent's history, its start; return the row that was there before, if any."""
+    row, parent = start
     while not (await executor.journal.write(_START_CHILD if parent else _START, row))[0]:
         existing = await executor.ask(_find, row["id"])
         if existing is not None:
             _same_workflow(existing, row)
             if parent is not None:
-                await parent.record(position, row["name"], None, None, 0.0, child=row["id"])
+                await parent.record(row["position"], row["name"], None, None, 0.0, child=row["id"])
             return existing
         if row["deduplication_id"] is not None:
             holder = await executor.ask(_find, row["deduplication_id"], row["queue"])
@@ -2197,10 +2194,10 @@ async def _insert(
                     workflow_id=row["id"], queue_name=row["queue"], deduplication_id=row["deduplication_id"],
                 )
                 if parent is not None:
-                    await parent.record(position, row["name"], None, refusal, 0.0)
+                    await parent.record(row["position"], row["name"], None, refusal, 0.0)
                 raise refusal
         if parent is not None:
-            await parent.settle(position, row["name"])
+            await parent.settle(row["position"], row["name"])
     return None
 
 
@@ -2266,7 +2263,7 @@ async def _call(executor: "_Executor", function: _Function, args: tuple[Any, ...
     In a parent this takes two positions: the start, and behind it the result.
     """
     start = _prepare_start(executor, function, args, kwargs, None, positions=2)
-    id, run = await _begin(executor, start)
+    id, run = await _begin(executor, function, start)
 
     async def see_through() -> Any:
         if run is not None:
@@ -2274,7 +2271,7 @@ async def _call(executor: "_Executor", function: _Function, args: tuple[Any, ...
                 return await _execute(run)
         return await _result(executor, id)
 
-    return await _checkpointed(start.parent, start.position + 1, "DBOS.getResult", see_through, child=id)
+    return await _checkpointed(start.parent, start.row["position"] + 1, "DBOS.getResult", see_through, child=id)
 
 
 # --- Waiting ------------------------------------------------------------------------------------------
@@ -2708,7 +2705,7 @@ async def _enqueue(
         taken = await executor.journal.write(kind, *(start.row for start in new))
         for start, was_taken in zip(new, taken, strict=True):
             if not was_taken:  # the ID was there, or is refused: find out which
-                await _insert(executor, start.row, start.parent, start.position)
+                await _insert(executor, start)
         executor.hints.send("q", queue)
     return [start.row["id"] for start in starts]
 
@@ -5044,7 +5041,7 @@ class Durable(_Management):
         for option in ("deduplication_id", "priority", "delay_seconds"):
             if getattr(_options.get(), option) is not None:
                 raise DBOSException(f"{option} is for queues: enqueue {function.name} instead of starting it")
-        return await _begin(executor, _prepare_start(executor, function, args, kwargs, None))
+        return await _begin(executor, function, _prepare_start(executor, function, args, kwargs, None))
 
     def enqueue_workflow(
         self, queue_name: str, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs
@@ -5339,7 +5336,7 @@ class DBOSClient(_Management):
                 "class_name": given.get("class_name"), "config_name": given.get("instance_name"), "inputs": inputs,
                 "parent_workflow_id": None, **_terms(executor, str(given["queue_name"])),
             }
-        await _insert(executor, row, None, 0)
+        await _insert(executor, _Start(row, None))
         executor.hints.send("q", str(given["queue_name"]))
         return id
 
