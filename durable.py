@@ -2100,18 +2100,23 @@ def _prepare_start(
 
 def _terms(executor: "_Executor", queue: str | None) -> dict[str, Any]:
     """The part of a new row that says when and by whom it is run, as the options have it."""
-    options = _options.get()
+    options, me = _options.get(), executor.me
     terms: dict[str, Any] = {
-        "queue": queue, "claim": _first_claim(), "application_version": executor.me["version"],
+        "queue": queue, "claim": _first_claim(),
         "timeout_s": options.timeout and options.timeout[0], "inherits": options.timeout is None,
     }
     if queue is None:  # begun under our own claim
-        terms |= {"status": "PENDING", "recovery_attempts": 1, "priority": 0, "deduplication_id": None, "delay_s": None}
-        return terms | {"executor_id": executor.me["executor_id"], "incarnation": executor.me["incarnation"]}
-    terms |= {"status": "ENQUEUED" if options.delay_seconds is None else "DELAYED", "recovery_attempts": 0}
-    terms |= {"priority": options.priority or 0, "delay_s": options.delay_seconds}
-    terms |= {"deduplication_id": options.deduplication_id, "executor_id": None, "incarnation": None}
-    return terms | ({"application_version": options.app_version} if options.app_version else {})
+        return terms | {
+            "status": "PENDING", "application_version": me["version"], "executor_id": me["executor_id"],
+            "incarnation": me["incarnation"], "recovery_attempts": 1, "priority": 0, "deduplication_id": None,
+            "delay_s": None,
+        }
+    return terms | {
+        "status": "ENQUEUED" if options.delay_seconds is None else "DELAYED",
+        "application_version": options.app_version or me["version"], "executor_id": None, "incarnation": None,
+        "recovery_attempts": 0, "priority": options.priority or 0, "deduplication_id": options.deduplication_id,
+        "delay_s": options.delay_seconds,
+    }
 
 
 def _first_claim() -> int:
@@ -2693,6 +2698,7 @@ async def _enqueue(
     executor: "_Executor", queue: str, calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]
 ) -> list[str]:
     """Put workflows on a queue in one commit, and return their IDs."""
+    _valid_name("queue", queue)
     if len(calls) > 1 and _options.get().deduplication_id is not None:
         raise DBOSException("a deduplication_id is for one workflow: enqueue_many cannot give it to several")
     starts = []
@@ -3069,11 +3075,10 @@ class _Executor:
         return self.patiently(attempt)
 
     def ask(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> _Wait[T]:
-        """The same, for operations of either colour."""
-        return self.called(lambda: self.now(statement, *args, **kwargs))
+        """The same, for operations of either colour: on this thread, or for a coroutine on one that may block."""
 
-    def called(self, call: Callable[[], T]) -> _Wait[T]:
-        """Call on this thread, or for a coroutine on one that may block."""
+        def call() -> T:
+            return self.now(statement, *args, **kwargs)
 
         async def on_loop() -> T:
             future: Future[T] = Future()
@@ -5047,8 +5052,7 @@ class Durable(_Management):
         self, queue_name: str, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> "WorkflowHandle[R]":
         """Enqueue on the queue of this name, which this process need not have declared; see `Queue.enqueue`."""
-        name = _valid_name("queue", queue_name)
-        (id,) = _block(_enqueue(self._launched(), name, [(func, args, kwargs)]))
+        (id,) = _block(_enqueue(self._launched(), queue_name, [(func, args, kwargs)]))
         return WorkflowHandle(self, id)
 
     async def enqueue_workflow_async(
@@ -5056,8 +5060,7 @@ class Durable(_Management):
         **kwargs: P.kwargs,
     ) -> "WorkflowHandleAsync[R]":
         """Do as `enqueue_workflow`, without blocking the event loop."""
-        name = _valid_name("queue", queue_name)
-        (id,) = await _suspend(_enqueue(self._launched(), name, [(func, args, kwargs)]))
+        (id,) = await _suspend(_enqueue(self._launched(), queue_name, [(func, args, kwargs)]))
         return WorkflowHandleAsync(self, id)
 
     def run_step(
