@@ -120,7 +120,8 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
-Self = TypeVar("Self")
+M = TypeVar("M", bound="_Management")
+B = TypeVar("B", bound="_OptionBlock")
 Conn = psycopg.Connection[Any]
 
 _SCHEMA_VERSION = 2  # the edition of schema.sql that this code was written for
@@ -472,20 +473,18 @@ def _twins(body: Callable[P, Coroutine[Any, Any, R]]) -> tuple[Callable[P, R], C
 
 
 def _handle_twins(
-    body: "Callable[Concatenate[_Management, P], Coroutine[Any, Any, str]]",
+    body: Callable[Concatenate[M, P], Coroutine[Any, Any, str]],
 ) -> (
-    "tuple[Callable[Concatenate[_Management, P], WorkflowHandle[Any]], "
-    "Callable[Concatenate[_Management, P], Coroutine[Any, Any, WorkflowHandleAsync[Any]]]]"
+    "tuple[Callable[Concatenate[M, P], WorkflowHandle[Any]], "
+    "Callable[Concatenate[M, P], Coroutine[Any, Any, WorkflowHandleAsync[Any]]]]"
 ):
     """The same for a body that returns the ID of a workflow: the twins return handles of their colour."""
     blocking, awaiting = _twins(body)
 
-    def handle(self: "_Management", /, *args: P.args, **kwargs: P.kwargs) -> "WorkflowHandle[Any]":
+    def handle(self: M, /, *args: P.args, **kwargs: P.kwargs) -> "WorkflowHandle[Any]":
         return WorkflowHandle(self, blocking(self, *args, **kwargs))
 
-    async def handle_async(
-        self: "_Management", /, *args: P.args, **kwargs: P.kwargs
-    ) -> "WorkflowHandleAsync[Any]":
+    async def handle_async(self: M, /, *args: P.args, **kwargs: P.kwargs) -> "WorkflowHandleAsync[Any]":
         return WorkflowHandleAsync(self, await awaiting(self, *args, **kwargs))
 
     functools.update_wrapper(handle, blocking)
@@ -1979,9 +1978,8 @@ class _OptionBlock:
         self._changes = changes
         self._tokens: list[contextvars.Token[_Options]] = []
 
-    def __enter__(self: Self) -> Self:
-        block = cast(_OptionBlock, self)
-        block._tokens.append(_options.set(replace(_options.get(), **block._changes)))
+    def __enter__(self: B) -> B:
+        self._tokens.append(_options.set(replace(_options.get(), **self._changes)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -5323,7 +5321,8 @@ class DBOSClient(_Management):
             raise DBOSException("this client was destroyed: make a new one")
         return self._executor.here()
 
-    async def _enqueue(self, options: EnqueueOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    async def _enqueue(self, options: EnqueueOptions, *args: Any, **kwargs: Any) -> str:
+        """Enqueue a workflow by its name; raises DBOSQueueDeduplicatedError, DBOSConflictingWorkflowError."""
         executor, given = self._launched(), dict(options)
         known = {**_RequiredEnqueueOptions.__annotations__, **EnqueueOptions.__annotations__}
         for key in given.keys() - known.keys():
@@ -5343,14 +5342,7 @@ class DBOSClient(_Management):
         executor.hints.send("q", str(given["queue_name"]))
         return id
 
-    def enqueue(self, options: EnqueueOptions, *args: Any, **kwargs: Any) -> WorkflowHandle[Any]:
-        """Enqueue a workflow by its name; raises DBOSQueueDeduplicatedError, DBOSConflictingWorkflowError."""
-        _refuse_to_block_a_loop("enqueue")
-        return WorkflowHandle(self, _block(self._enqueue(options, args, kwargs)))
-
-    async def enqueue_async(self, options: EnqueueOptions, *args: Any, **kwargs: Any) -> WorkflowHandleAsync[Any]:
-        """Do as `enqueue`, without blocking the event loop."""
-        return WorkflowHandleAsync(self, await _suspend(self._enqueue(options, args, kwargs)))
+    enqueue, enqueue_async = _handle_twins(_enqueue)
 
 
 def _class_name(cls: type) -> str:
