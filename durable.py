@@ -2405,7 +2405,7 @@ async def _send_message(
 ) -> None:
     """Leave a message for a workflow; in a workflow as a step, in one commit with its record."""
 
-    async def refusal() -> Exception | None:
+    async def refusal(_: _Run | None = None) -> Exception | None:
         if await executor.ask(_find, destination) is not None:
             return None
         return DBOSNonExistentWorkflowError(f"there is no workflow {destination} to send a message to")
@@ -2430,11 +2430,11 @@ def _text_for(what: str, executor: "_Executor", value: Any) -> str:
 
 
 async def _write_step(
-    write: _Write, name: str, refusal: Callable[[], Awaitable[Exception | None]], **row: Any
-) -> None:
+    write: _Write, name: str, refusal: Callable[[_Run], Awaitable[Exception | None]] | None = None, **row: Any
+) -> _Run:
     """Make a write that is a step of the workflow; or, from inside one of its steps, a part of that.
 
-    If it is not taken, and not on record either, `refusal` finds out why.
+    If it is not taken, and not on record either, `refusal` finds out why.  Returned is whose step it is.
     """
     frame = _frame.get()
     if frame is None:
@@ -2448,13 +2448,14 @@ async def _write_step(
     while past is None and not await _was_taken(run, write, row):
         await run.standing()
         past = await run.settle(position, name) if step else None
-        problem = None if past is not None else await refusal()
+        problem = await refusal(run) if refusal is not None and past is None else None
         if problem is not None:
             if step:
                 await run.record(position, name, None, problem, 0.0)
             raise problem
     if past is not None:
         run.outcome(past)
+    return run
 
 
 async def _was_taken(run: _Run, write: _Write, row: dict[str, Any]) -> bool:
@@ -2465,18 +2466,14 @@ async def _was_taken(run: _Run, write: _Write, row: dict[str, Any]) -> bool:
 
 async def _write_to_stream(name: str, key: str, value: str | None) -> None:
     """Append to a stream of this workflow; without a value, close it."""
-    frame = _frame.get()
-
-    async def refusal() -> Exception | None:
-        assert frame is not None
-        _, values = await frame.run.executor.ask(_read_stream, frame.run.id, key, 0, None)
+    async def refusal(run: _Run) -> Exception | None:
+        _, values = await run.executor.ask(_read_stream, run.id, key, 0, None)
         if None not in values:
             return None
-        return DBOSException(f"the stream {key!r} of workflow {frame.run.id} is closed: nobody would read what follows")
+        return DBOSException(f"the stream {key!r} of workflow {run.id} is closed: nobody would read what follows")
 
-    await _write_step(_WRITE_STREAM, name, refusal, key=key, value=value, token=secrets.randbits(63))
-    if frame is not None:
-        frame.run.executor.hints.send("s", frame.run.id, key)
+    run = await _write_step(_WRITE_STREAM, name, refusal, key=key, value=value, token=secrets.randbits(63))
+    run.executor.hints.send("s", run.id, key)
 
 
 async def _read_values(executor: "_Executor", id: str, key: str, offset: int, most: int) -> list[Any]:
@@ -5118,13 +5115,9 @@ class Durable(_Management):
 
         In one of its steps this is part of the step.
         """
-        executor, row = self._launched(), {"key": _valid_key("event key", key)}
-
-        async def no_refusal() -> None:
-            return None
-
-        await _write_step(_SET_EVENT, "DBOS.setEvent", no_refusal, **row, value=_text_for("event", executor, value))
-        executor.hints.send("e", str(self.workflow_id), key)
+        text = _text_for("event", self._launched(), value)
+        run = await _write_step(_SET_EVENT, "DBOS.setEvent", key=_valid_key("event key", key), value=text)
+        run.executor.hints.send("e", run.id, key)
 
     set_event, set_event_async = _twins(_set_event)
 
