@@ -862,7 +862,7 @@ def _receive(conn: Conn, row: dict[str, Any]) -> tuple[str | None, bool]:
     """Take the oldest message of a topic and record it, in one; return it, or else whether it may be waited for.
 
     With `nothing`, the text of None, that there is none is put on record.  Our own former try, should
-    it be at work yet, has its message locked: this one passes over that, and fails at the record.
+    it be at work yet, has its message locked: this one waits for it, and fails at the record.
     """
     query = """
         with ours as (select id from durable.workflows
@@ -870,7 +870,7 @@ def _receive(conn: Conn, row: dict[str, Any]) -> tuple[str | None, bool]:
         oldest as (select number, message from durable.messages
                     where workflow_id = %(id)s and exists (select from ours) and topic = %(topic)s
                       and received_at is null
-                    order by number limit 1 for update skip locked),
+                    order by number limit 1 for update),
         noted as (insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
                   select id, %(position)s, %(name)s, coalesce((select message from oldest), %(nothing)s),
                          clock_timestamp() - make_interval(secs => %(took_s)s), clock_timestamp()
@@ -1099,7 +1099,7 @@ def _expire(conn: Conn) -> tuple[list[list[str]], float | None, float]:
     query = f"""
         with late as (select id from durable.workflows
                        where deadline_at <= statement_timestamp() and status in {_UNFINISHED}
-                         for update skip locked),
+                       order by id for update skip locked),
         cancelled as (update durable.workflows as w
                          set status = 'CANCELLED', deduplication_id = null,
                              updated_at = clock_timestamp(), completed_at = clock_timestamp()
@@ -1118,23 +1118,28 @@ def _cancel(conn: Conn, ids: list[str]) -> list[tuple[str, str | None]]:
 
     Its place in a queue and its deduplication ID are free with that.  Who runs it can write no more.
     """
-    query = """
-        update durable.workflows
+    query = f"""
+        with those as ({_IN_ORDER}) update durable.workflows as w
            set status = 'CANCELLED', deduplication_id = null,
                updated_at = clock_timestamp(), completed_at = clock_timestamp()
-         where id = any(%s) and status not in ('SUCCESS', 'ERROR', 'CANCELLED') returning id, queue
+          from those where w.id = those.id and w.status not in ('SUCCESS', 'ERROR', 'CANCELLED')
+        returning w.id, w.queue
     """
-    return conn.execute(query, (ids,)).fetchall()
+    return conn.execute(query, {"ids": ids}).fetchall()
+
+
+# Locks rows in the order that all statements keep, so that no two wait for each other.
+_IN_ORDER = "select id from durable.workflows where id = any(%(ids)s) order by id for update"
 
 
 def _resume(conn: Conn, ids: list[str], queue: str) -> list[str]:
     """Enqueue workflows anew, with their history, unless they have succeeded or failed; return those that exist."""
-    query = """
-        update durable.workflows
+    query = f"""
+        with those as ({_IN_ORDER}) update durable.workflows as w
            set status = 'ENQUEUED', queue = %(queue)s, recovery_attempts = 0, deadline_at = null,
                deduplication_id = null, delayed_until = null, dequeued_at = null, completed_at = null,
                updated_at = clock_timestamp()
-         where id = any(%(ids)s) and status not in ('SUCCESS', 'ERROR')
+          from those where w.id = those.id and w.status not in ('SUCCESS', 'ERROR')
     """
     conn.execute(query, {"ids": ids, "queue": queue})
     return [id for (id,) in conn.execute("select id from durable.workflows where id = any(%s)", (ids,))]
@@ -1191,7 +1196,7 @@ def _delete(conn: Conn, ids: list[str], even_unfinished: bool = True) -> list[tu
     """
     cur = conn.cursor()
     with conn.pipeline():
-        conn.execute("select from durable.workflows where id = any(%s) order by id for update", (ids,))
+        conn.execute(_IN_ORDER, {"ids": ids})
         cur.execute(query, (ids, even_unfinished))
     return cur.fetchall()
 
@@ -1546,6 +1551,8 @@ def _commit(cursor: "psycopg.Cursor[Any]", batch: list[_Entry]) -> None:
     for entry in batch:
         kinds.setdefault(entry.write, []).extend(entry.rows)
     writes = sorted(kinds, key=lambda write: write.name)  # so that few statements are made, and kept prepared
+    for rows in kinds.values():
+        rows.sort(key=lambda row: str(row["id"]))  # the order in which rows are locked
     cursor.execute(_together(*writes), {write.name: json.dumps(kinds[write]) for write in writes})
     taken = set(cursor.fetchall())
     for entry in batch:
@@ -2397,7 +2404,9 @@ async def _receive_message(executor: "_Executor", topic: str, timeout_s: float) 
             past = None if absent else await run.settle(position, name)
             if past is not None:
                 return run.outcome(past)
-            await _pause_run(executor, hint, timeout=left)
+            # After trouble a former try may have come too late to be seen, and no hint will follow: look again.
+            troubled = time.monotonic() < executor.trouble_until
+            await _pause_run(executor, hint, timeout=min(left, _POLL_S) if troubled else left)
 
 
 async def _send_message(
@@ -2717,7 +2726,8 @@ def _dequeue_round(executor: "_Executor", queue: Queue) -> None:
         with executor.claiming:
             room = min(_DEQUEUE_BATCH, executor.threads.room())
             if queue.worker_concurrency is not None:
-                ours = sum(run.queue == queue.name for run in tuple(executor.running.values()))
+                runs = tuple(executor.running.values())
+                ours = sum(run.queue == queue.name and run.stopped is None for run in runs)
                 room = min(room, queue.worker_concurrency - ours)
             executor.cramped.add(queue.name)  # before we know: a run that ends now must not be missed
             if room <= 0:
@@ -3500,6 +3510,7 @@ def _reconsider(executor: _Executor, runs: Iterable[_Run]) -> None:
                 run.check(claim, status)
             except _Stopped as why:
                 run.halt(why)
+                executor.room_again()
 
 
 def _dead(executor: _Executor, pending: list[_Pending]) -> list[int]:
@@ -4297,7 +4308,8 @@ class _Management:
 
     async def _get_event(self, workflow_id: str, key: str, timeout_seconds: float = 60) -> Any:
         """Wait until a workflow has set an event, and return its value; None once the time is up."""
-        return await _event(self._launched(), workflow_id, key, _checked_seconds("timeout_seconds", timeout_seconds))
+        executor, wait_s = self._for(workflow_id), _checked_seconds("timeout_seconds", timeout_seconds)
+        return await _event(executor, workflow_id, _valid_key("event key", key), wait_s)
 
     get_event, get_event_async = _twins(_get_event)
 
@@ -4540,9 +4552,9 @@ class _Management:
         }
 
         async def fork() -> str:
-            origin = await executor.ask(_fork, row)
-            if origin is None and await executor.ask(_find, workflow_id) is None:
-                raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id} to fork")
+            while (origin := await executor.ask(_fork, row)) is None:
+                if await executor.ask(_find, workflow_id) is None:
+                    raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id} to fork")
             if origin != workflow_id:
                 raise DBOSConflictingWorkflowError(f"{row['new_id']} is taken, and not by a fork of {workflow_id}")
             executor.hints.send("q", _INTERNAL_QUEUE)
