@@ -1148,7 +1148,7 @@ def _resume(conn: Conn, ids: list[str], queue: str) -> list[str]:
 def _fork(conn: Conn, row: dict[str, Any]) -> str | None:
     """Enqueue a copy of a workflow, with what it had recorded, set and written before a position.
 
-    Returns of which workflow `new_id` is a fork now; None: there is no original, or the ID is taken.
+    Returns of which workflow `new_id` is a fork now ("": of none); None: it is not there, nor the original.
     """
     query = """
         with original as (select * from durable.workflows where id = %(id)s),
@@ -1173,7 +1173,8 @@ def _fork(conn: Conn, row: dict[str, Any]) -> str | None:
           from forked, durable.streams as s where s.workflow_id = %(id)s and s.position < %(start_step)s
     """
     conn.execute(query, row)
-    found = conn.execute("select forked_from from durable.workflows where id = %(new_id)s", row).fetchone()
+    query = "select coalesce(forked_from, '') from durable.workflows where id = %(new_id)s"
+    found = conn.execute(query, row).fetchone()
     return found and found[0]
 
 
