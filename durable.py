@@ -760,10 +760,10 @@ def _read_history(conn: Conn, id: str, after: int, limit: int = _HISTORY_CHUNK) 
     return conn.cursor(row_factory=class_row(_Record)).execute(query, (id, after, limit)).fetchall()
 
 
-def _claims(conn: Conn, ids: list[str]) -> dict[str, tuple[int, str]]:
-    """Read under which claim and in which status workflows are; those deleted are missing."""
+def _claims(conn: Conn, ids: list[str]) -> dict[str, tuple[int | None, str]]:
+    """Read under which claim and in which status workflows are; of those that do not exist, None and "deleted"."""
     rows = conn.execute("select id, claim, status from durable.workflows where id = any(%s)", (ids,))
-    return {id: (claim, status) for id, claim, status in rows}
+    return dict.fromkeys(ids, (None, "deleted")) | {id: (claim, status) for id, claim, status in rows}
 
 
 _UNFINISHED = ("DELAYED", "ENQUEUED", "PENDING")  # as Python writes a tuple, SQL reads a list
@@ -1749,7 +1749,7 @@ class _Run:
 
     async def standing(self, finished: str = "") -> bool:
         """Tell whether the row is ours to write; if not, raise (or return False where it is `finished`)."""
-        claim, status = (await self.executor.ask(_claims, [self.id])).get(self.id, (None, "deleted"))
+        claim, status = (await self.executor.ask(_claims, [self.id]))[self.id]
         if (claim, status) == (self.claim, finished):
             return False
         self.check(claim, status)
@@ -2351,7 +2351,7 @@ async def _first_ended(executor: "_Executor", ids: list[str]) -> str:
             hints = [expected.enter_context(executor.hints.expected("w", id)) for id in ids]
             claims = await executor.ask(_claims, ids)
             for id in ids:
-                if claims.get(id, (0, "deleted"))[1] not in _UNFINISHED:
+                if claims[id][1] not in _UNFINISHED:
                     return id
             await _pause_run(executor, *hints)
 
@@ -3505,7 +3505,7 @@ def _reconsider(executor: _Executor, runs: Iterable[_Run]) -> None:
         if run.loop is not None and run.loop.is_closed():
             executor.forget(run)  # it will never go on: the sweep takes it up
             continue
-        claim, status = claims.get(run.id, (None, "deleted"))
+        claim, status = claims[run.id]
         if (claim, status) not in ((run.claim, "SUCCESS"), (run.claim, "ERROR")):
             try:
                 run.check(claim, status)
@@ -5416,8 +5416,7 @@ def _run_command(client: DBOSClient, options: argparse.Namespace) -> Any:
     executor = client._launched()
     given = vars(options)
     ids = [given["ID"]] if isinstance(given.get("ID"), str) else given.get("ID") or []
-    known = executor.now(_claims, ids)
-    missing = [id for id in ids if id not in known]
+    missing = [id for id, (claim, _) in executor.now(_claims, ids).items() if claim is None]
     if missing:
         raise DBOSNonExistentWorkflowError(f"there is no workflow {', '.join(missing)}")
     match options.command:
@@ -5451,8 +5450,7 @@ def _run_command(client: DBOSClient, options: argparse.Namespace) -> Any:
             return [_plain(row, row) for row in executor.now(_executors, 1000)]
         case view:
             return [_plain(row, row) for row in executor.now(_view, view, ids)]
-    after = executor.now(_claims, ids)
-    return [{"workflow_id": id, "status": after[id][1] if id in after else "deleted"} for id in ids]
+    return [{"workflow_id": id, "status": status} for id, (_, status) in executor.now(_claims, ids).items()]
 
 
 _LIST_COLUMNS = ("workflow_id", "status", "name", "queue_name", "app_version", "executor_id", "created_at")
