@@ -4355,8 +4355,9 @@ class _Management:
         # In a workflow each value is a step: what it has seen when it dies is what it sees again.
         if type(offset) is not int or offset < 0:
             raise ValueError(f"offset is {offset!r}; it must be a whole number from 0")
-        executor, most = self._for(workflow_id), _HISTORY_CHUNK if _current_run() is None else 1
-        return _recorded("DBOS.readStream", lambda: _read_values(executor, workflow_id, _valid_key("key", key), offset, most))
+        executor, key = self._for(workflow_id), _valid_key("stream key", key)
+        most = _HISTORY_CHUNK if _current_run() is None else 1
+        return _recorded("DBOS.readStream", lambda: _read_values(executor, workflow_id, key, offset, most))
 
     async def _get_result(self, workflow_id: str) -> Any:
         """Wait for a workflow to end, wherever it runs, and return or raise its outcome.
