@@ -1025,10 +1025,7 @@ def _dequeue(conn: Conn, queue: "Queue", room: int, me: dict[str, Any]) -> list[
     return cur.fetchall()
 
 
-# A lock that somebody holds is an executor that lives.
-_ALIVE = f"""(select objid::integer from pg_locks
-               where locktype = 'advisory' and classid = {_LOCKS} and objsubid = 2 and granted
-                 and database = (select oid from pg_database where datname = current_database()))"""
+_ALIVE = "(select incarnation from durable.living)"  # a lock that somebody holds is an executor that lives
 
 
 class _Pending(NamedTuple):
@@ -1212,7 +1209,7 @@ def _begun_before(conn: Conn, cutoff_s: float, finished: bool, limit: int | None
     return [id for (id,) in conn.execute(query, (cutoff_s, limit))]
 
 
-def _collect_executors(conn: Conn, cutoff_s: float) -> None:
+def _forget_executors(conn: Conn, cutoff_s: float) -> None:
     """Forget launches before a time that are over, and that no unfinished workflow refers to."""
     conn.execute(
         f"""
@@ -1225,10 +1222,10 @@ def _collect_executors(conn: Conn, cutoff_s: float) -> None:
     )
 
 
-def _age_of(conn: Conn, rank: int) -> float | None:
-    """When the workflow began that has `rank - 1` younger ones, in seconds since 1970."""
+def _youngest_since(conn: Conn, number: int) -> float | None:
+    """When the oldest of the youngest `number` workflows began, in seconds since 1970; None: there are fewer."""
     query = "select extract(epoch from created_at)::float8 from durable.workflows order by created_at desc"
-    found = conn.execute(f"{query} limit 1 offset %s", (rank - 1,)).fetchone()
+    found = conn.execute(f"{query} limit 1 offset %s", (number - 1,)).fetchone()
     return found and found[0]
 
 
@@ -4603,13 +4600,13 @@ class _Management:
         if rows_threshold is not None:
             if type(rows_threshold) is not int or rows_threshold < 1:
                 raise ValueError(f"rows_threshold is {rows_threshold!r}; it must be a whole number from 1")
-            youngest = await executor.ask(_age_of, rows_threshold)
+            youngest = await executor.ask(_youngest_since, rows_threshold)
             cutoffs += [] if youngest is None else [youngest]
         count = 0
         while cutoffs and (ids := await executor.ask(_begun_before, max(cutoffs), True, _DELETE_BATCH)):
             count += len(await executor.ask(_delete, ids, False))
         if cutoffs:
-            await executor.ask(_collect_executors, max(cutoffs))
+            await executor.ask(_forget_executors, max(cutoffs))
         return count
 
     garbage_collect, garbage_collect_async = _twins(_garbage_collect)
