@@ -2378,11 +2378,6 @@ async def _wait_until(executor: "_Executor", run: _Run | None, position: int, se
     return await _checkpointed(run, position, "DBOS.sleep", decide) - executor.clock_ahead
 
 
-async def _sleep_until(executor: "_Executor", end: float) -> None:
-    while (left := end - time.monotonic()) > 0:
-        await _pause_run(executor, timeout=left)
-
-
 async def _receive_message(executor: "_Executor", topic: str, timeout_s: float) -> Any:
     """Take the oldest message of a topic, or None once the time is up; the taking is the record."""
     run, name, began = _own_run("recv"), "DBOS.recv", time.monotonic()
@@ -4448,10 +4443,11 @@ class _Management:
 
     list_queued_workflows, list_queued_workflows_async = _twins(_list_queued_workflows)
 
-    async def _existing_workflow(self, workflow_id: str) -> str:
-        if await self._get_workflow_status(workflow_id) is None:
+    async def _existing_workflow(self, workflow_id: str) -> "WorkflowStatus":
+        status = await self._get_workflow_status(workflow_id)
+        if status is None:
             raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id}")
-        return workflow_id
+        return status
 
     def retrieve_workflow(self, workflow_id: str, existing_workflow: bool = True) -> "WorkflowHandle[Any]":
         """Return a handle; DBOSNonExistentWorkflowError if there is no such workflow (and there should be)."""
@@ -4563,7 +4559,8 @@ class _Management:
             executor.hints.send("q", _INTERNAL_QUEUE)
             return str(row["new_id"])
 
-        return await self._existing_workflow(await _checkpointed(run, position, "DBOS.forkWorkflow", fork))
+        forked = await self._existing_workflow(await _checkpointed(run, position, "DBOS.forkWorkflow", fork))
+        return forked.workflow_id
 
     fork_workflow, fork_workflow_async = _handle_twins(_fork_workflow)
 
@@ -5078,10 +5075,10 @@ class Durable(_Management):
     ) -> Any:
         """Call any function as a step; a coroutine function runs on the executor's own event loop."""
         _refuse_to_block_a_loop("run_step")
-        call = functools.partial(func, *args, **kwargs)
+        call: Callable[[], Any] = functools.partial(func, *args, **kwargs)
         if inspect.iscoroutinefunction(func):
             loop, start = self._launched().loop(), call
-            call = functools.partial(lambda: asyncio.run_coroutine_threadsafe(start(), loop).result())
+            call = lambda: asyncio.run_coroutine_threadsafe(start(), loop).result()
         return _block(self._run_step(dbos_step_options, func, call))
 
     async def run_step_async(
@@ -5110,7 +5107,9 @@ class Durable(_Management):
         executor = self._launched()
         if _checked_seconds("the time to sleep", seconds) > 0:
             run = _own_run("sleep")
-            await _sleep_until(executor, await _wait_until(executor, run, run.advance(), seconds))
+            end = await _wait_until(executor, run, run.advance(), seconds)
+            while (left := end - time.monotonic()) > 0:
+                await _pause_run(executor, timeout=left)
 
     sleep, sleep_async = _twins(_sleep)
 
@@ -5175,7 +5174,8 @@ class WorkflowHandle(_Handle[R]):
 
     def get_status(self) -> "WorkflowStatus":
         """Read how the workflow stands; raises DBOSNonExistentWorkflowError if it was deleted."""
-        return _existing(self.workflow_id, self._durable.get_workflow_status(self.workflow_id))
+        _refuse_to_block_a_loop("DBOS.get_workflow_status")
+        return _block(self._durable._existing_workflow(self.workflow_id))
 
 
 class WorkflowHandleAsync(_Handle[R]):
@@ -5187,13 +5187,7 @@ class WorkflowHandleAsync(_Handle[R]):
 
     async def get_status(self) -> "WorkflowStatus":
         """Read how the workflow stands; raises DBOSNonExistentWorkflowError if it was deleted."""
-        return _existing(self.workflow_id, await self._durable.get_workflow_status_async(self.workflow_id))
-
-
-def _existing(workflow_id: str, status: "WorkflowStatus | None") -> "WorkflowStatus":
-    if status is None:
-        raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id}")
-    return status
+        return await _suspend(self._durable._existing_workflow(self.workflow_id))
 
 
 @dataclass
