@@ -161,7 +161,7 @@ class _Origin(logging.Filter):
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        frame, lone = _frame.get(), tuple(_launched)
+        frame, lone = _frame.get(), tuple(_local_executors)
         executor = frame.run.executor if frame else lone[0] if len(lone) == 1 else None
         me = executor.me if executor else {}
         about = {"executor_id": me.get("executor_id"), "application_version": me.get("version")}
@@ -173,7 +173,7 @@ class _Origin(logging.Filter):
         return True
 
 
-_launched: "set[_Executor]" = set()  # the executors that live in this process
+_local_executors: "set[_Executor]" = set()  # those that live in this process
 _log = logging.getLogger("durable")
 _log.addFilter(_Origin())
 
@@ -562,13 +562,14 @@ def _for_any(*signals: _Signal, timeout: float | None = None) -> _Wait[None]:
 
 # --- Statements ---------------------------------------------------------------------------------------
 #
-# Everything we say to Postgres, in the order of a workflow's life; nothing is said elsewhere.
+# Everything we say to Postgres of workflows, in the order of a workflow's life.  (What concerns a session
+# alone, such as BEGIN, SET and LISTEN, is said where it is needed.)
 #
-# What a run writes (the first five) joins to its workflow's row with `claim = mine and status =
-# 'PENDING'`: that is the fence.  Such a statement returns the keys of the rows that it took; a row that
-# is missing was fenced off or is on record already, and `_Run.settle` finds out which.  Connections are
-# in autocommit mode and a statement is sent together with its commit, so that a process stopped between
-# two instructions of ours never holds the lock of a row.
+# What a run writes (its steps, messages, events, streams, children and outcome) joins to its workflow's
+# row with `claim = mine and status = 'PENDING'`: that is the fence.  Such a statement tells which rows it
+# took; a row that is missing was fenced off or is on record already, and `_Run.settle` finds out which.
+# Connections are in autocommit mode and a statement is sent together with its commit, so that a process
+# stopped between two instructions of ours never holds the lock of a row.
 
 
 class _Write:
@@ -1374,7 +1375,7 @@ def _migrate(conn: Conn, apply: bool) -> None:
 
 # --- Journal ------------------------------------------------------------------------------------------
 #
-# What runs write most (starts, records of steps, outcomes) costs Postgres a commit each, and commits
+# What runs write (starts, records of steps, messages, outcomes) costs Postgres a commit each, and commits
 # are what durable execution is slow by.  The journal writes whatever is waiting in one commit.  While it
 # writes, the next batch gathers; it never waits for one.  It has no thread of its own: a caller who finds
 # a lane free writes at once, by itself, so that a lone workflow pays nothing for the grouping; one who
@@ -2230,7 +2231,7 @@ async def _execute(run: _Run) -> Any:
     try:
         if run.stopped is not None:  # while it waited for a thread
             raise run.stopped
-        with _OptionBlock(**vars(_NO_OPTIONS)), _framed(_Frame(run)):
+        with _OptionBlock(**vars(_NO_OPTIONS)), _framed(_Frame(run)):  # a block around the call is not for the body
             try:
                 args, kwargs = run.arguments()
                 value = run.function.call(*args, **kwargs)
@@ -2275,7 +2276,7 @@ async def _call(executor: "_Executor", function: _Function, args: tuple[Any, ...
 
     async def see_through() -> Any:
         if run is not None:
-            with suppress(_Superseded, DBOSWorkflowCancelledError):
+            with suppress(_Superseded, DBOSWorkflowCancelledError):  # then its row knows better how it ends
                 return await _execute(run)
         return await _result(executor, id)
 
@@ -2997,7 +2998,9 @@ class _Executor:
         self.running: dict[str, _Run] = {}
         self.interrupted: set[str] = set()  # runs that KeyboardInterrupt or SystemExit ended
         self.claiming = threading.Lock()  # from a claim in the table to its entry in `running`
-        self.stopping = threading.Event()  # no more claims; a client makes none
+        self.stopping = threading.Event()  # no more claims
+        if not serves:
+            self.stopping.set()
         self.closed = _Signal()  # no more anything
         self.deactivated = False
         self.work = threading.Event()  # the dispatcher has something to do
@@ -3016,9 +3019,8 @@ class _Executor:
         self.admin: _AdminServer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_lock = threading.Lock()
-        if not serves:
-            self.stopping.set()
-        self._threads: list[threading.Thread] = []
+        self._own_threads: list[threading.Thread] = []  # which go on from launch to close
+        self._held = False  # the lock that says we live
         self._tasks: set[asyncio.Task[None]] = set()
         self.launched_at, self.pid = time.monotonic(), os.getpid()
         self.trouble_since = self.trouble_until = 0.0  # when the database last gave trouble
@@ -3152,7 +3154,7 @@ class _Executor:
     def _spawn_thread(self, name: str, target: Callable[[], object]) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)
         thread.start()
-        self._threads.append(thread)
+        self._own_threads.append(thread)
 
     # Runs.
 
@@ -3285,7 +3287,7 @@ class _Executor:
 
     def _take_office(self) -> None:
         """Warn of stranded work, recover what is ours, and open the admin server."""
-        _launched.add(self)
+        _local_executors.add(self)
         stranded = self.now(_stranded, self.me["version"])
         if stranded:
             _log.warning(
@@ -3345,7 +3347,7 @@ class _Executor:
             return
         for note in conn.notifies(timeout=_POLL_S):
             if self.closed.is_set:
-                return  # close() calls
+                return  # this note was from close(), which waits for us
             self.hints.hear(note.payload)
 
     def _dispatch(self) -> None:
@@ -3442,14 +3444,14 @@ class _Executor:
             self.admin.stop()
         if self._loop is not None:
             asyncio.run_coroutine_threadsafe(self._end_loop(), self._loop)
-        for thread in self._threads:
+        for thread in self._own_threads:
             if thread is not threading.current_thread():
                 thread.join(5.0)
         self.threads.close()
         self.callers.close()
         self.journal.close()
         self.pool.close(timeout=1.0)
-        _launched.discard(self)
+        _local_executors.discard(self)
 
     def fall_silent(self) -> None:
         """The interpreter ends: let no daemon thread complain about what it loses."""
@@ -4184,6 +4186,10 @@ _ALWAYS = {
 
 
 # --- The public face ----------------------------------------------------------------------------------
+#
+# What a program imports: the config, `DBOS` with its decorators and operations, handles, the client.  A
+# method checks what it is given and hands it to the sections above.  `name` and `name_async` are made of
+# one body, `_name`, except where a type must go from the argument to the handle.
 
 
 class DBOSConfig(TypedDict, total=False):
@@ -5179,7 +5185,7 @@ class WorkflowHandle(_Handle[R]):
 
 
 class WorkflowHandleAsync(_Handle[R]):
-    """The same for coroutines."""
+    """A workflow that was started, enqueued or retrieved; its methods are awaited."""
 
     async def get_result(self, *, polling_interval_sec: float = _POLL_S) -> R:
         """Wait for the workflow to end and return or raise its outcome; see `DBOS.get_result`."""
