@@ -3257,8 +3257,16 @@ class _Executor:
     # Life and death.
 
     def launch(self) -> None:
-        """Reach the database, bring its schema up to date, enter as a new incarnation, and begin to work."""
-        conn = self._first_connection()
+        """Begin to work; what cannot begin leaves nothing behind."""
+        try:
+            self._enter(self._first_connection())
+        except BaseException:
+            self.close(0)
+            raise
+        atexit.register(self.fall_silent)
+
+    def _enter(self, conn: Conn) -> None:
+        """Bring the schema up to date, enter as a new incarnation, recover what is ours, and serve."""
         try:
             _migrate(conn, self.config.get("run_migrations", True))
             if self.serves:
@@ -3452,6 +3460,7 @@ class _Executor:
         self.journal.close()
         self.pool.close(timeout=1.0)
         _local_executors.discard(self)
+        atexit.unregister(self.fall_silent)
 
     def fall_silent(self) -> None:
         """The interpreter ends: let no daemon thread complain about what it loses."""
@@ -4910,10 +4919,8 @@ class Durable(_Management):
             try:
                 executor.launch()
             except BaseException:
-                executor.close(0)
                 self._executor = None
                 raise
-            atexit.register(executor.fall_silent)
 
     def destroy(self, *, workflow_completion_timeout_sec: float = 0, destroy_registry: bool = False) -> None:
         """Stop claiming, wait so long for running workflows, and close everything.  Can be called again.
@@ -4927,7 +4934,6 @@ class Durable(_Management):
                     executor.close(workflow_completion_timeout_sec)
                 finally:
                     self._executor = None
-                    atexit.unregister(executor.fall_silent)
             if destroy_registry:
                 for known in (self._functions, self._queues, self._classes, self._instances, self._schedules):
                     cast(Any, known).clear()
@@ -5291,9 +5297,6 @@ class EnqueueOptions(_RequiredEnqueueOptions, total=False):
     instance_name: str
 
 
-_ENQUEUE_SETTINGS = ("deduplication_id", "priority", "app_version", "delay_seconds")
-
-
 class DBOSClient(_Management):
     """Enqueues, watches and manages workflows from a program that does not have their code.
 
@@ -5311,18 +5314,12 @@ class DBOSClient(_Management):
         })
         resolved = _resolved(config)
         self._executor = _Executor(Durable(), _postgres_url(resolved["system_database_url"]), resolved, serves=False)
-        try:
-            self._executor.launch()
-        except BaseException:
-            self._executor.close(0)
-            raise
-        atexit.register(self._executor.fall_silent)
+        self._executor.launch()
 
     def destroy(self) -> None:
         """Close all connections.  Can be called again."""
         if not self._executor.closed.is_set:
             self._executor.close(0)
-            atexit.unregister(self._executor.fall_silent)
 
     def _launched(self) -> _Executor:
         if self._executor.closed.is_set:
@@ -5331,23 +5328,22 @@ class DBOSClient(_Management):
 
     async def _enqueue(self, options: EnqueueOptions, *args: Any, **kwargs: Any) -> str:
         """Enqueue a workflow by its name; raises DBOSQueueDeduplicatedError, DBOSConflictingWorkflowError."""
-        executor, given = self._launched(), dict(options)
-        known = {**_RequiredEnqueueOptions.__annotations__, **EnqueueOptions.__annotations__}
-        for key in given.keys() - known.keys():
+        executor, known = self._launched(), get_type_hints(EnqueueOptions)
+        for key in options.keys() - known.keys():
             raise DBOSException(f"unknown enqueue option {key!r}; there are: {', '.join(known)}")
-        for key in _RequiredEnqueueOptions.__annotations__:
-            _valid_name(f"the enqueue option {key}", given.get(key))
-        id = str(given.get("workflow_id") or uuid.uuid4())
-        settings = {key: given[key] for key in _ENQUEUE_SETTINGS if key in given}
-        inputs = _text_for("argument list", executor, {"args": list(args), "kwargs": kwargs})
-        with SetWorkflowTimeout(options.get("workflow_timeout")), SetEnqueueOptions(**cast(Any, settings)):
-            row = {
-                "id": _valid_name("workflow ID", id), "name": given["workflow_name"],
-                "class_name": given.get("class_name"), "config_name": given.get("instance_name"), "inputs": inputs,
-                "parent_workflow_id": None, **_terms(executor, str(given["queue_name"])),
-            }
+        name = _valid_name("the enqueue option workflow_name", options.get("workflow_name"))
+        queue = _valid_name("the enqueue option queue_name", options.get("queue_name"))
+        id = _valid_name("workflow ID", str(options.get("workflow_id") or uuid.uuid4()))
+        inputs = _text_for("list of arguments", executor, {"args": list(args), "kwargs": kwargs})
+        with SetWorkflowTimeout(options.get("workflow_timeout")), SetEnqueueOptions(
+            deduplication_id=options.get("deduplication_id"), priority=options.get("priority"),
+            app_version=options.get("app_version"), delay_seconds=options.get("delay_seconds"),
+        ):
+            terms = _terms(executor, queue)
+        names = {"name": name, "class_name": options.get("class_name"), "config_name": options.get("instance_name")}
+        row = {"id": id, **names, "inputs": inputs, "parent_workflow_id": None, **terms}
         await _insert(executor, _Start(row, None))
-        executor.hints.send("q", str(given["queue_name"]))
+        executor.hints.send("q", queue)
         return id
 
     enqueue, enqueue_async = _handle_twins(_enqueue)
