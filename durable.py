@@ -822,14 +822,13 @@ def _list(
 
 # What `where` may say, and in which words: an array for most, epoch seconds for times.
 _CONDITIONS = {
-    **{
-        name: f"{column} = any(%({name})s::text[])"
-        for name, column in {
-            "workflow_ids": "id", "status": "status", "name": "name", "app_version": "application_version",
-            "forked_from": "forked_from", "parent_workflow_id": "parent_workflow_id",
-            "executor_id": "executor_id", "queue_name": "queue",
-        }.items()
-    },
+    name: f"{column} = any(%({name})s::text[])"
+    for name, column in {
+        "workflow_ids": "id", "status": "status", "name": "name", "app_version": "application_version",
+        "forked_from": "forked_from", "parent_workflow_id": "parent_workflow_id",
+        "executor_id": "executor_id", "queue_name": "queue",
+    }.items()
+} | {
     "start_time": "created_at >= to_timestamp(%(start_time)s)",
     "end_time": "created_at <= to_timestamp(%(end_time)s)",
     "workflow_id_prefix": "exists (select from unnest(%(workflow_id_prefix)s::text[]) as p where starts_with(id, p))",
@@ -5417,10 +5416,10 @@ def _run_command(client: DBOSClient, options: argparse.Namespace) -> Any:
         case "list":
             filters: dict[str, Any] = {key: given[key] for key in _LIST_FILTERS if given[key] is not None}
             found = client.list_workflows(**filters, limit=options.limit, sort_desc=True, load_output=False)
-            return [_plain(vars(status), _LIST_COLUMNS) for status in found]
+            return [_plain({name: vars(status)[name] for name in _LIST_COLUMNS}) for status in found]
         case "show":
-            workflow, steps = executor.now(_find, options.ID) or {}, executor.now(_steps_of, options.ID)
-            return {"workflow": _plain(workflow, workflow), "steps": [_plain(step, step) for step in steps]}
+            workflow, steps = executor.now(_find, options.ID), executor.now(_steps_of, options.ID)
+            return {"workflow": _plain(workflow or {}), "steps": list(map(_plain, steps))}
         case "cancel":
             client.cancel_workflows(ids)
         case "resume":
@@ -5441,9 +5440,9 @@ def _run_command(client: DBOSClient, options: argparse.Namespace) -> Any:
                 raise ValueError(f"--older-than is {options.older_than}; it must be a number of days from 0")
             return [{"deleted": client.garbage_collect((executor.now(_clock) - options.older_than * 86400) * 1000)}]
         case "executors":
-            return [_plain(row, row) for row in executor.now(_executors, 1000)]
+            return list(map(_plain, executor.now(_executors, 1000)))
         case view:
-            return [_plain(row, row) for row in executor.now(_view, view, ids)]
+            return list(map(_plain, executor.now(_view, view, ids)))
     return [{"workflow_id": id, "status": status} for id, (_, status) in executor.now(_claims, ids).items()]
 
 
@@ -5451,12 +5450,12 @@ _LIST_COLUMNS = ("workflow_id", "status", "name", "queue_name", "app_version", "
 _LIST_FILTERS = ("status", "name", "queue_name", "app_version", "workflow_id_prefix", "start_time", "end_time")
 
 
-def _plain(row: dict[str, Any], columns: Iterable[str]) -> dict[str, Any]:
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
     """A row for JSON: values as they are where they are stored as JSON, else their text; times in ISO 8601."""
-    values = {name: row[name] for name in columns}
-    for name in ("input", "output", "error"):
-        values |= {name: _readable(JSONSerializer(), row[name])} if name in values else {}
-    return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in values.items()}
+    plain = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in row.items()}
+    for name in {"input", "output", "error"} & row.keys():
+        plain[name] = _readable(JSONSerializer(), row[name])
+    return plain
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
