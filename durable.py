@@ -1146,10 +1146,10 @@ def _resume(conn: Conn, ids: list[str], queue: str) -> list[str]:
     return [id for (id,) in conn.execute("select id from durable.workflows where id = any(%s)", (ids,))]
 
 
-def _fork(conn: Conn, row: dict[str, Any]) -> str | None:
+def _fork(conn: Conn, row: dict[str, Any]) -> tuple[str | None] | None:
     """Enqueue a copy of a workflow, with what it had recorded, set and written before a position.
 
-    Returns of which workflow `new_id` is a fork now; None: there is no original, or the ID is taken.
+    Returns of which workflow `new_id` is a fork now; None instead: there is no original.
     """
     query = """
         with original as (select * from durable.workflows where id = %(id)s),
@@ -1174,8 +1174,7 @@ def _fork(conn: Conn, row: dict[str, Any]) -> str | None:
           from forked, durable.streams as s where s.workflow_id = %(id)s and s.position < %(start_step)s
     """
     conn.execute(query, row)
-    found = conn.execute("select forked_from from durable.workflows where id = %(new_id)s", row).fetchone()
-    return found and found[0]
+    return conn.execute("select forked_from from durable.workflows where id = %(new_id)s", row).fetchone()
 
 
 _REMOVE = ", ".join(
@@ -1552,8 +1551,8 @@ def _commit(cursor: "psycopg.Cursor[Any]", batch: list[_Entry]) -> None:
     for entry in batch:
         kinds.setdefault(entry.write, []).extend(entry.rows)
     writes = sorted(kinds, key=lambda write: write.name)  # so that few statements are made, and kept prepared
-    for rows in kinds.values():
-        rows.sort(key=lambda row: str(row["id"]))  # the order in which rows are locked
+    for write in set(kinds) - {_START, _START_CHILD}:  # what starts keeps its order of arrival
+        kinds[write].sort(key=lambda row: str(row["id"]))  # the order in which rows are locked
     cursor.execute(_together(*writes), {write.name: json.dumps(kinds[write]) for write in writes})
     taken = set(cursor.fetchall())
     for entry in batch:
@@ -4553,6 +4552,8 @@ class _Management:
         """
         if type(start_step) is not int:
             raise ValueError(f"start_step is {start_step!r}; it must be a whole number")
+        if application_version is not None:
+            _valid_name("application version", application_version)
         executor, run = self._for(workflow_id), _current_run()
         position = run.advance() if run else 0
         row = {
@@ -4564,7 +4565,7 @@ class _Management:
             while (origin := await executor.ask(_fork, row)) is None:
                 if await executor.ask(_find, workflow_id) is None:
                     raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id} to fork")
-            if origin != workflow_id:
+            if origin != (workflow_id,):
                 raise DBOSConflictingWorkflowError(f"{row['new_id']} is taken, and not by a fork of {workflow_id}")
             executor.hints.send("q", _INTERNAL_QUEUE)
             return str(row["new_id"])
@@ -5437,7 +5438,7 @@ def _run_command(client: DBOSClient, options: argparse.Namespace) -> Any:
     match options.command:
         case "list":
             filters: dict[str, Any] = {key: given[key] for key in _LIST_FILTERS if given[key] is not None}
-            found = client.list_workflows(**filters, limit=options.limit, sort_desc=True, load_output=False)
+            found = client.list_workflows(**filters, limit=options.limit, sort_desc=True, load_input=False, load_output=False)
             return [_plain(vars(status), _LIST_COLUMNS) for status in found]
         case "show":
             workflow, steps = executor.now(_find, options.ID) or {}, executor.now(_steps_of, options.ID)
@@ -5511,7 +5512,8 @@ def _main() -> int:
     """Run one command; 0: done, 1: it could not be, and one line on stderr says why."""
     options = _arguments().parse_args()
     url, as_json = getattr(options, "url", None), getattr(options, "json", False)
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     _log.addHandler(logging.NullHandler())
     try:
         if options.command == "migrate":
@@ -5539,7 +5541,7 @@ def _main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 130
-    except (DBOSException, psycopg.Error, ValueError) as error:
+    except (DBOSException, psycopg.Error, ValueError, OSError) as error:
         print(f"durable: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
