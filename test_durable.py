@@ -7871,10 +7871,15 @@ def test_nothing_outlives_destroy_even_when_the_database_is_away(executor, wire)
 # Every figure is taken in a process of its own, so that nobody's background threads slow down somebody
 # else.  The sides take turns, and the best round counts: whatever else the machine does can only make a
 # round slower, never faster.  Nothing here asserts a time.
+#
+# Latencies are the medians of a round: two processes of one machine read the same clock.  The last
+# lines are about a crowd of workflows that wait in one process, seen once and by itself.
 
 ROUNDS = 3
 SIDES = ("durable", "plain", "dbos")
 THREADS = 32
+CROWD = 10_000
+PAUSE_S = 0.02  # between two tries of a latency: by then everything is idle again
 CONFIG = {"name": "bench", "application_version": "bench", "log_level": "ERROR", "run_admin_server": False}
 
 
@@ -7890,10 +7895,10 @@ class Figure:
     target: str
 
     def __post_init__(self) -> None:
-        assert self.unit in ("/s", "s", "ms each")
+        assert self.unit in ("/s", "s", "ms", "ms each")
 
     def value(self, count: int, seconds: float) -> float:
-        return {"/s": count / seconds, "s": seconds, "ms each": 1000 * seconds / count}[self.unit]
+        return {"/s": count / seconds, "s": seconds, "ms": 1000 * seconds, "ms each": 1000 * seconds / count}[self.unit]
 
 
 FIGURES = [
@@ -7903,7 +7908,31 @@ FIGURES = [
     Figure("recovery of {:,} workflows after kill -9", "recovery", 300, 300, "s", "0.5 s"),
     Figure("replay of {:,} recorded steps", "replay", 5_000, 500, "ms each", "0.02 ms"),
     Figure("a queue of {:,} one-step workflows", "queue", 3_000, 200, "/s", "0.5"),
+    Figure("from send there to recv here", "message", 100, 100, "ms", "3 ms"),
+    Figure("from set_event there to get_event here", "event", 100, 100, "ms", "3 ms"),
+    Figure("from enqueue there to start here, if idle", "idle_queue", 100, 5, "ms", "5 ms"),
 ]
+
+
+class Crowd(NamedTuple):
+    """What is seen of CROWD workflows that wait; None: it is not about those."""
+
+    begin: float
+    memory: float
+    statements: float
+    cpu: float
+    wake: float | None
+    end: float
+
+
+CROWD_LINES = {  # a field of Crowd: what it is, unit, target
+    "begin": ("from the first start until all wait", "s", "10 s"),
+    "memory": ("memory of their process", "MB", "400 MB"),
+    "statements": ("statements while all wait", "/s", "10 /s"),
+    "cpu": ("CPU while all wait", "%", "5 %"),
+    "wake": ("from send to the wake-up of one", "ms", "5 ms"),
+    "end": ("destroy", "s", "2 s"),
+}
 
 
 def benchmark() -> None:
@@ -7913,6 +7942,8 @@ def benchmark() -> None:
         urls = {side: _new_database(server, side) for side in SIDES}
         for figure in FIGURES:
             print(_line(figure, **_race(figure, urls)), flush=True)
+        for what in _CROWDS:
+            print(_crowd_lines(what, Crowd(*_said(what, "durable", _new_database(server, what), CROWD))), flush=True)
 
 
 def _race(figure: Figure, urls: dict[str, str]) -> dict[str, float]:
@@ -7944,7 +7975,7 @@ def _count(side: str, figure: Figure) -> int:
 def _line(figure: Figure, durable: float, plain: float | None = None, dbos: float | None = None) -> str:
     """Lay out one line; a ratio above 1 says that durable.py was the faster one."""
     digits = ",.0f" if figure.unit == "/s" else ".3f"
-    ratio = f"{durable / plain:.2f}" if plain else ""
+    ratio = f"{durable / plain if figure.unit == '/s' else plain / durable:.2f}" if plain else ""
     others = [format(number, digits) if number else "" for number in (plain, dbos)]
     return (
         f"{figure.title.format(figure.count):42}{durable:8{digits}} {figure.unit:8}"
@@ -7952,7 +7983,14 @@ def _line(figure: Figure, durable: float, plain: float | None = None, dbos: floa
     )
 
 
-# The processes: one for each figure of each side, and one more that dies where there is a kill.
+def _crowd_lines(what: str, crowd: Crowd) -> str:
+    values = [(value, CROWD_LINES[field]) for field, value in crowd._asdict().items() if value is not None]
+    lines = [f"  {title:40}{value:8,.1f} {unit:8}{'':15}{target:>9}" for value, (title, unit, target) in values]
+    return "\n".join([f"{CROWD:,} workflows in {what}:", *lines])
+
+
+# The processes: one for each figure of each side, and one more that dies where there is a kill, or that
+# acts from outside where something is waited for.
 
 
 def _measure(side: str, figure: Figure, url: str) -> float:
@@ -7963,11 +8001,16 @@ def _measure(side: str, figure: Figure, url: str) -> float:
         assert victim.stdout and victim.stdout.readline() == "now\n"
         victim.send_signal(signal.SIGKILL)
         victim.wait()
-    timed = _start(figure.what, side, url, count)
-    output, _ = timed.communicate()
-    if timed.returncode != 0:
-        raise SystemExit(f"the benchmark stopped: {figure.what} by {side} failed")
-    return float(output)
+    return float(_said(figure.what, side, url, _count(side, figure)))
+
+
+def _said(what: str, side: str, url: str, count: int) -> Any:
+    """What a process that measures has printed."""
+    process = _start(what, side, url, str(count))
+    output, _ = process.communicate()
+    if process.returncode != 0:
+        raise SystemExit(f"the benchmark stopped: {what} by {side} failed")
+    return json.loads(output)
 
 
 def _start(*arguments: str) -> subprocess.Popen[str]:
@@ -7977,15 +8020,19 @@ def _start(*arguments: str) -> subprocess.Popen[str]:
 def _measure_here(what: str, side: str, url: str, count: str) -> None:
     """Be the process that `_measure` started."""
     if side == "plain":
-        print(_PLAIN[what](url, int(count)))
+        print(json.dumps(_PLAIN[what](url, int(count))))
     else:
-        print(_LIBRARY[what](_Program(side, url), int(count)))
+        print(json.dumps((_LIBRARY | _CROWDS)[what](_Program(side, url), int(count))))
 
 
 def _timed(act: Callable[[], Any]) -> float:
     start = time.perf_counter()
     act()
     return time.perf_counter() - start
+
+
+def _median(numbers: list[float]) -> float:
+    return sorted(numbers)[len(numbers) // 2]
 
 
 def _share_out(acts: list[Callable[[], Any]], count: int) -> float:
@@ -8034,7 +8081,10 @@ def _new_database(server: str, side: str) -> str:
 
 
 class _Program:
-    """Workflows of any number of steps, one of which may be made to wait for a kill."""
+    """Workflows of any number of steps, one of which may be made to wait for a kill; and such as wait.
+
+    (Those read a clock, which a workflow should leave to its steps.)
+    """
 
     def __init__(self, side: str, url: str) -> None:
         self.library = importlib.import_module(side)
@@ -8045,8 +8095,10 @@ class _Program:
         )
         self.arrived = threading.Semaphore(0)  # released by each workflow at its `pause_at`
         self.doomed = False  # whether it then waits to be killed
+        self.late: list[float] = []  # the latencies seen by workflows
         self.queue = self.library.Queue("bench")
         self.work = self._declare()
+        self.listen, self.announce, self.sleep, self.wait = self._declare_waits()
 
     def _declare(self) -> Callable[..., int]:
         @self.DBOS.step()
@@ -8064,6 +8116,37 @@ class _Program:
             return steps
 
         return work
+
+    def _declare_waits(self) -> tuple[Any, ...]:
+        @self.DBOS.workflow(name="listen")
+        def listen(count: int) -> list[float]:
+            late = []
+            for _ in range(count):
+                sent_at = self.DBOS.recv()
+                late.append(time.perf_counter() - sent_at)
+            return late
+
+        @self.DBOS.workflow(name="announce")
+        def announce(count: int) -> None:
+            for number in range(count):
+                time.sleep(PAUSE_S)
+                self.DBOS.set_event(str(number), time.perf_counter())
+
+        @self.DBOS.workflow(name="begin")
+        def begin(sent_at: float) -> None:
+            self.late.append(time.perf_counter() - sent_at)
+            self.arrived.release()
+
+        @self.DBOS.workflow(name="sleep")
+        async def sleep() -> None:
+            await self.DBOS.sleep_async(3600)
+
+        @self.DBOS.workflow(name="wait")
+        async def wait() -> None:
+            sent_at = await self.DBOS.recv_async(timeout_seconds=3600)
+            self.late.append(time.perf_counter() - sent_at)
+
+        return listen, announce, sleep, wait
 
     def launch(self, **config: Any) -> None:
         self.DBOS(config={**CONFIG, "system_database_url": self.url, "admin_port": _free_port(), **config})
@@ -8169,6 +8252,63 @@ def _queue(program: _Program, count: int) -> float:
     return _timed(program.wait_until_finished)
 
 
+def _message(program: _Program, count: int) -> float:
+    """From the call of send in another process until recv has returned."""
+    program.launch()
+    with program.library.SetWorkflowID(f"message {os.getpid()}"):
+        handle = program.DBOS.start_workflow(program.listen, count)
+    with _partner("message", program, count):
+        return _median(handle.get_result())
+
+
+def _partner_of_message(program: _Program, count: int) -> None:
+    client = program.library.DBOSClient(system_database_url=program.url)
+    for _ in range(count):
+        time.sleep(PAUSE_S)
+        client.send(f"message {os.getppid()}", time.perf_counter())
+
+
+def _event(program: _Program, count: int) -> float:
+    """From the call of set_event in another process until get_event has returned."""
+    program.launch()
+    id, late = f"event {os.getpid()}", []
+    with _partner("event", program, count):
+        for number in range(count):
+            sent_at = program.DBOS.get_event(id, str(number))
+            late.append(time.perf_counter() - sent_at)
+    return _median(late)
+
+
+def _partner_of_event(program: _Program, count: int) -> None:
+    program.launch(executor_id="partner")
+    with program.library.SetWorkflowID(f"event {os.getppid()}"):
+        program.announce(count)
+
+
+def _idle_queue(program: _Program, count: int) -> float:
+    """From the call of enqueue in another process until the workflow's first line."""
+    program.launch()
+    with _partner("idle_queue", program, count):
+        program.wait_for_all(count)
+    return _median(program.late)
+
+
+def _partner_of_idle_queue(program: _Program, count: int) -> None:
+    client = program.library.DBOSClient(system_database_url=program.url)
+    options = {"queue_name": "bench", "workflow_name": "begin", "app_version": "bench"}
+    for _ in range(count):
+        time.sleep(PAUSE_S)
+        client.enqueue(options, time.perf_counter()).get_result()
+
+
+@contextmanager
+def _partner(what: str, program: _Program, count: int) -> Iterator[None]:
+    """A process that acts while this one waits; it knows this one as its parent."""
+    partner = _start("partner of " + what, program.library.__name__, program.url, str(count))
+    yield
+    assert partner.wait() == 0
+
+
 _LIBRARY: dict[str, Callable[[_Program, int], float | None]] = {
     "migrate": _migrate,
     "steps": _steps,
@@ -8179,7 +8319,59 @@ _LIBRARY: dict[str, Callable[[_Program, int], float | None]] = {
     "victim of replay": _victim_of_replay,
     "replay": _replay,
     "queue": _queue,
+    "message": _message,
+    "partner of message": _partner_of_message,
+    "event": _event,
+    "partner of event": _partner_of_event,
+    "idle_queue": _idle_queue,
+    "partner of idle_queue": _partner_of_idle_queue,
 }
+
+
+# Ten thousand coroutines that wait, in a process and a database of their own.
+
+
+def _asleep(program: _Program, count: int) -> Crowd:
+    return asyncio.run(_crowd(program, program.sleep, count))
+
+
+def _in_recv(program: _Program, count: int) -> Crowd:
+    return asyncio.run(_crowd(program, program.wait, count))
+
+
+_CROWDS: dict[str, Callable[[_Program, int], Any]] = {"sleep": _asleep, "recv": _in_recv}
+
+
+async def _crowd(program: _Program, function: Callable[..., Any], count: int) -> Crowd:
+    """Start them all at once, leave them alone, wake some, and leave."""
+    import resource  # which Windows has not
+
+    program.launch()
+    with psycopg.connect(program.url, autocommit=True) as conn:
+
+        def statements() -> int:  # of others; each is a transaction
+            row = conn.execute("select xact_commit from pg_stat_database where datname = current_database()").fetchone()
+            return int(row[0]) if row else 0
+
+        began = time.perf_counter()
+        handles = await asyncio.gather(*(program.DBOS.start_workflow_async(function) for _ in range(count)))
+        while conn.execute("select count(*) from durable.steps").fetchone() != (count,):
+            await asyncio.sleep(0.1)
+        begin = time.perf_counter() - began
+        await asyncio.sleep(12)  # a session of Postgres may keep its statistics to itself for ten seconds
+        began, cpu_s, before = time.perf_counter(), time.process_time(), statements()
+        await asyncio.sleep(10)
+        idle_s = time.perf_counter() - began
+        cpu, rate = (time.process_time() - cpu_s) / idle_s, (statements() - before) / idle_s
+    for handle in handles[:100] if function is program.wait else []:
+        await program.DBOS.send_async(handle.workflow_id, time.perf_counter())
+        await asyncio.sleep(PAUSE_S)
+    wake = 1000 * _median(program.late) if program.late else None
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+    began = time.perf_counter()
+    await asyncio.to_thread(lambda: program.DBOS.destroy(workflow_completion_timeout_sec=0))
+    end = time.perf_counter() - began
+    return Crowd(begin, memory, rate, 100 * cpu, wake, end)
 
 
 def _free_port() -> int:
@@ -8198,8 +8390,8 @@ _START = """
 """
 
 _ENQUEUE = """
-    insert into durable.workflows (id, name, inputs, status, application_version, queue)
-    select gen_random_uuid()::text, 'work', '[[1], {}]', 'ENQUEUED', 'bench', 'bench'
+    insert into durable.workflows (id, name, inputs, status, claim, application_version, queue)
+    select gen_random_uuid()::text, 'work', '[[1], {}]', 'ENQUEUED', 1, 'bench', 'bench'
       from generate_series(1, %s)
 """
 
@@ -8278,11 +8470,58 @@ def _plain_drain(url: str, count: int, connections: int) -> float:
         return _timed(lambda: list(pool.map(_Plain.drain, plains)))
 
 
-_PLAIN: dict[str, Callable[[str, int], float]] = {
+def _plain_notify(url: str, count: int) -> float:
+    """From NOTIFY in another process until the notification is here."""
+    return _plain_latency("notify", url, count, lambda conn: None)
+
+
+def _plain_idle_queue(url: str, count: int) -> float:
+    """The same, with a row inserted before and taken after it."""
+    return _plain_latency("idle_queue", url, count, lambda conn: conn.execute(_TAKE).fetchone())
+
+
+def _plain_latency(what: str, url: str, count: int, act: Callable[[psycopg.Connection[Any]], object]) -> float:
+    late = []
+    with (
+        psycopg.connect(url, autocommit=True, prepare_threshold=0) as listener,
+        psycopg.connect(url, autocommit=True, prepare_threshold=0) as conn,
+    ):
+        listener.execute("listen bench")
+        partner = _start("partner of " + what, "plain", url, str(count))
+        for note in itertools.islice(listener.notifies(), count):
+            act(conn)
+            late.append(time.perf_counter() - float(note.payload))
+        assert partner.wait() == 0
+    return _median(late)
+
+
+def _plain_partner_of_notify(url: str, count: int) -> None:
+    _plain_notifier(url, count, lambda conn: None)
+
+
+def _plain_partner_of_idle_queue(url: str, count: int) -> None:
+    _plain_notifier(url, count, lambda conn: conn.execute(_ENQUEUE, [1]))
+
+
+def _plain_notifier(url: str, count: int, act: Callable[[psycopg.Connection[Any]], object]) -> None:
+    with psycopg.connect(url, autocommit=True, prepare_threshold=0) as conn:
+        for _ in range(count):
+            time.sleep(PAUSE_S)
+            sent_at = time.perf_counter()
+            act(conn)
+            conn.execute("select pg_notify('bench', %s)", [str(sent_at)])
+
+
+_PLAIN: dict[str, Callable[[str, int], float | None]] = {
     "steps": _plain_steps,
     "one_by_one": _plain_one_by_one,
     "threads": _plain_from_threads,
     "queue": _plain_queue,
+    "message": _plain_notify,
+    "event": _plain_notify,
+    "partner of notify": _plain_partner_of_notify,
+    "idle_queue": _plain_idle_queue,
+    "partner of idle_queue": _plain_partner_of_idle_queue,
 }
 
 
