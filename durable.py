@@ -3741,7 +3741,7 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
 
     def _fork(self) -> dict[str, str]:
         self._workflow()
-        asked = self._fields({"start_step": _NUMBER, "new_workflow_id": _STRING, "application_version": _STRING})
+        asked = self._fields({"start_step": _INTEGER, "new_workflow_id": _STRING, "application_version": _STRING})
         version, new_id = asked.get("application_version"), asked.get("new_workflow_id")
         with SetWorkflowID(new_id) if new_id is not None else nullcontext():
             fork = self.server.executor.registry.fork_workflow(
@@ -3750,7 +3750,7 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
         return {"workflow_id": fork.workflow_id}
 
     def _garbage_collect(self) -> None:
-        asked = self._fields({"cutoff_epoch_timestamp_ms": _MOMENT, "rows_threshold": _NUMBER})
+        asked = self._fields({"cutoff_epoch_timestamp_ms": _MOMENT, "rows_threshold": _POSITIVE})
         self.server.executor.registry.garbage_collect(**asked)
 
     def _global_timeout(self) -> None:
@@ -3889,7 +3889,9 @@ class _Kind(NamedTuple):
 _STRING = _Kind("a string", lambda value: isinstance(value, str) and _storable(value))
 _STRINGS = _Kind("a list of strings", lambda value: isinstance(value, list) and all(map(_STRING.holds, value)))
 _EITHER = _Kind("a string or a list of strings", lambda value: _STRING.holds(value) or _STRINGS.holds(value))
-_NUMBER = _Kind("a whole number from 1 or 0", lambda value: type(value) is int and 0 <= value < 1 << 31)
+_INTEGER = _Kind("a whole number", lambda value: type(value) is int and abs(value) < 1 << 31)
+_NUMBER = _Kind("a whole number from 0", lambda value: _INTEGER.holds(value) and value >= 0)
+_POSITIVE = _Kind("a whole number from 1", lambda value: _INTEGER.holds(value) and value >= 1)
 _MOMENT = _Kind("milliseconds since 1970", lambda value: type(value) is int and 0 <= value < 1 << 52)
 _BOOLEAN = _Kind("true or false", lambda value: isinstance(value, bool))
 _FOREIGN = _Kind("null: it is of the DBOS library, and not of durable.py", lambda value: value is False)
@@ -3969,7 +3971,7 @@ table { border-collapse: collapse; width: 100% } .faint, th { color: var(--faint
 td, th { text-align: left; vertical-align: top; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line) }
 .num { text-align: right; white-space: nowrap; padding-right: 0 } th, .wide { overflow-wrap: normal }
 pre { background: var(--fill); padding: 8px; border-radius: 5px; max-height: 20em; overflow: auto;
-      white-space: pre-wrap } td.status { font-size: 12px } td.status, .key { width: 10em } [hidden] { display: none !important }
+      white-space: pre-wrap } td.status { font-size: 12px } td.status, .key { width: 10em }
 .SUCCESS, .alive { color: var(--good) } .PENDING { color: var(--busy) } .ENQUEUED, .DELAYED { color: var(--wait) }
 .ERROR, .CANCELLED, .MAX_RECOVERY_ATTEMPTS_EXCEEDED, .dead { color: var(--bad) }
 .step { display: grid; grid-template-columns: 28% 1fr 7em; gap: 10px; padding: 4px 0;
@@ -3977,7 +3979,7 @@ pre { background: var(--fill); padding: 8px; border-radius: 5px; max-height: 20e
 .line { position: relative; height: 14px; margin: 3px 0; background: var(--fill); border-radius: 3px }
 .bar { position: absolute; height: 100%; min-width: 2px; border-radius: 3px; background: var(--good) }
 .bar.waits { background: var(--wait); opacity: .6 } .bar.busy { background: var(--busy); opacity: .6 }
-.bar.bad { background: var(--bad) }
+.bar.bad { background: var(--bad) } [hidden] { display: none !important }
 .bar.again { background-image: repeating-linear-gradient(135deg, #0000 0 5px, #fff9 5px 8px) }
 @media (max-width: 700px) { .wide { display: none } td.status { width: 7em } input, select { width: calc(50% - 3px) }
         .step { grid-template-columns: 1fr 6em } .line { grid-row: 2; grid-column: 1 / 3 } }

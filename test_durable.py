@@ -83,6 +83,7 @@ from durable import (
     Serializer,
     SetEnqueueOptions,
     SetWorkflowID,
+    SetWorkflowTimeout,
     WorkflowHandle,
     WorkflowHandleAsync,
 )
@@ -4138,7 +4139,7 @@ def test_hints_arrive_after_the_listening_session_was_terminated(dbos, executor,
 
 # --- Admin --------------------------------------------------------------------------------------------
 #
-# Four endpoints for the operator and the orchestrator, and a refusal for everybody else.
+# Endpoints for the operator and the orchestrator, and a refusal for everybody else.
 
 
 class Answer(NamedTuple):
@@ -4531,6 +4532,540 @@ def test_a_silent_client_holds_up_nobody(served):
 def test_without_an_admin_server_there_is_no_port(dbos):
     """run_admin_server False listens nowhere."""
     assert dbos.admin_port is None
+
+
+def send(port, data, half_close=True):
+    """Send raw bytes and return all that comes back."""
+    with socket.create_connection(("127.0.0.1", int(port)), timeout=PATIENCE_S) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(data)
+            if half_close:
+                connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            while chunk := connection.recv(1 << 16):
+                answer += chunk
+    return answer
+
+
+HEALTHZ = b"GET /dbos-healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def test_headers_that_do_not_end_do_nothing(served):
+    """A request cut short may lack the header that forbids it: 400, and nothing is deactivated."""
+
+    @served.workflow()
+    def work():
+        return 1
+
+    assert b" 400 " in send(served.admin_port, b"GET /deactivate HTTP/1.1\r\nHost: localhost\r\nOrig")
+    assert b" 400 " in send(served.admin_port, b"GET /deactivate HTTP/1.1\r\nHost: localhost\r\n")
+    assert work() == 1
+
+
+def test_a_second_request_on_a_connection_is_dropped(served):
+    """Of two requests sent at once the first is answered, whole, and the second did nothing."""
+
+    @served.workflow()
+    def work():
+        return 1
+
+    pipelined = HEALTHZ + b"GET /deactivate HTTP/1.1\r\nHost: localhost\r\n\r\n" + b"x" * 1_000_000
+    for half_close in (True, False):
+        answer = send(served.admin_port, pipelined, half_close)
+        assert answer.count(b"HTTP/1.1 ") == 1
+        assert answer.endswith(b"\r\n\r\nhealthy")
+    assert work() == 1
+
+
+@pytest.mark.parametrize(
+    ("beginning", "more"),
+    [
+        (b"", b"\r"),
+        (b"", b"G"),
+        (b"GET / HTTP/1.1\r\n", b"X: y\r\n"),
+        (b"GET / HTTP/1.1\r\nX: ", b"y" * 1000),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"z" * 1000),
+        (b"POST /queues HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n", b" " * 1000),
+        (b"POST /queues HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n", b" " * 1000),
+        (b"POST /queues HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+    ],
+    ids=lambda part: ascii(part)[2:40],
+)
+def test_an_endless_request_ends(served, beginning, more):
+    """Whatever a client goes on sending, its connection is closed, and the next request works."""
+    with socket.create_connection(("127.0.0.1", served.admin_port), timeout=PATIENCE_S) as connection:
+        connection.sendall(beginning)
+        with pytest.raises(ConnectionError):
+            while True:
+                connection.sendall(more)
+    assert is_healthy(served)
+
+
+@pytest.mark.parametrize("beginning", [b"", b"GET / HTTP/1.1\r\nX: ", b"POST /queues HTTP/1.1\r\nContent-Length: 99\r\n\r\n"])
+def test_a_client_that_sends_a_byte_now_and_then_is_cut_off(served, monkeypatch, beginning):
+    """The time for a request is counted from its beginning, so that nobody can draw it out byte by byte."""
+    monkeypatch.setattr(durable, "_REQUEST_S", 0.5)
+    with socket.create_connection(("127.0.0.1", served.admin_port), timeout=0.05) as connection:
+        connection.sendall(beginning)
+
+        def cut_off():
+            with contextlib.suppress(TimeoutError):
+                connection.sendall(b"x")
+                return connection.recv(1 << 16) == b""
+            assert is_healthy(served)
+
+        def closed():
+            try:
+                return cut_off()
+            except ConnectionError:
+                return True
+
+        eventually(closed)
+
+
+def test_two_hundred_clients_at_once_are_served(served):
+    """Nobody is refused, and half a request left hanging by as many others holds up none of them."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", served.admin_port)))
+            connection.sendall(b"GET /dbos-healthz HTTP/1.1\r\nHo")
+        answers = together(*[functools.partial(send, served.admin_port, HEALTHZ) for _ in range(100)])
+    assert all(answer.endswith(b"healthy") for answer in answers)
+
+
+def test_more_connections_than_the_process_can_afford_are_closed(served, monkeypatch):
+    """Past a limit they are closed unanswered, so that open files are left to the application."""
+    monkeypatch.setattr(durable, "_CLIENTS", 3)
+    port = served.admin_port
+    held = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+    eventually(lambda: send(port, HEALTHZ) == b"")
+    for each in held:
+        each.close()
+    eventually(lambda: send(port, HEALTHZ).endswith(b"healthy"))
+
+
+def test_a_thread_that_cannot_be_had_costs_one_connection(served, monkeypatch):
+    """When the system gives no more threads, the connection is closed and the server lives on."""
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if thread.name == "durable-admin-request":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert send(served.admin_port, HEALTHZ) == b""
+    assert is_healthy(served)
+
+
+def test_destroy_cuts_off_slow_clients(served):
+    """Half a request, left hanging, leaves neither a thread nor a socket behind."""
+    with socket.create_connection(("127.0.0.1", served.admin_port), timeout=PATIENCE_S) as connection:
+        connection.sendall(b"GET /dbos-healthz HTTP/1.1\r\nHo")
+        is_serving = lambda: any(thread.name == "durable-admin-request" for thread in threading.enumerate())  # noqa: E731
+        eventually(is_serving)
+        served.destroy()
+        assert not is_serving()
+        while connection.recv(1 << 16):
+            pass
+
+
+def test_a_database_that_is_away_is_said_at_once(executor, wire):
+    """Every endpoint that needs it answers 503 with the reason, and does not wait for it to come back."""
+    dbos = executor(run_admin_server=True, admin_port=0, system_database_url=wire.url)
+    dbos.launch()
+    wire.cut()
+    paths = ["/workflows/w", "/workflows/w/steps", "/metrics"]
+    for answer in together(*[functools.partial(ask, dbos.admin_port, "GET", path) for path in paths]):
+        assert (answer.status, list(answer.json)) == (503, ["error"])
+    assert ask(dbos.admin_port, "GET", "/deactivate").status == 200  # it needs none
+    wire.mend()
+    eventually(lambda: is_healthy(dbos))
+
+
+def test_content_lengths_that_differ_are_refused(served):
+    """Which of them is true nobody can know."""
+    head = b"POST /dbos-workflow-recovery HTTP/1.1\r\nHost: localhost\r\n"
+    assert b" 400 " in send(served.admin_port, head + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n[]]")
+    assert b" 200 " in send(served.admin_port, head + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n[]")
+
+
+# --- Admin: workflows ---------------------------------------------------------------------------------
+#
+# What operators see of workflows and do to them, under the names that DBOS gave it.
+
+FIELDS = {
+    *("WorkflowUUID", "Status", "WorkflowName", "WorkflowClassName", "WorkflowConfigName", "Input", "Output"),
+    *("Error", "CreatedAt", "UpdatedAt", "QueueName", "ApplicationVersion", "ExecutorID", "WorkflowTimeoutMS"),
+    *("WorkflowDeadlineEpochMS", "DeduplicationID", "Priority", "ForkedFrom", "ParentWorkflowID", "DequeuedAt"),
+    "DelayUntilEpochMS",
+}
+
+
+class Shop:
+    """A served executor with a few workflows to look at."""
+
+    def __init__(self, dbos):
+        self.dbos, self.port = dbos, dbos.admin_port
+
+        @dbos.step(name="pay")
+        def pay(amount):
+            if amount < 0:
+                raise ValueError("cannot pay less than nothing")
+            return f"paid {amount}"
+
+        @dbos.workflow(name="child")
+        def child():
+            return "grown"
+
+        @dbos.workflow(name="order")
+        def order(amount, *, then=None):
+            pay(amount)
+            child()
+            return then or amount
+
+        self.order = order
+        self.waiting = Queue("waiting", durable=dbos, worker_concurrency=1)
+
+    def run(self, workflow_id, *args, **kwargs):
+        with SetWorkflowID(workflow_id), contextlib.suppress(ValueError):
+            self.order(*args, **kwargs)
+
+    def post(self, path, body=None):
+        return ask(self.port, "POST", path, {} if body is None else body)
+
+    def get(self, path):
+        return ask(self.port, "GET", path)
+
+    def ids(self, path="/workflows", **filters):
+        answer = self.post(path, filters)
+        assert answer.status == 200, answer.text
+        return [each["WorkflowUUID"] for each in answer.json]
+
+
+@pytest.fixture
+def shop(served):
+    return Shop(served)
+
+
+def test_a_workflow_is_told_in_strings(shop):
+    """Every field of the table is there, as a string or null."""
+    with SetWorkflowTimeout(60):
+        shop.run("a", 5, then="later")
+    answer = shop.get("/workflows/a")
+    assert answer.status == 200
+    told = answer.json
+    assert set(told) == FIELDS
+    assert all(value is None or isinstance(value, str) for value in told.values())
+    row = shop.dbos.get_workflow_status("a")
+    assert {name: value for name, value in told.items() if value is not None} == {
+        "WorkflowUUID": "a",
+        "Status": "SUCCESS",
+        "WorkflowName": "order",
+        "Input": "{'args': (5,), 'kwargs': {'then': 'later'}}",
+        "Output": "later",
+        "CreatedAt": str(row.created_at),
+        "UpdatedAt": str(row.updated_at),
+        "ApplicationVersion": "v1",
+        "ExecutorID": "local",
+        "WorkflowTimeoutMS": "60000",
+        "WorkflowDeadlineEpochMS": str(row.workflow_deadline_epoch_ms),
+        "Priority": "0",
+    }
+
+
+def test_a_failed_workflow_tells_its_error(shop):
+    """The error's text, and no output."""
+    shop.run("a", -1)
+    told = shop.get("/workflows/a").json
+    assert (told["Status"], told["Output"], told["Error"]) == ("ERROR", None, "cannot pay less than nothing")
+
+
+def test_steps_are_told_in_strings_but_for_their_number(shop):
+    """In order, with the child that they started, and their error as text."""
+    shop.run("a", 5)
+    first, second, third = shop.get("/workflows/a/steps").json
+    assert set(first) == {
+        *("function_id", "function_name", "output", "error", "child_workflow_id"),
+        *("started_at_epoch_ms", "completed_at_epoch_ms"),
+    }
+    assert (first["function_id"], first["function_name"], first["output"], first["error"]) == (1, "pay", "paid 5", None)
+    assert int(first["started_at_epoch_ms"]) <= int(first["completed_at_epoch_ms"])
+    assert isinstance(first["started_at_epoch_ms"], str)
+    assert (second["function_name"], second["child_workflow_id"], second["output"]) == ("child", "a-2", None)
+    assert (third["function_id"], third["function_name"], third["output"]) == (3, "DBOS.getResult", "grown")
+    shop.run("b", -1)
+    assert shop.get("/workflows/b/steps").json[0]["error"] == "cannot pay less than nothing"
+
+
+def test_a_value_that_has_no_text_does_not_spoil_the_list(served):
+    """A result whose __str__ raises is told by its type."""
+
+    @served.workflow()
+    def odd():
+        return Unsayable()
+
+    with SetWorkflowID("odd"):
+        odd()
+    assert "Unsayable" in ask(served.admin_port, "GET", "/workflows/odd").json["Output"]
+
+
+class Unsayable:
+    def __str__(self):
+        raise RuntimeError("no words")
+
+    __repr__ = __str__
+
+
+def test_lists_load_values_only_when_asked(shop):
+    """Input, output and error are null without load_input and load_output."""
+    shop.run("a", 5)
+    for path in ("/workflows", "/queues"):
+        shop.waiting.enqueue(shop.order, 6)
+        values = lambda **asked: {(w["Input"] is None, w["Output"] is None) for w in shop.post(path, asked).json}  # noqa: E731
+        assert values() <= {(True, True)}
+    (told,) = shop.post("/workflows", {"workflow_uuids": ["a"], "load_input": True}).json
+    assert (told["Input"], told["Output"]) == ("{'args': (5,), 'kwargs': {}}", None)
+    (told,) = shop.post("/workflows", {"workflow_uuids": ["a"], "load_output": True}).json
+    assert (told["Input"], told["Output"]) == (None, "5")
+
+
+@pytest.mark.parametrize(
+    ("filters", "found"),
+    [
+        ({}, ["a", "a-2", "b", "c", "c-2"]),
+        ({"workflow_uuids": ["c", "a", "nobody"]}, ["a", "c"]),
+        ({"workflow_uuids": []}, []),
+        ({"workflow_name": "child"}, ["a-2", "c-2"]),
+        ({"workflow_name": ["child", "order"], "status": "ERROR"}, ["b"]),
+        ({"status": ["ERROR", "CANCELLED"]}, ["b"]),
+        ({"status": "PENDING"}, []),
+        ({"application_version": "v1", "workflow_id_prefix": "c"}, ["c", "c-2"]),
+        ({"application_version": "v2"}, []),
+        ({"workflow_id_prefix": ["a-", "b"]}, ["a-2", "b"]),
+        ({"parent_workflow_id": "a"}, ["a-2"]),
+        ({"forked_from": "a"}, []),
+        ({"executor_id": "local", "limit": 2}, ["a", "a-2"]),
+        ({"executor_id": ["nobody"]}, []),
+        ({"queue_name": "waiting"}, []),
+        ({"limit": 2, "offset": 1}, ["a-2", "b"]),
+        ({"limit": 0}, []),
+        ({"sort_desc": True, "limit": 1}, ["c-2"]),
+        ({"start_time": "2020-01-01T00:00:00+00:00"}, ["a", "a-2", "b", "c", "c-2"]),
+        ({"start_time": "2999-01-01T00:00:00+00:00"}, []),
+        ({"end_time": "2020-01-01T00:00:00+00:00"}, []),
+        ({"status": None, "limit": None, "authenticated_user": None, "queues_only": False}, ["a", "a-2", "b", "c", "c-2"]),
+    ],
+    ids=str,
+)
+def test_workflows_are_listed_by_filters(shop, filters, found):
+    """Each filter of the table, one value or a list where it takes one; null is none."""
+    for workflow_id, amount in (("a", 1), ("b", -1), ("c", 2)):
+        shop.run(workflow_id, amount)
+    assert shop.ids(**filters) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("workflow_uuids", value) for value in ("a", 1, [1], {"a": 1}, ["\0"], ["\ud800"])],
+        *[("workflow_name", value) for value in (1, [1], True, {}, "\0")],
+        *[("status", value) for value in (1, ["ERROR", None])],
+        *[("limit", value) for value in (-1, "1", 1.5, True, 1 << 70, [])],
+        *[("offset", value) for value in (-1, "1")],
+        *[("sort_desc", value) for value in ("true", 1)],
+        *[("load_input", value) for value in ("yes", 0)],
+        *[("start_time", value) for value in ("yesterday", "", 5, "9999-99-99", "\0")],
+        *[("end_time", value) for value in ("tomorrow", ["2020-01-01"])],
+        *[("queue_name", value) for value in (1, {})],
+        *[("nonsense", value) for value in (1, None, "x")],
+        *[("authenticated_user", value) for value in ("me", ["me"], 0)],
+        *[("attributes", {"a": 1}), ("was_forked_from", True), ("completed_after", "2020-01-01")],
+    ],
+    ids=ascii,
+)
+@pytest.mark.parametrize("path", ["/workflows", "/queues"])
+def test_a_filter_of_the_wrong_type_is_refused_by_name(served, path, name, value):
+    """400, and the answer names the filter; so does one that there is not, or not here."""
+    answer = ask(served.admin_port, "POST", path, {name: value})
+    assert answer.status == 400
+    assert name in answer.json["error"]
+
+
+@pytest.mark.parametrize("body", [[], "x", 1, None, b"", b"{", b"nil"], ids=str)
+def test_filters_that_are_no_object_are_refused(served, body):
+    """400: the filters are one JSON object."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = ask(served.admin_port, "POST", "/workflows", body)
+    assert (answer.status, list(answer.json)) == (400, ["error"])
+
+
+def test_queues_list_what_waits_and_runs_in_queues(shop, gate):
+    """Neither what was called directly nor what has ended."""
+    shop.dbos.workflow(name="hold")(gate)
+    hold = shop.dbos.workflow(name="held")(lambda: gate())
+    shop.run("direct", 1)
+    with SetWorkflowID("running"):
+        shop.waiting.enqueue(hold)
+    gate.await_body()
+    with SetWorkflowID("next"):
+        last = shop.waiting.enqueue(hold)
+    with SetWorkflowID("delayed"), SetEnqueueOptions(delay_seconds=1000, deduplication_id="once", priority=3):
+        shop.waiting.enqueue(hold)
+    assert shop.ids("/queues") == ["running", "next", "delayed"]
+    assert shop.ids("/queues", status="DELAYED") == ["delayed"]
+    assert shop.ids("/queues", queue_name="other") == []
+    (told,) = shop.post("/queues", {"status": "DELAYED"}).json
+    assert set(told) == FIELDS
+    assert (told["QueueName"], told["DeduplicationID"], told["Priority"]) == ("waiting", "once", "3")
+    assert int(told["DelayUntilEpochMS"]) > int(told["CreatedAt"])
+    gate.open()
+    last.get_result()
+    assert shop.ids("/queues") == ["delayed"]
+
+
+ODD_IDS = ["a/b", "a%2Fb", "a b", "?x=1#y", "..", "a\tb", "ä€😀", "'; drop table", "x/steps", "steps", "*", "ID"]
+
+
+@pytest.mark.parametrize("workflow_id", ODD_IDS)
+def test_an_id_in_a_path_is_decoded(shop, workflow_id):
+    """Whatever an ID consists of: percent-encoded, it is found, with its steps; a slash is part of it."""
+    shop.run(workflow_id, 1)
+    path = f"/workflows/{quote(workflow_id, safe='')}"
+    assert shop.get(path).json["WorkflowUUID"] == workflow_id
+    assert len(shop.get(f"{path}/steps").json) == 3
+    assert shop.post(f"{path}/cancel").status == 204
+
+
+EACH_OF_ONE = [("GET", ""), ("GET", "/steps"), ("POST", "/cancel"), ("POST", "/resume"), ("POST", "/restart")]
+
+
+@pytest.mark.parametrize(("method", "what"), [*EACH_OF_ONE, ("POST", "/fork")])
+@pytest.mark.parametrize("workflow_id", ["nobody", "%00", "%ED%9F%BF", "a%2Fb", "x" * 5000])
+def test_a_workflow_that_is_not_there_is_404(served, method, what, workflow_id):
+    """For each question about one workflow, and each order."""
+    answer = ask(served.admin_port, method, f"/workflows/{workflow_id}{what}", {} if method == "POST" else None)
+    assert (answer.status, list(answer.json)) == (404, ["error"])
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        *[("/workflows/", 404), ("/workflows/w/", 404), ("/workflows/w/steps/", 404), ("/workflows/w/explode", 404)],
+        *[("/workflows//steps", 404), ("//workflows/w", 404), ("/workflows/w/steps/1", 404), ("/workflows/%zz", 400)],
+        *[("/workflows/w%ff", 400), ("/workflows", 405), ("/queues", 405), ("/workflows/w/cancel", 405)],
+    ],
+)
+def test_a_path_that_is_none_is_refused(served, path, status):
+    """Asked with GET."""
+    answer = ask(served.admin_port, "GET", path)
+    assert (answer.status, list(answer.json)) == (status, ["error"])
+
+
+def test_a_workflow_is_cancelled_and_resumed(shop, gate, witness):
+    """204 each, without a body, and it goes on from its last step."""
+    hold = shop.dbos.workflow(name="hold")(lambda: gate() or "done")
+    with SetWorkflowID("w"):
+        shop.dbos.start_workflow(hold)
+    gate.await_body()
+    answer = shop.post("/workflows/w/cancel")
+    assert (answer.status, answer.text, answer.headers["Content-Length"]) == (204, "", None)
+    assert witness.status("w") == "CANCELLED"
+    gate.open()
+    assert ask(shop.port, "POST", "/workflows/w/resume").status == 204
+    assert result_of(shop.dbos, "w") == "done"
+
+
+def test_a_workflow_is_run_again_under_another_id(shop):
+    """Restart from the beginning; fork from a step on, with an ID and a version where they are given."""
+    shop.run("w", 7)
+    restarted = shop.post("/workflows/w/restart")
+    assert restarted.status == 200
+    assert list(restarted.json) == ["workflow_id"]
+    assert result_of(shop.dbos, restarted.json["workflow_id"]) == 7
+    forked = shop.post("/workflows/w/fork", {"start_step": 2, "new_workflow_id": "w2", "application_version": "v1"})
+    assert (forked.status, forked.json) == (200, {"workflow_id": "w2"})
+    assert result_of(shop.dbos, "w2") == 7
+    assert shop.get("/workflows/w2").json["ForkedFrom"] == "w"
+    assert shop.get("/workflows/w2/steps").json[0] == shop.get("/workflows/w/steps").json[0]  # copied
+    assert shop.post("/workflows/w/fork").status == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *[{"start_step": "2"}, {"start_step": 1 << 31}, {"start_step": 1.5}, {"new_workflow_id": 5}, {"new_workflow_id": ""}],
+        *[{"new_workflow_id": "taken"}, {"application_version": 5}, {"nonsense": 1}, [], "w"],
+    ],
+    ids=str,
+)
+def test_a_fork_that_makes_no_sense_is_refused(shop, body):
+    """400, and nothing was forked."""
+    shop.run("w", 7)
+    shop.run("taken", 7)
+    before = shop.ids()
+    answer = shop.post("/workflows/w/fork", json.dumps(body))
+    assert (answer.status, list(answer.json)) == (400, ["error"])
+    assert shop.ids() == before
+
+
+def test_what_has_ended_is_collected(shop, witness):
+    """Before a time, or beyond a number of rows."""
+    for workflow_id in "abc":
+        shop.run(workflow_id, 1)
+    cutoff = int(shop.get("/workflows/b").json["CreatedAt"])
+    answer = shop.post("/dbos-garbage-collect", {"cutoff_epoch_timestamp_ms": cutoff, "rows_threshold": None})
+    assert (answer.status, answer.text) == (204, "")
+    assert "a" not in shop.ids()
+    assert "c" in shop.ids()
+    assert shop.post("/dbos-garbage-collect", {"rows_threshold": 1}).status == 204
+    assert shop.ids() == ["c-2"]
+    assert shop.post("/dbos-garbage-collect", {}).status == 204
+    assert witness.one("select count(distinct workflow_id) from durable.steps") == 0
+
+
+def test_what_is_older_than_a_time_is_cancelled(shop, gate, witness):
+    """What is unfinished, and nothing else."""
+    hold = shop.dbos.workflow(name="hold")(lambda: gate())
+    shop.run("ended", 1)
+    with SetWorkflowID("old"):
+        shop.dbos.start_workflow(hold)
+    gate.await_body()
+    future = 1000 * int(time.time() + 1000)
+    assert shop.post("/dbos-global-timeout", {"cutoff_epoch_timestamp_ms": 1}).status == 204
+    assert witness.status("old") == "PENDING"
+    assert shop.post("/dbos-global-timeout", {"cutoff_epoch_timestamp_ms": future}).status == 204
+    assert (witness.status("old"), witness.status("ended")) == ("CANCELLED", "SUCCESS")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        *[("/dbos-garbage-collect", {"cutoff_epoch_timestamp_ms": value}) for value in ("1", -1, True, 1 << 80)],
+        *[("/dbos-garbage-collect", {"rows_threshold": value}) for value in ("1", -1, 0, 1.5)],
+        *[("/dbos-global-timeout", {"cutoff_epoch_timestamp_ms": value}) for value in ("1", -1, None, [])],
+        *[("/dbos-global-timeout", {}), ("/dbos-global-timeout", []), ("/dbos-garbage-collect", {"nonsense": 1})],
+    ],
+    ids=str,
+)
+def test_a_limit_that_makes_no_sense_is_refused(shop, path, body):
+    """400, and nothing is deleted or cancelled."""
+    shop.run("w", 1)
+    answer = shop.post(path, json.dumps(body))
+    assert (answer.status, list(answer.json)) == (400, ["error"])
+    assert shop.ids() == ["w", "w-2"]
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/dbos-workflow-queues-metadata", "/workflows/w", "/workflows/w/steps"])
+def test_head_tells_what_get_would(shop, path):
+    """The same status, type and length, and no body."""
+    shop.run("w", 1)
+    answers = [ask(shop.port, method, path) for method in ("GET", "HEAD")]
+    get, head = ((a.status, a.headers["Content-Type"], len(a.headers["Content-Length"])) for a in answers)
+    assert get == head
+    assert answers[1].text == ""
 
 
 # --- Promises under violence --------------------------------------------------------------------------
