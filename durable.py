@@ -123,7 +123,7 @@ T = TypeVar("T")
 Self = TypeVar("Self")
 Conn = psycopg.Connection[Any]
 
-_SCHEMA_VERSION = 1  # the edition of schema.sql that this code was written for
+_SCHEMA_VERSION = 2  # the edition of schema.sql that this code was written for
 _LOCKS = 730624  # first key of our advisory locks, the second is an incarnation, or 0 for the schema; -_LOCKS: queues
 _CHANNEL = "durable"  # where hints travel
 _INTERNAL_QUEUE = "_dbos_internal_queue"  # the library's names, kept so that tools know them
@@ -463,6 +463,28 @@ def _twins(body: Callable[P, Coroutine[Any, Any, R]]) -> tuple[Callable[P, R], C
     return blocking, awaiting
 
 
+def _handle_twins(
+    body: "Callable[Concatenate[_Management, P], Coroutine[Any, Any, str]]",
+) -> (
+    "tuple[Callable[Concatenate[_Management, P], WorkflowHandle[Any]], "
+    "Callable[Concatenate[_Management, P], Coroutine[Any, Any, WorkflowHandleAsync[Any]]]]"
+):
+    """The same for a body that returns the ID of a workflow: the twins return handles of their colour."""
+    blocking, awaiting = _twins(body)
+
+    def handle(self: "_Management", /, *args: P.args, **kwargs: P.kwargs) -> "WorkflowHandle[Any]":
+        return WorkflowHandle(self, blocking(self, *args, **kwargs))
+
+    async def handle_async(
+        self: "_Management", /, *args: P.args, **kwargs: P.kwargs
+    ) -> "WorkflowHandleAsync[Any]":
+        return WorkflowHandleAsync(self, await awaiting(self, *args, **kwargs))
+
+    functools.update_wrapper(handle, blocking)
+    functools.update_wrapper(handle_async, awaiting)
+    return handle, handle_async
+
+
 def _refuse_to_block_a_loop(name: str) -> None:
     try:
         asyncio.get_running_loop()
@@ -793,7 +815,7 @@ def _list(
 # What `where` may say, and in which words: an array for most, epoch seconds for times.
 _CONDITIONS = {
     **{
-        name: f"{column} = any(%({name})s)"
+        name: f"{column} = any(%({name})s::text[])"
         for name, column in {
             "workflow_ids": "id", "status": "status", "name": "name", "app_version": "application_version",
             "forked_from": "forked_from", "parent_workflow_id": "parent_workflow_id",
@@ -802,7 +824,7 @@ _CONDITIONS = {
     },
     "start_time": "created_at >= to_timestamp(%(start_time)s)",
     "end_time": "created_at <= to_timestamp(%(end_time)s)",
-    "workflow_id_prefix": "exists (select from unnest(%(workflow_id_prefix)s) as p where starts_with(id, p))",
+    "workflow_id_prefix": "exists (select from unnest(%(workflow_id_prefix)s::text[]) as p where starts_with(id, p))",
     "queues_only": "queue is not null",
 }
 
@@ -829,8 +851,8 @@ def _post(conn: Conn, row: dict[str, Any]) -> bool:
     return conn.execute(query, row).fetchone() is not None
 
 
-def _receive(conn: Conn, row: dict[str, Any]) -> str | None:
-    """Take the oldest message of a topic and record it, in one; return it.  None: there is none.
+def _receive(conn: Conn, row: dict[str, Any]) -> tuple[str | None, bool]:
+    """Take the oldest message of a topic and record it, in one; return it, or else whether it may be waited for.
 
     With `nothing`, the text of None, that there is none is put on record.  Our own former try, should
     it be at work yet, has its message locked: this one passes over that, and fails at the record.
@@ -848,10 +870,12 @@ def _receive(conn: Conn, row: dict[str, Any]) -> str | None:
                       on conflict do nothing returning output),
         received as (update durable.messages set received_at = clock_timestamp()
                       where number in (select number from oldest) and exists (select from noted))
-        select output from noted
+        select (select output from noted),
+               exists (select from ours) and not exists (select from durable.steps
+                                                          where workflow_id = %(id)s and position = %(position)s)
     """
-    found = conn.execute(query, row).fetchone()
-    return found and found[0]
+    message, absent = conn.execute(query, row).fetchone() or (None, False)
+    return message, absent
 
 
 def _events_of(conn: Conn, id: str, key: str | None = None) -> dict[str, str]:
@@ -1059,8 +1083,11 @@ def _sweep(
     return cur.execute(query, {**me, "running": running, "dead": dead, "listed": listed}).fetchall()
 
 
-def _expire(conn: Conn) -> tuple[list[str], float | None, float]:
-    """Cancel what is past its deadline; tell also in how many seconds the next one is due, and the time."""
+def _expire(conn: Conn) -> tuple[list[list[str]], float | None, float]:
+    """Cancel what is past its deadline, and return the IDs and queues of that.
+
+    Tell also in how many seconds the next one is due, and what time it is.
+    """
     query = f"""
         with late as (select id from durable.workflows
                        where deadline_at <= statement_timestamp() and status in {_UNFINISHED}
@@ -1068,8 +1095,8 @@ def _expire(conn: Conn) -> tuple[list[str], float | None, float]:
         cancelled as (update durable.workflows as w
                          set status = 'CANCELLED', deduplication_id = null,
                              updated_at = clock_timestamp(), completed_at = clock_timestamp()
-                        from late where w.id = late.id returning w.id)
-        select (select coalesce(array_agg(id), '{{}}') from cancelled),
+                        from late where w.id = late.id returning w.id, w.queue)
+        select (select coalesce(array_agg(array[id, queue]), '{{}}') from cancelled),
                (select extract(epoch from min(deadline_at) - clock_timestamp())::float8 from durable.workflows
                  where deadline_at > statement_timestamp() and status in {_UNFINISHED}),
                extract(epoch from clock_timestamp())::float8
@@ -1078,8 +1105,8 @@ def _expire(conn: Conn) -> tuple[list[str], float | None, float]:
     return ids, due_s, now
 
 
-def _cancel(conn: Conn, ids: list[str]) -> list[str]:
-    """Cancel what has not come to an end yet; return the IDs that this concerned.
+def _cancel(conn: Conn, ids: list[str]) -> list[tuple[str, str | None]]:
+    """Cancel what has not come to an end yet; return the IDs and queues of that.
 
     Its place in a queue and its deduplication ID are free with that.  Who runs it can write no more.
     """
@@ -1087,9 +1114,9 @@ def _cancel(conn: Conn, ids: list[str]) -> list[str]:
         update durable.workflows
            set status = 'CANCELLED', deduplication_id = null,
                updated_at = clock_timestamp(), completed_at = clock_timestamp()
-         where id = any(%s) and status not in ('SUCCESS', 'ERROR', 'CANCELLED') returning id
+         where id = any(%s) and status not in ('SUCCESS', 'ERROR', 'CANCELLED') returning id, queue
     """
-    return [id for (id,) in conn.execute(query, (ids,))]
+    return conn.execute(query, (ids,)).fetchall()
 
 
 def _resume(conn: Conn, ids: list[str], queue: str) -> list[str]:
@@ -1142,22 +1169,22 @@ _REMOVE = ", ".join(
 )
 
 
-def _delete(conn: Conn, ids: list[str], even_unfinished: bool = True) -> list[str]:
-    """Delete workflows with all that belongs to them, and return those that there were.
+def _delete(conn: Conn, ids: list[str], even_unfinished: bool = True) -> list[tuple[str, str | None]]:
+    """Delete workflows with all that belongs to them; return the IDs and queues of those that there were.
 
     Locked first, in a statement of its own: what others write under a lock on the workflow's row is
     there to be seen, and deleted, when the second statement begins.
     """
     query = f"""
         with gone as (delete from durable.workflows
-                       where id = any(%s) and (%s or status not in {_UNFINISHED}) returning id),
-        {_REMOVE} select id from gone
+                       where id = any(%s) and (%s or status not in {_UNFINISHED}) returning id, queue),
+        {_REMOVE} select id, queue from gone
     """
     cur = conn.cursor()
     with conn.pipeline():
         conn.execute("select from durable.workflows where id = any(%s) order by id for update", (ids,))
         cur.execute(query, (ids, even_unfinished))
-    return [id for (id,) in cur]
+    return cur.fetchall()
 
 
 def _begun_before(conn: Conn, cutoff_s: float, finished: bool, limit: int | None = None) -> list[str]:
@@ -1601,6 +1628,7 @@ class _Run:
         self.result: tuple[Any] | None = None
         self.stopped: _Stopped | None = None  # set from outside when this run is no longer to go on,
         self.stop = _Signal()  # and at the same time this, for those who wait
+        self.awaited_elsewhere = row.queue is not None  # more than its caller may wait for it
         self.tries: dict[int, int] = {}  # of steps that are not on record yet
         self._position = 0
         self._history: dict[int, _Record] = {}
@@ -2320,10 +2348,9 @@ async def _wait_until(executor: "_Executor", run: _Run | None, position: int, se
         return time.monotonic() + seconds
 
     async def decide() -> float:
-        return await executor.ask(_clock) + seconds
+        return executor.clock() + seconds
 
-    ends_at = await _checkpointed(run, position, "DBOS.sleep", decide)
-    return time.monotonic() + ends_at - await executor.ask(_clock)
+    return await _checkpointed(run, position, "DBOS.sleep", decide) - executor.clock_ahead
 
 
 async def _sleep_until(executor: "_Executor", end: float) -> None:
@@ -2344,10 +2371,10 @@ async def _receive_message(executor: "_Executor", topic: str, timeout_s: float) 
         with executor.hints.expected("m", run.id, topic) as hint:
             left = end - time.monotonic()
             row |= {"nothing": executor.serialize(None) if left <= 0 else None, "took_s": time.monotonic() - began}
-            message = await executor.ask(_receive, row)
+            message, absent = await executor.ask(_receive, row)
             if message is not None:
-                return executor.serializer.deserialize(message)
-            past = await run.settle(position, name)
+                return run.outcome(_Record(position, name, message, None, None))
+            past = None if absent else await run.settle(position, name)
             if past is not None:
                 return run.outcome(past)
             await _pause_run(executor, hint, timeout=left)
@@ -2397,10 +2424,10 @@ async def _write_step(
     past = await run.recall(position, name) if step else None
     row |= {"id": run.id, "claim": run.claim, "position": position, "step": step}
     while past is None and not await _was_taken(run, write, row):
+        await run.standing()
         past = await run.settle(position, name) if step else None
         problem = None if past is not None else await refusal()
         if problem is not None:
-            await run.standing()
             if step:
                 await run.record(position, name, None, problem, 0.0)
             raise problem
@@ -2782,12 +2809,13 @@ def _zone(name: str | None) -> tzinfo:
 
 def _tick(executor: "_Executor") -> float:
     """Enqueue the ticks that have come; return when the next will, in the database's time."""
-    now = datetime.fromtimestamp(time.monotonic() + executor.clock_ahead, timezone.utc)
+    now = datetime.fromtimestamp(executor.clock(), timezone.utc)
     coming = []
     for cron, func in tuple(executor.registry._schedules):
         name = executor.registry._function_of(func, ())[0].name
-        known = executor.next_ticks.get((name, cron.expression))
-        tick = cron.after(now) if known is None else max(known, cron.after(now - _CATCH_UP))
+        tick = executor.next_ticks.get((name, cron.expression)) or cron.after(now)
+        if tick < now - _CATCH_UP:
+            tick = cron.after(now - _CATCH_UP)
         while tick <= now:
             try:
                 with SetWorkflowID(f"sched-{name}-{tick.isoformat()}"):
@@ -2951,7 +2979,7 @@ class _Executor:
         self.cramped: set[str] = set()  # queues that had more than we had room for
         self.doubted: set[str] = set()  # running workflows that somebody may have cancelled or taken
         self.next_expiry = 0.0  # when to look at deadlines, in time.monotonic()
-        self.clock_ahead = 0.0  # the database's time, less ours (time.monotonic())
+        self.clock_ahead = 0.0  # the database's time, less time.monotonic(); measured anew each second
         self.next_ticks: dict[tuple[str, str], datetime] = {}  # of the schedules, by name and expression
         self.missed: dict[int, float] = {}  # incarnations whose lock is free, and since when we know
         self.reported: set[tuple[str, str | None, str | None]] = set()  # what was logged as unknown
@@ -3120,6 +3148,7 @@ class _Executor:
 
     def spawn(self, run: _Run) -> None:
         """Run in the background, in the colour of the function."""
+        run.awaited_elsewhere = True
         try:
             if run.function.is_async:
                 asyncio.run_coroutine_threadsafe(self._background_async(run), self.loop())
@@ -3131,6 +3160,7 @@ class _Executor:
 
     def spawn_here(self, run: _Run) -> None:
         """Run a coroutine workflow as a task of the running event loop."""
+        run.awaited_elsewhere = True
         task = asyncio.get_running_loop().create_task(self._background_async(run))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -3157,13 +3187,10 @@ class _Executor:
             del self.running[run.id]
         run.begun.set()
         run.done.set()
-        if run.queue is None:
-            self.hints.arrive("w", run.id)
-        else:
-            self.hints.send("w", run.id)
-            queue = self.registry._queues.get(run.queue)
-            if queue is not None and queue.concurrency is not None:
-                self.hints.send("q", run.queue)  # its place is free for any executor
+        (self.hints.send if run.awaited_elsewhere else self.hints.arrive)("w", run.id)
+        queue = self.registry._queues.get(str(run.queue))
+        if queue is not None and queue.concurrency is not None:
+            self.hints.send("q", queue.name)  # its place is free for any executor
         self.room_again()
 
     def room_again(self) -> None:
@@ -3183,6 +3210,10 @@ class _Executor:
         if id in self.running:
             self.doubted.add(id)
             self.work.set()
+
+    def clock(self) -> float:
+        """The database's time, which all processes share, in seconds since 1970."""
+        return time.monotonic() + self.clock_ahead
 
     def mind_deadlines(self) -> None:
         """Have the dispatcher look when the next deadline is."""
@@ -3293,9 +3324,9 @@ class _Executor:
             self.work.clear()
             now = time.monotonic()
             try:
-                while self.doubted:
-                    run = self.running.get(self.doubted.pop())
-                    _reconsider(self, [run] if run else [])
+                if self.doubted:
+                    doubted = [self.running.get(self.doubted.pop()) for _ in range(len(self.doubted))]
+                    _reconsider(self, filter(None, doubted))
                 if now >= self.next_expiry and self.serves:
                     self._expire(now)
                 if now >= next_tick and not (self.deactivated or self.stopping.is_set()):
@@ -3330,14 +3361,16 @@ class _Executor:
         self.clock_ahead = clock - time.monotonic()
         if due_s is not None:
             self.next_expiry = min(self.next_expiry, time.monotonic() + due_s)
-        for id in ids:
+        for id, queue in ids:
             _log.info("workflow %s is cancelled: its deadline has passed", id)
-            self.changed(id)
+            self.ended(id, queue)
 
-    def changed(self, id: str) -> None:
-        """Tell everybody that a workflow was ended, deleted or taken from whoever ran it."""
+    def ended(self, id: str, queue: str | None) -> None:
+        """Tell everybody that a workflow was cancelled or deleted: who runs it, who waits for it or for its place."""
         self.hints.send("c", id)
         self.hints.send("w", id)
+        if queue is not None:
+            self.hints.send("q", queue)
 
     def _look(self, polled: dict[str, float], now: float) -> None:
         """Look for what hints should have told, of all that is awaited and of queues; three statements for all."""
@@ -4383,11 +4416,16 @@ class _Management:
 
     list_queued_workflows, list_queued_workflows_async = _twins(_list_queued_workflows)
 
+    async def _existing_workflow(self, workflow_id: str) -> str:
+        if await self._get_workflow_status(workflow_id) is None:
+            raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id}")
+        return workflow_id
+
     def retrieve_workflow(self, workflow_id: str, existing_workflow: bool = True) -> "WorkflowHandle[Any]":
         """Return a handle; DBOSNonExistentWorkflowError if there is no such workflow (and there should be)."""
         _refuse_to_block_a_loop("retrieve_workflow")
         if existing_workflow:
-            _existing(workflow_id, self.get_workflow_status(workflow_id))
+            _block(self._existing_workflow(workflow_id))
         return WorkflowHandle(self, workflow_id, existing_workflow)
 
     async def retrieve_workflow_async(
@@ -4395,7 +4433,7 @@ class _Management:
     ) -> "WorkflowHandleAsync[Any]":
         """Do as `retrieve_workflow`, without blocking the event loop."""
         if existing_workflow:
-            _existing(workflow_id, await self.get_workflow_status_async(workflow_id))
+            await _suspend(self._existing_workflow(workflow_id))
         return WorkflowHandleAsync(self, workflow_id, existing_workflow)
 
     # Changing the course of workflows.
@@ -4411,8 +4449,8 @@ class _Management:
         async def cancel() -> None:
             ids = _alternatives("workflow_ids", workflow_ids)
             more = await executor.ask(_children_of, ids) if cancel_children else []
-            for id in await executor.ask(_cancel, [*ids, *more]):
-                executor.changed(id)
+            for id, queue in await executor.ask(_cancel, [*ids, *more]):
+                executor.ended(id, queue)
 
         await _recorded("DBOS.cancelWorkflow", cancel)
 
@@ -4424,7 +4462,7 @@ class _Management:
 
     cancel_workflow, cancel_workflow_async = _twins(_cancel_workflow)
 
-    async def _resume(self, workflow_ids: list[str]) -> None:
+    async def _resume_all(self, workflow_ids: list[str]) -> None:
         executor = self._launched()
 
         async def resume() -> None:
@@ -4439,32 +4477,39 @@ class _Management:
         await _recorded("DBOS.resumeWorkflow", resume)
 
     def resume_workflows(self, workflow_ids: list[str]) -> "list[WorkflowHandle[Any]]":
-        """Have workflows go on that were cancelled or dead-lettered, from their last step; with new attempts.
-
-        Those that have succeeded or failed stay so.  One that still runs is begun anew, and its former run
-        can write no more.  Their deadlines and deduplication IDs are gone.  Raises DBOSNonExistentWorkflowError.
-        """
+        """Have workflows go on; see `resume_workflow`."""
         _refuse_to_block_a_loop("resume_workflows")
-        _block(self._resume(workflow_ids))
+        _block(self._resume_all(workflow_ids))
         return [WorkflowHandle(self, id) for id in workflow_ids]
 
     async def resume_workflows_async(self, workflow_ids: list[str]) -> "list[WorkflowHandleAsync[Any]]":
         """Do as `resume_workflows`, without blocking the event loop."""
-        await _suspend(self._resume(workflow_ids))
+        await _suspend(self._resume_all(workflow_ids))
         return [WorkflowHandleAsync(self, id) for id in workflow_ids]
 
-    def resume_workflow(self, workflow_id: str) -> "WorkflowHandle[Any]":
-        """Have a workflow go on; see `resume_workflows`."""
-        return self.resume_workflows([workflow_id])[0]
+    async def _resume_workflow(self, workflow_id: str) -> str:
+        """Have a workflow go on that was cancelled or dead-lettered, from its last step; with new attempts.
 
-    async def resume_workflow_async(self, workflow_id: str) -> "WorkflowHandleAsync[Any]":
-        """Do as `resume_workflow`, without blocking the event loop."""
-        return (await self.resume_workflows_async([workflow_id]))[0]
+        One that has succeeded or failed stays so.  One that still runs is begun anew, and its former run
+        can write no more.  Deadline and deduplication ID are gone.  Raises DBOSNonExistentWorkflowError.
+        """
+        await self._resume_all([workflow_id])
+        return workflow_id
 
-    async def _fork(self, workflow_id: str, start_step: int, application_version: str | None) -> str:
-        executor, run = self._launched(), _current_run()
+    resume_workflow, resume_workflow_async = _handle_twins(_resume_workflow)
+
+    async def _fork_workflow(
+        self, workflow_id: str, start_step: int, *, application_version: str | None = None
+    ) -> str:
+        """Run a workflow again under another ID, from the step at position `start_step` on.
+
+        The steps before it are copied, with the events and streams as of then.  The new ID is that of the
+        surrounding `SetWorkflowID`, or random.  Without `application_version`, executors of any may run it.
+        Raises DBOSNonExistentWorkflowError.
+        """
         if type(start_step) is not int:
             raise ValueError(f"start_step is {start_step!r}; it must be a whole number")
+        executor, run = self._launched(), _current_run()
         position = run.advance() if run else 0
         row = {
             "id": workflow_id, "new_id": _next_id(run, position), "start_step": max(1, start_step),
@@ -4480,35 +4525,16 @@ class _Management:
             executor.hints.send("q", _INTERNAL_QUEUE)
             return str(row["new_id"])
 
-        return await _checkpointed(run, position, "DBOS.forkWorkflow", fork) if run else await fork()
+        forked = await _checkpointed(run, position, "DBOS.forkWorkflow", fork) if run else await fork()
+        return await self._existing_workflow(forked)
 
-    def fork_workflow(
-        self, workflow_id: str, start_step: int, *, application_version: str | None = None
-    ) -> "WorkflowHandle[Any]":
-        """Run a workflow again under another ID, from the step at position `start_step` on.
+    fork_workflow, fork_workflow_async = _handle_twins(_fork_workflow)
 
-        The steps before it are copied, with the events and streams as of then.  The new ID is that of the
-        surrounding `SetWorkflowID`, or random.  Without `application_version`, executors of any may run it.
-        Raises DBOSNonExistentWorkflowError.
-        """
-        _refuse_to_block_a_loop("fork_workflow")
-        return self.retrieve_workflow(_block(self._fork(workflow_id, start_step, application_version)))
-
-    async def fork_workflow_async(
-        self, workflow_id: str, start_step: int, *, application_version: str | None = None
-    ) -> "WorkflowHandleAsync[Any]":
-        """Do as `fork_workflow`, without blocking the event loop."""
-        return await self.retrieve_workflow_async(
-            await _suspend(self._fork(workflow_id, start_step, application_version))
-        )
-
-    def restart_workflow(self, workflow_id: str) -> "WorkflowHandle[Any]":
+    async def _restart_workflow(self, workflow_id: str) -> str:
         """Run a workflow again under another ID, from its beginning; see `fork_workflow`."""
-        return self.fork_workflow(workflow_id, 1)
+        return await self._fork_workflow(workflow_id, 1)
 
-    async def restart_workflow_async(self, workflow_id: str) -> "WorkflowHandleAsync[Any]":
-        """Do as `restart_workflow`, without blocking the event loop."""
-        return await self.fork_workflow_async(workflow_id, 1)
+    restart_workflow, restart_workflow_async = _handle_twins(_restart_workflow)
 
     async def _delete_workflows(self, workflow_ids: list[str], *, delete_children: bool = False) -> None:
         """Delete workflows with their steps, messages, events and streams, in one transaction.
@@ -4520,8 +4546,8 @@ class _Management:
         async def delete() -> None:
             ids = _alternatives("workflow_ids", workflow_ids)
             more = await executor.ask(_children_of, ids) if delete_children else []
-            for id in await executor.ask(_delete, [*ids, *more]):
-                executor.changed(id)
+            for id, queue in await executor.ask(_delete, [*ids, *more]):
+                executor.ended(id, queue)
 
         await _recorded("DBOS.deleteWorkflow", delete)
 
@@ -4559,10 +4585,9 @@ class _Management:
     async def _global_timeout(self, cutoff_epoch_timestamp_ms: float) -> None:
         """Cancel the unfinished workflows that were created before a time."""
         executor = self._launched()
-        for id in await executor.ask(
-            _cancel, await executor.ask(_begun_before, cutoff_epoch_timestamp_ms / 1000, False)
-        ):
-            executor.changed(id)
+        ids = await executor.ask(_begun_before, cutoff_epoch_timestamp_ms / 1000, False)
+        for id, queue in await executor.ask(_cancel, ids):
+            executor.ended(id, queue)
 
     global_timeout, global_timeout_async = _twins(_global_timeout)
 

@@ -13,7 +13,7 @@
 --     events      what a workflow says of itself under a key: the last value counts
 --     streams     what a workflow says of itself under a key: every value, in order
 --     executors   one row per launch of a process: the incarnations behind a name
---     version     one row: which edition of this file the database has
+--     version     one row per edition of this file that the database was brought to
 --
 -- durable.py applies this file at launch, in one transaction under an advisory lock.  Every statement
 -- may therefore run again at any time and never destroys data.
@@ -180,6 +180,15 @@ create table if not exists durable.streams (
     primary key (workflow_id, key, "offset")
 );
 
+-- What tables made by edition 1 lack.
+alter table durable.executors
+    add column if not exists lost_at timestamptz,
+    add column if not exists known jsonb not null default '[]',
+    add column if not exists queues jsonb not null default '[]',
+    add column if not exists deactivated boolean not null default false,
+    add column if not exists failover boolean not null default false;
+alter table durable.steps add column if not exists tries integer not null default 1;
+
 -- The operator's questions, for any client.  However many workflows have ended, these views are as quick.
 
 -- For durable.unfinished.
@@ -304,4 +313,4 @@ select u.id as workflow_id, u.status, u.name, u.queue, u.application_version, u.
   left join unfinished as c on c.id = s.child_workflow_id
  order by since;
 
-insert into durable.version (number) select 1 where not exists (select from durable.version);
+insert into durable.version (number) select 2 where not exists (select from durable.version where number >= 2);
