@@ -38,9 +38,9 @@ Asked of you: a workflow's own code must be deterministic.  Given the same input
 results it must call the same steps in the same order; clocks, random numbers, files and the network
 belong in steps.
 
-Contents: Errors, Values, Colours, Statements, Journal, Steps, Workflows, Waiting, Queues, Executors,
-Admin, and the public face.  Names and behaviour follow the DBOS Python library 2.x, so that code moves
-to `dbos` and back by one import line.
+Contents: Errors, Values, Colours, Statements, Journal, Steps, Workflows, Waiting, Queues and schedules,
+Executors, Admin, the public face, and the command line.  Names and behaviour follow the DBOS Python
+library 2.x, so that code moves to `dbos` and back by one import line.
 
 Needs Python 3.10+, psycopg 3 with psycopg_pool, PostgreSQL 13+, and schema.sql beside this file.
 Licence: MIT.  Made to be copied into your project and read.
@@ -708,12 +708,12 @@ _SET_EVENT = _effect(
 # the same offset: one of them fails, and is written again.
 _WRITE_STREAM = _effect(
     "write_stream",
-    "key text, value text",
-    """insert into durable.streams (workflow_id, key, "offset", value, position)
+    "key text, value text, token bigint",
+    """insert into durable.streams (workflow_id, key, "offset", value, position, token)
        select id, key, coalesce((select max("offset") + 1 from durable.streams as s
                                   where s.workflow_id = id and s.key = due.key), 0)
-                        + row_number() over (partition by id, key order by position) - 1, value, position
-         from {due} as due""",
+                        + row_number() over (partition by id, key order by position) - 1, value, position, token
+         from {due} as due on conflict (workflow_id, token) do nothing""",
     only="""and not exists (select from (select value from durable.streams as s
                                           where s.workflow_id = new.id and s.key = new.key
                                           order by "offset" desc limit 1) as last where value is null)""",
@@ -1154,8 +1154,8 @@ def _fork(conn: Conn, row: dict[str, Any]) -> str | None:
             insert into durable.events (workflow_id, key, position, value)
             select forked.id, e.key, e.position, e.value
               from forked, durable.events as e where e.workflow_id = %(id)s and e.position < %(start_step)s)
-        insert into durable.streams (workflow_id, key, "offset", value, position)
-        select forked.id, s.key, s."offset", s.value, s.position
+        insert into durable.streams (workflow_id, key, "offset", value, position, token)
+        select forked.id, s.key, s."offset", s.value, s.position, s.token
           from forked, durable.streams as s where s.workflow_id = %(id)s and s.position < %(start_step)s
     """
     conn.execute(query, row)
@@ -2452,7 +2452,7 @@ async def _write_to_stream(name: str, key: str, value: str | None) -> None:
             return None
         return DBOSException(f"the stream {key!r} of workflow {frame.run.id} is closed: nobody would read what follows")
 
-    await _write_step(_WRITE_STREAM, name, refusal, key=key, value=value)
+    await _write_step(_WRITE_STREAM, name, refusal, key=key, value=value, token=secrets.randbits(63))
     if frame is not None:
         frame.run.executor.hints.send("s", frame.run.id, key)
 
@@ -2503,6 +2503,7 @@ class _Hints:
         self._lock = threading.Lock()
         self._expected: dict[tuple[str, ...], dict[_Signal, int]] = {}
         self._looked_at = 0
+        self.missed = False  # while the listening connection was away, hints may have been
         self._outgoing: set[tuple[str, ...]] = set()
         self._sending = False
 
@@ -2524,7 +2525,9 @@ class _Hints:
     def awaited(self) -> list[dict[str, Any]]:
         """What to look for now: all that is awaited, or in turn so much that a look stays cheap."""
         with self._lock:
-            keys, some = list(self._expected), _LOOK_CHUNK if self._executor.listens else len(self._expected)
+            keys = list(self._expected)
+            some = len(keys) if self.missed or not self._executor.listens else _LOOK_CHUNK
+            self.missed = False
             start = self._looked_at if self._looked_at < len(keys) else 0
             self._looked_at = start + some
             return [
@@ -3173,7 +3176,8 @@ class _Executor:
         try:
             await _execute(run)
         except _Stopped as why:
-            _log.info("stopped a run of %s: %s", run.function.name, why)
+            level = logging.DEBUG if isinstance(why, _Closing) else logging.INFO
+            _log.log(level, "stopped a run of %s: %s", run.function.name, why)
         except Exception as error:
             _log.debug("workflow %s (%s) failed: %r", run.id, run.function.name, error)
         except (SystemExit, KeyboardInterrupt) as end:
@@ -3291,7 +3295,7 @@ class _Executor:
                 if conn.closed:
                     conn = self.connect()
                     self._announce(conn)
-                    self.work.set()  # hints were missed
+                    self.hints.missed = True
                 elif not self._held:  # the server has not noticed yet that our former connection is gone
                     self._announce(conn)
                 self._hear(conn)
@@ -4444,15 +4448,7 @@ class _Management:
         Their places in queues and their deduplication IDs are free with that.  IDs that do not exist are
         passed over, as in DBOS.
         """
-        executor = self._launched()
-
-        async def cancel() -> None:
-            ids = _alternatives("workflow_ids", workflow_ids)
-            more = await executor.ask(_children_of, ids) if cancel_children else []
-            for id, queue in await executor.ask(_cancel, [*ids, *more]):
-                executor.ended(id, queue)
-
-        await _recorded("DBOS.cancelWorkflow", cancel)
+        await self._end("DBOS.cancelWorkflow", _cancel, workflow_ids, cancel_children)
 
     cancel_workflows, cancel_workflows_async = _twins(_cancel_workflows)
 
@@ -4461,6 +4457,20 @@ class _Management:
         await self._cancel_workflows([workflow_id], cancel_children=cancel_children)
 
     cancel_workflow, cancel_workflow_async = _twins(_cancel_workflow)
+
+    async def _end(
+        self, name: str, statement: "Callable[[Conn, list[str]], list[tuple[str, str | None]]]",
+        workflow_ids: list[str], with_children: bool,
+    ) -> None:
+        executor = self._launched()
+
+        async def end() -> None:
+            ids = _alternatives("workflow_ids", workflow_ids)
+            ids += await executor.ask(_children_of, ids) if with_children else []
+            for id, queue in await executor.ask(statement, ids):
+                executor.ended(id, queue)
+
+        await _recorded(name, end)
 
     async def _resume_all(self, workflow_ids: list[str]) -> None:
         executor = self._launched()
@@ -4541,15 +4551,7 @@ class _Management:
 
         One that runs is stopped, as by a cancel.  IDs that do not exist are passed over, as in DBOS.
         """
-        executor = self._launched()
-
-        async def delete() -> None:
-            ids = _alternatives("workflow_ids", workflow_ids)
-            more = await executor.ask(_children_of, ids) if delete_children else []
-            for id, queue in await executor.ask(_delete, [*ids, *more]):
-                executor.ended(id, queue)
-
-        await _recorded("DBOS.deleteWorkflow", delete)
+        await self._end("DBOS.deleteWorkflow", _delete, workflow_ids, delete_children)
 
     delete_workflows, delete_workflows_async = _twins(_delete_workflows)
 

@@ -177,7 +177,9 @@ create table if not exists durable.streams (
     "offset"            integer     not null,   -- 0, 1, 2...
     value               text,                   -- null: the stream is closed
     position            integer     not null,
-    primary key (workflow_id, key, "offset")
+    token               bigint      not null,   -- the same at each try of a write
+    primary key (workflow_id, key, "offset"),
+    unique (workflow_id, token)
 );
 
 -- What tables made by edition 1 lack.
