@@ -234,13 +234,12 @@ select application_version, coalesce(delayed, 0) as delayed, coalesce(enqueued, 
 -- queue is) is found once per kind, so that the view stays quick with many of them.
 create or replace view durable.why as
 with unfinished as materialized (
-    select *, row_number() over (partition by status, queue, application_version order by priority, number) - 1 as ahead,
-           jsonb_build_array(application_version, executor_id, queue, name, class_name, config_name) as kind
+    select *, row_number() over (partition by status, queue, application_version order by priority, number) - 1 as ahead
       from durable.unfinished),
 living as materialized (select * from durable.living),
 kinds as materialized (
-    select u.kind, able.*
-      from (select distinct on (kind) * from unfinished) as u
+    select jsonb_build_array(application_version, executor_id, queue, name, class_name, config_name) as kind, able.*
+      from (select distinct application_version, executor_id, queue, name, class_name, config_name from unfinished) as u
      cross join lateral (
         select count(*) as of_version, count(*) filter (where knows) as knowing,
                count(*) filter (where knows and not deactivated) as willing,
@@ -306,13 +305,14 @@ select u.id as workflow_id, u.status, u.name, u.queue, u.application_version, u.
                    else 'no limit holds it, so executors take it as soon as they have a thread free' end
        end as why
   from unfinished as u
-  join kinds as k using (kind)
+  join kinds as k on k.kind = jsonb_build_array(u.application_version, u.executor_id, u.queue, u.name, u.class_name,
+                                                u.config_name)
   left join queues as q on q.queue = u.queue
   left join living as a on a.incarnation = u.incarnation
   left join durable.executors as e on e.incarnation = u.incarnation
   left join lateral (select * from durable.steps where u.status = 'PENDING' and workflow_id = u.id
                       order by position desc limit 1) as s on true
-  left join unfinished as c on c.id = s.child_workflow_id
+  left join durable.workflows as c on c.id = s.child_workflow_id and c.completed_at is null
  order by since;
 
 insert into durable.version (number) select 2 where not exists (select from durable.version where number >= 2);
