@@ -803,10 +803,10 @@ def _list(
     conditions = " and ".join(["true", *(_CONDITIONS[name] for name in where)])
     columns = _STATUS_COLUMNS if load_input else _STATUS_COLUMNS.replace("inputs as", "null as")
     columns = columns if load_output else columns.replace("output, error", "null as output, null as error")
-    order = "desc" if sort_desc else "asc"
+    order = "desc" if sort_desc else "asc"  # of the column, which has an index, and not of what is made of it above
     query = f"""
         select {columns} from durable.workflows where {conditions}
-         order by created_at {order}, number {order} limit %(limit)s offset %(offset)s
+         order by workflows.created_at {order}, number {order} limit %(limit)s offset %(offset)s
     """
     parameters = {**where, "limit": limit, "offset": offset}
     return conn.cursor(row_factory=dict_row).execute(query, parameters).fetchall()
