@@ -331,11 +331,13 @@ def _dump_error(serializer: Serializer, error: Exception) -> tuple[str, Exceptio
 
     Many exceptions can be pickled but not unpickled, because their constructor does not take their
     `args`.  So the form that goes in is one that was seen to come out: the exception itself, or its
-    class, arguments and attributes, or (for a built-in) just arguments, or else only name and text.
+    class, arguments and attributes, or (for a built-in, or one of ours) its class's name instead, or else
+    only name and text.
     Returned too is what to raise now: the exception, or what will stand for it at a replay.
     """
     stored = {"type": _type_name(error), "text": _text_of(error)}
-    for form in (error, [type(error), error.args, error.__dict__], list(error.args)):
+    named = {"args": list(error.args), "attributes": error.__dict__}
+    for form in (error, [type(error), error.args, error.__dict__], named):
         with suppress(Exception):
             stored["value"] = serializer.serialize(form)
             copy = _load_error(serializer, json.dumps(stored))
@@ -357,7 +359,13 @@ def _load_error(serializer: Serializer, text: str) -> Exception:
 def _rebuild_error(form: Any, name: str) -> Exception:
     if isinstance(form, Exception):
         return form
-    kind, args, attributes = form if form and isinstance(form[0], type) else (getattr(builtins, name), form, {})
+    if isinstance(form, dict):
+        own = globals().get(name.removeprefix(f"{__name__}."))
+        kind, args, attributes = own or getattr(builtins, name), form["args"], form["attributes"]
+    else:
+        kind, args, attributes = form
+    if not issubclass(kind, Exception):
+        raise TypeError(f"{name} is no exception")
     rebuilt: Exception = kind.__new__(kind, *args)
     rebuilt.args = tuple(args)
     rebuilt.__dict__.update(attributes)
@@ -611,26 +619,26 @@ _START = _Write(
 )
 
 # A child begins, and its parent's history says so, in one statement: a crash leaves both or neither.
+# (`is true` makes a hash of the IDs; a join, planned for few, would compare each with each.)
 _START_CHILD = _Write(
     "start_child",
     _START_COLUMNS + ", delay_s double precision, inherits boolean, parent_claim bigint, position integer",
     "select id, 0 as position from born",
     before="""
-         child as (select * from {rows}),
-         parent as (select w.id as parent_id, w.claim as its_claim, w.deadline_at as its_deadline_at
-                      from durable.workflows as w join child on w.id = child.parent_workflow_id
-                     where w.claim = child.parent_claim and w.status = 'PENDING' for share of w),
+         child as (select new.*, w.deadline_at as its_deadline_at
+                     from {rows} join durable.workflows as w
+                       on w.id = new.parent_workflow_id and w.claim = new.parent_claim
+                    where w.status = 'PENDING' for share of w),
          born as ("""
     + _INSERT_WORKFLOW
     + f"case when inherits then its_deadline_at else {_FROM_NOW} end"
-    + """ from child join (select distinct * from parent) as parent
-                       on (parent_id, its_claim) = (parent_workflow_id, parent_claim)
-                     on conflict do nothing returning id),
+    + """ from child on conflict do nothing returning id),
          noted as (insert into durable.steps
                           (workflow_id, position, name, child_workflow_id, started_at, completed_at)
                    select parent_workflow_id, position, name, id, clock_timestamp(), clock_timestamp()
-                     from child join born using (id) on conflict do nothing)""",
+                     from child where (id in (select id from born)) is true on conflict do nothing)""",
 )
+
 
 # A step is done.  The share lock makes a later claim wait for this record, or this record miss.
 _RECORD = _Write(
@@ -861,7 +869,8 @@ def _receive(conn: Conn, row: dict[str, Any]) -> tuple[str | None, bool]:
         with ours as (select id from durable.workflows
                        where id = %(id)s and claim = %(claim)s and status = 'PENDING' for share),
         oldest as (select number, message from durable.messages
-                    where workflow_id in (select id from ours) and topic = %(topic)s and received_at is null
+                    where workflow_id = %(id)s and exists (select from ours) and topic = %(topic)s
+                      and received_at is null
                     order by number limit 1 for update skip locked),
         noted as (insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
                   select id, %(position)s, %(name)s, coalesce((select message from oldest), %(nothing)s),
@@ -1069,7 +1078,7 @@ def _sweep(
              where w.status = 'PENDING' and w.incarnation is not null and w.application_version = %(version)s
                and (w.incarnation = %(incarnation)s or w.incarnation = any(%(dead)s)
                     or w.executor_id = any(%(listed)s))
-               and not (w.incarnation = %(incarnation)s and w.id = any(%(running)s)))
+               and not (w.incarnation = %(incarnation)s and w.id in (select unnest(%(running)s::text[]))))
         update durable.workflows as w
            set status = case when w.recovery_attempts > lost.most then 'MAX_RECOVERY_ATTEMPTS_EXCEEDED'
                              when w.queue is null then 'PENDING' else 'ENQUEUED' end,
@@ -1155,7 +1164,8 @@ def _fork(conn: Conn, row: dict[str, Any]) -> str | None:
             select forked.id, e.key, e.position, e.value
               from forked, durable.events as e where e.workflow_id = %(id)s and e.position < %(start_step)s)
         insert into durable.streams (workflow_id, key, "offset", value, position, token)
-        select forked.id, s.key, s."offset", s.value, s.position, s.token
+        select forked.id, s.key, row_number() over (partition by s.key order by s."offset") - 1, s.value,
+               s.position, s.token
           from forked, durable.streams as s where s.workflow_id = %(id)s and s.position < %(start_step)s
     """
     conn.execute(query, row)
@@ -1985,7 +1995,7 @@ class SetWorkflowTimeout(_OptionBlock):
     """
 
     def __init__(self, workflow_timeout_sec: float | None) -> None:
-        if workflow_timeout_sec is not None and not 0 < workflow_timeout_sec <= _LONGEST_WAIT_S:
+        if workflow_timeout_sec is not None and not _checked_seconds("the workflow timeout", workflow_timeout_sec) > 0:
             raise ValueError(f"the workflow timeout is {workflow_timeout_sec}: it must be a positive number of seconds")
         super().__init__(timeout=(workflow_timeout_sec,))
 
@@ -2023,6 +2033,11 @@ def _valid_name(what: str, name: object) -> str:
     if len(name.encode()) > _LONGEST_NAME:
         raise DBOSException(f"{what} {name[:50]!r}...: it must not be longer than {_LONGEST_NAME} bytes")
     return name
+
+
+def _valid_key(what: str, key: object) -> str:
+    """The same for what tells messages, events and streams of a workflow apart; it may be empty."""
+    return "" if key == "" else _valid_name(what, key)
 
 
 def _storable(text: str) -> bool:
@@ -2265,7 +2280,9 @@ async def _call(executor: "_Executor", function: _Function, args: tuple[Any, ...
 
 async def _pause_run(executor: "_Executor", *signals: _Signal, timeout: float | None = None) -> None:
     """Wait for a signal, for `timeout` seconds, or until this run or the executor is to stop (which raises)."""
-    run = _current_run()
+    run, frame = _current_run(), _frame.get()
+    if frame is not None and frame.connection is not None:
+        raise DBOSException("a wait in a DBOS.transaction would hold it open, and see nothing new: wait outside of it")
     signals += (executor.closed,) if run is None else (executor.closed, run.stop)
     await executor.lent(_for_any(*signals, timeout=timeout))
     if run is not None and run.stopped is not None:
@@ -2419,6 +2436,8 @@ async def _write_step(
     frame = _frame.get()
     if frame is None:
         raise DBOSException(f"{name} is for the code of a workflow and its steps")
+    if frame.connection is not None:  # it would be committed whatever becomes of the transaction
+        raise DBOSException(f"{name} is not for a DBOS.transaction: call it in the workflow, or in a step")
     run, step = frame.run, None if frame.step else name
     position = frame.step.step_id if frame.step else run.advance()
     past = await run.recall(position, name) if step else None
@@ -2816,7 +2835,7 @@ def _tick(executor: "_Executor") -> float:
     coming = []
     for cron, func in tuple(executor.registry._schedules):
         name = executor.registry._function_of(func, ())[0].name
-        tick = executor.next_ticks.get((name, cron.expression)) or cron.after(now)
+        tick = executor.next_ticks.get(cron) or cron.after(now)
         if tick < now - _CATCH_UP:
             tick = cron.after(now - _CATCH_UP)
         while tick <= now:
@@ -2826,7 +2845,7 @@ def _tick(executor: "_Executor") -> float:
             except Exception:
                 _log.exception("the tick of %s at %s could not be enqueued", name, tick)
             tick = cron.after(tick)
-        executor.next_ticks[name, cron.expression] = tick
+        executor.next_ticks[cron] = tick
         coming.append(tick.timestamp())
     return min(coming, default=math.inf)
 
@@ -2983,7 +3002,7 @@ class _Executor:
         self.doubted: set[str] = set()  # running workflows that somebody may have cancelled or taken
         self.next_expiry = 0.0  # when to look at deadlines, in time.monotonic()
         self.clock_ahead = 0.0  # the database's time, less time.monotonic(); measured anew each second
-        self.next_ticks: dict[tuple[str, str], datetime] = {}  # of the schedules, by name and expression
+        self.next_ticks: dict[_Cron, datetime] = {}
         self.missed: dict[int, float] = {}  # incarnations whose lock is free, and since when we know
         self.reported: set[tuple[str, str | None, str | None]] = set()  # what was logged as unknown
         self.me: dict[str, Any] = {}  # who we are, once launched
@@ -3023,6 +3042,12 @@ class _Executor:
         return conn
 
     # What the operations use: statements, waits, threads.
+
+    def here(self) -> "_Executor":
+        """This executor, unless the process was forked since."""
+        if self.pid != os.getpid():
+            raise DBOSException("launched before a fork, which no connection survives: launch in the child instead")
+        return self
 
     def serialize(self, value: Any) -> str:
         """Turn a value into text; ValueError if Postgres would break the connection over its size."""
@@ -4258,17 +4283,16 @@ class _Management:
         raise NotImplementedError
 
     async def _send(
-        self, destination_id: str, message: Any, topic: str | None = None, *, idempotency_key: str | None = None
+        self, destination_id: str, message: Any, topic: str | None = None, idempotency_key: str | None = None
     ) -> None:
         """Leave a message for a workflow, which gets it by `recv` on the same topic, once and in order.
 
         A second message with an `idempotency_key` that this workflow has had is dropped.  Raises
         DBOSNonExistentWorkflowError.
         """
-        for what, name in (("topic", topic), ("idempotency key", idempotency_key)):
-            if name is not None:
-                _valid_name(what, name)
-        topic = _NO_TOPIC if topic is None else topic
+        topic = _NO_TOPIC if topic is None else _valid_key("topic", topic)
+        if idempotency_key is not None:
+            _valid_key("idempotency key", idempotency_key)
         await _send_message(self._launched(), destination_id, message, topic, idempotency_key)
 
     send, send_async = _twins(_send)
@@ -4314,6 +4338,8 @@ class _Management:
 
     def _next_values(self, workflow_id: str, key: str, offset: int) -> Coroutine[Any, Any, list[Any]]:
         # In a workflow each value is a step: what it has seen when it dies is what it sees again.
+        if type(offset) is not int or offset < 0:
+            raise ValueError(f"offset is {offset!r}; it must be a whole number from 0")
         executor, most = self._launched(), _HISTORY_CHUNK if _current_run() is None else 1
         return _recorded("DBOS.readStream", lambda: _read_values(executor, workflow_id, key, offset, most))
 
@@ -4356,11 +4382,11 @@ class _Management:
         """Read how a workflow stands; None if there is none."""
         executor = self._launched()
 
-        async def look() -> WorkflowStatus | None:
-            row = await executor.ask(_find, workflow_id)
-            return None if row is None else _status_of(executor.serializer, row)
+        async def look() -> dict[str, Any] | None:
+            return await executor.ask(_find, workflow_id)
 
-        return await _recorded("DBOS.getStatus", look)
+        row = await _recorded("DBOS.getStatus", look)
+        return None if row is None else _status_of(executor.serializer, row)
 
     get_workflow_status, get_workflow_status_async = _twins(_get_workflow_status)
 
@@ -4368,11 +4394,11 @@ class _Management:
         """Read a workflow's recorded steps, in order."""
         executor = self._launched()
 
-        async def look() -> list[StepInfo]:
-            rows = await executor.ask(_steps_of, workflow_id)
-            return [cast(StepInfo, _read_outcome(executor.serializer, row)) for row in rows]
+        async def look() -> list[dict[str, Any]]:
+            return await executor.ask(_steps_of, workflow_id)
 
-        return await _recorded("DBOS.listWorkflowSteps", look)
+        rows = await _recorded("DBOS.listWorkflowSteps", look)
+        return [cast(StepInfo, _read_outcome(executor.serializer, row)) for row in rows]
 
     list_workflow_steps, list_workflow_steps_async = _twins(_list_workflow_steps)
 
@@ -4405,11 +4431,11 @@ class _Management:
                 raise ValueError(f"{key} is {number!r}; it must be a whole number from 0")
         executor = self._launched()
 
-        async def look() -> list[WorkflowStatus]:
-            rows = await executor.ask(_list, where, limit, offset, sort_desc, load_input, load_output)
-            return [_status_of(executor.serializer, row) for row in rows]
+        async def look() -> list[dict[str, Any]]:
+            return await executor.ask(_list, where, limit, offset, sort_desc, load_input, load_output)
 
-        return await _recorded("DBOS.listQueuedWorkflows" if queues_only else "DBOS.listWorkflows", look)
+        rows = await _recorded("DBOS.listQueuedWorkflows" if queues_only else "DBOS.listWorkflows", look)
+        return [_status_of(executor.serializer, row) for row in rows]
 
     list_workflows, list_workflows_async = _twins(_list_workflows)
 
@@ -4906,9 +4932,7 @@ class Durable(_Management):
     def _launched(self) -> _Executor:
         if self._executor is None:
             raise DBOSException("not launched: call DBOS.launch() first")
-        if self._executor.pid != os.getpid():
-            raise DBOSException("launched before a fork, which no connection survives: launch in the child instead")
-        return self._executor
+        return self._executor.here()
 
     def _identity(self) -> dict[str, Any]:
         """What this executor is called, which version it has and what it can run."""
@@ -5097,7 +5121,7 @@ class Durable(_Management):
         Each is received once: its taking is the record of this step.  The time goes on counting while no
         process runs the workflow.
         """
-        topic = _NO_TOPIC if topic is None else _valid_name("topic", topic)
+        topic = _NO_TOPIC if topic is None else _valid_key("topic", topic)
         return await _receive_message(self._launched(), topic, _checked_seconds("timeout_seconds", timeout_seconds))
 
     recv, recv_async = _twins(_recv)
@@ -5107,7 +5131,7 @@ class Durable(_Management):
 
         In one of its steps this is part of the step.
         """
-        executor, row = self._launched(), {"key": _valid_name("event key", key)}
+        executor, row = self._launched(), {"key": _valid_key("event key", key)}
 
         async def no_refusal() -> None:
             return None
@@ -5120,13 +5144,13 @@ class Durable(_Management):
     async def _write_stream(self, key: str, value: Any) -> None:
         """Append a value to a stream of this workflow, for `read_stream`; in a step this is part of the step."""
         text = _text_for("value", self._launched(), value)
-        await _write_to_stream("DBOS.writeStream", _valid_name("stream key", key), text)
+        await _write_to_stream("DBOS.writeStream", _valid_key("stream key", key), text)
 
     write_stream, write_stream_async = _twins(_write_stream)
 
     async def _close_stream(self, key: str) -> None:
         """End a stream of this workflow: its readers come to an end, and writing to it is an error."""
-        await _write_to_stream("DBOS.closeStream", _valid_name("stream key", key), None)
+        await _write_to_stream("DBOS.closeStream", _valid_key("stream key", key), None)
 
     close_stream, close_stream_async = _twins(_close_stream)
 
@@ -5316,7 +5340,7 @@ class DBOSClient(_Management):
     def _launched(self) -> _Executor:
         if self._executor.closed.is_set:
             raise DBOSException("this client was destroyed: make a new one")
-        return self._executor
+        return self._executor.here()
 
     async def _enqueue(self, options: EnqueueOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         executor, given = self._launched(), dict(options)
