@@ -1302,7 +1302,8 @@ def _tries(conn: Conn, id: str | None) -> dict[int, int]:
 def _offer(conn: Conn, offer: dict[str, Any]) -> None:
     """Tell everybody what an executor would take, after it changed."""
     query = """
-        update durable.executors set known = %(known)s, queues = %(queues)s, deactivated = %(deactivated)s
+        update durable.executors
+           set known = %(known)s, queues = %(queues)s, deactivated = %(deactivated)s, interrupted = %(interrupted)s
          where incarnation = %(incarnation)s
     """
     conn.execute(query, offer)
@@ -3300,9 +3301,13 @@ class _Executor:
         )
 
     def offer(self) -> dict[str, Any]:
-        """What this executor would take: the functions it knows, from the queues it declares."""
+        """What this executor would take: the functions it knows, from the queues it declares; and what it dropped."""
         queues = [queue._describe() for queue in tuple(self.registry._queues.values())]
-        return {"known": self.me["known"], "queues": json.dumps(queues), "deactivated": self.deactivated}
+        interrupted = json.dumps(sorted(tuple(self.interrupted)))
+        return {
+            "known": self.me["known"], "queues": json.dumps(queues), "deactivated": self.deactivated,
+            "interrupted": interrupted,
+        }
 
     def _first_connection(self) -> Conn:
         """Connect, or say in one sentence why not; later on, a database that is away is waited for."""
@@ -3406,9 +3411,10 @@ class _Executor:
         awaited = self.hints.awaited()
         for key in self.now(_arrived, awaited) if awaited else ():
             self.hints.arrive(*key)
-        if self.serves and self.offer() != self.offered:
-            self.offered = self.offer()
-            self.now(_offer, {**self.offered, "incarnation": self.me["incarnation"]})
+        offer = self.offer() if self.serves else self.offered
+        if offer != self.offered:
+            self.now(_offer, {**offer, "incarnation": self.me["incarnation"]})
+            self.offered = offer
         if self.deactivated or self.stopping.is_set():
             return
         self.now(_release_delayed)
@@ -4140,8 +4146,9 @@ async function one(id) {
 
 async function refresh() {
   clearTimeout(timer)
-  const turn = ++turns, id = decodeURIComponent(location.hash.slice(1))
+  const turn = ++turns
   try {
+    const id = decodeURIComponent(location.hash.slice(1))
     const [title, data, show] = document.hidden ? [] : await (id ? one(id) : list())
     if (turn != turns) return                       // somebody clicked meanwhile
     if (show && JSON.stringify([id, data]) != shown) {

@@ -43,7 +43,8 @@ create table if not exists durable.executors (
     known               jsonb       not null default '[]',  -- functions, each with its class and instance
     queues              jsonb       not null default '[]',  -- each with its limits
     deactivated         boolean     not null default false, -- it recovers, but takes nothing new
-    failover            boolean     not null default false  -- it also recovers executors of other names
+    failover            boolean     not null default false, -- it also recovers executors of other names
+    interrupted         jsonb       not null default '[]'   -- IDs of workflows that Ctrl-C or sys.exit() ended
 );
 
 create table if not exists durable.workflows (
@@ -188,7 +189,8 @@ alter table durable.executors
     add column if not exists known jsonb not null default '[]',
     add column if not exists queues jsonb not null default '[]',
     add column if not exists deactivated boolean not null default false,
-    add column if not exists failover boolean not null default false;
+    add column if not exists failover boolean not null default false,
+    add column if not exists interrupted jsonb not null default '[]';
 alter table durable.steps add column if not exists tries integer not null default 1;
 
 -- The operator's questions, for any client.  However many workflows have ended, these views are as quick.
@@ -269,6 +271,8 @@ select u.id as workflow_id, u.status, u.name, u.queue, u.application_version, u.
            'was begun %s times without coming to an end: find out what takes its process down, then resume it',
            u.recovery_attempts)
        when u.status = 'DELAYED' and u.delayed_until > now() then format('delayed until %s', u.delayed_until::timestamptz(0))
+       when u.status = 'PENDING' and a.incarnation is not null and e.interrupted ? u.id then
+           format('was interrupted on %s: it goes on when that is launched again', u.executor_id)
        when u.status = 'PENDING' and a.incarnation is not null then
            format('runs on %s since %s; ', u.executor_id, u.updated_at::timestamptz(0))
            || case when s.position is null then 'no step is on record yet'

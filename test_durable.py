@@ -5241,6 +5241,18 @@ def test_why_it_runs(dbos, gate, why, witness):
     eventually(lambda: "; waits, until " in why("p-2"))
 
 
+def test_why_it_was_interrupted(dbos, why):
+    """KeyboardInterrupt and sys.exit() leave it to the next launch."""
+
+    @dbos.workflow()
+    def leaves():
+        raise SystemExit
+
+    with SetWorkflowID("w"), pytest.raises(SystemExit):
+        leaves()
+    eventually(lambda: why("w") == "was interrupted on local: it goes on when that is launched again")
+
+
 @pytest.fixture
 def left_behind(programs, witness):
     """A workflow `w` of executor web-2, which was killed."""
