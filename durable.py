@@ -3303,7 +3303,7 @@ class _Executor:
     def offer(self) -> dict[str, Any]:
         """What this executor would take: the functions it knows, from the queues it declares; and what it dropped."""
         queues = [queue._describe() for queue in tuple(self.registry._queues.values())]
-        interrupted = json.dumps(sorted(tuple(self.interrupted)))
+        interrupted = json.dumps(sorted(self.interrupted))
         return {
             "known": self.me["known"], "queues": json.dumps(queues), "deactivated": self.deactivated,
             "interrupted": interrupted,
@@ -3661,18 +3661,24 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
     timeout = _REQUEST_S
     id = ""  # of the workflow that the path names
 
+    def setup(self) -> None:
+        super().setup()
+        self.executor, self.registry = self.server.executor, self.server.executor.registry
+
     def handle(self) -> None:
         """Read the whole head before believing any of it: cut short, it may lack the header that forbids."""
-        stream, lines = self.rfile, [self.rfile.readline(_HEAD_LIMIT)]
-        while lines[-1] not in (b"", b"\r\n", b"\n") and sum(map(len, lines)) < _HEAD_LIMIT:
-            lines.append(stream.readline(_HEAD_LIMIT))
-        self.raw_requestline, self.rfile = lines[0], io.BytesIO(b"".join(lines[1:]))
-        if not lines[0].strip() or not self.parse_request():
-            return
+        stream, head, line = self.rfile, io.BytesIO(), b"-"
+        while line not in (b"", b"\r\n", b"\n") and head.tell() < _HEAD_LIMIT:
+            line = stream.readline(_HEAD_LIMIT)
+            head.write(line)
+        is_whole, is_long = line in (b"\r\n", b"\n"), head.tell() >= _HEAD_LIMIT
+        head.seek(0)
+        self.raw_requestline, self.rfile = head.readline(), head
+        if not self.raw_requestline.strip() or not self.parse_request():
+            return  # nothing was asked; or it is refused already
         self.rfile = stream
-        if lines[-1] not in (b"\r\n", b"\n"):
-            cut = sum(map(len, lines)) < _HEAD_LIMIT
-            return self._refuse(400 if cut else 431, "the headers do not end" if cut else "the headers are too large")
+        if not is_whole:
+            return self._refuse(*((431, "the headers are too large") if is_long else (400, "the headers do not end")))
         self._serve()
 
     def _serve(self) -> None:
@@ -3743,39 +3749,37 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
     # For load balancers and orchestrators.
 
     def _healthz(self) -> "_Text":
-        executor = self.server.executor
         try:
-            with executor.pool.connection(timeout=2.0) as conn:
+            with self.executor.pool.connection(timeout=2.0) as conn:
                 conn.execute("select 1")
         except Exception as error:
             raise _Refusal(503, f"the database cannot be reached: {str(error).strip()}") from error
         return _Text("healthy")
 
     def _deactivate(self) -> "_Text":
-        executor = self.server.executor
-        if not executor.deactivated:
+        if not self.executor.deactivated:
             _log.info("deactivated: what runs is completed and recovered, nothing new is started or dequeued")
-        executor.deactivated = True
+        self.executor.deactivated = True
         return _Text("deactivated")
 
     def _queues(self) -> list[dict[str, Any]]:
-        return [queue._describe() for queue in tuple(self.server.executor.registry._queues.values())]
+        return [queue._describe() for queue in tuple(self.registry._queues.values())]
 
     def _recovery(self) -> list[str]:
         names = self._json()
         if not isinstance(names, list) or not all(isinstance(name, str) and _storable(name) for name in names):
             raise _Refusal(400, 'the body must be a JSON list of executor IDs, such as ["local"]')
-        taken = _recover(self.server.executor, names)
+        taken = _recover(self.executor, names)
         _log.info("recovered, as asked for %s: %s", ", ".join(names), _some(taken))
         return taken
 
     # For operators: what DBOS calls them is kept, in the paths and in the fields.
 
     def _workflows(self) -> list[dict[str, str | None]]:
-        return self._listed(self.server.executor.registry.list_workflows)
+        return self._listed(self.registry.list_workflows)
 
     def _queued(self) -> list[dict[str, str | None]]:
-        return self._listed(self.server.executor.registry.list_queued_workflows)
+        return self._listed(self.registry.list_queued_workflows)
 
     def _listed(self, read: "Callable[..., list[WorkflowStatus]]") -> list[dict[str, str | None]]:
         asked = {"load_input": False, "load_output": False, **self._fields(_FILTERS)}
@@ -3784,48 +3788,44 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
         except ValueError as error:
             raise _Refusal(400, str(error)) from error
 
-    def _workflow(self) -> dict[str, str | None]:
-        found = self.server.executor.registry.list_workflows(workflow_ids=[self.id]) if _storable(self.id) else []
-        if not found:
+    def _named(self) -> str:
+        """The ID in the path, if it is that of a workflow."""
+        if not _storable(self.id) or not self.executor.now(_claims, [self.id]):
             raise _Refusal(404, f"there is no workflow {self.id}")
-        return _told(_TOLD, vars(found[0]))
+        return self.id
+
+    def _workflow(self) -> dict[str, str | None]:
+        return _told(_TOLD, vars(_existing(self.id, self.registry.get_workflow_status(self._named()))))
 
     def _steps(self) -> list[dict[str, Any]]:
-        self._workflow()
-        steps = cast(list[dict[str, Any]], self.server.executor.registry.list_workflow_steps(self.id))
+        steps = cast(list[dict[str, Any]], self.registry.list_workflow_steps(self._named()))
         return [{**_told({name: name for name in step}, step), "function_id": step["function_id"]} for step in steps]
 
     def _cancel(self) -> None:
-        self._workflow()
-        self.server.executor.registry.cancel_workflow(self.id)
+        self.registry.cancel_workflow(self._named())
 
     def _resume(self) -> None:
-        self._workflow()
-        self.server.executor.registry.resume_workflow(self.id)
+        self.registry.resume_workflow(self._named())
 
     def _restart(self) -> dict[str, str]:
-        self._workflow()
-        return {"workflow_id": self.server.executor.registry.restart_workflow(self.id).workflow_id}
+        return {"workflow_id": self.registry.restart_workflow(self._named()).workflow_id}
 
     def _fork(self) -> dict[str, str]:
-        self._workflow()
+        id = self._named()
         asked = self._fields({"start_step": _INTEGER, "new_workflow_id": _STRING, "application_version": _STRING})
-        version, new_id = asked.get("application_version"), asked.get("new_workflow_id")
-        with SetWorkflowID(new_id) if new_id is not None else nullcontext():
-            fork = self.server.executor.registry.fork_workflow(
-                self.id, asked.get("start_step", 1), application_version=version
-            )
-        return {"workflow_id": fork.workflow_id}
+        step, version = asked.get("start_step", 1), asked.get("application_version")
+        with SetWorkflowID(asked["new_workflow_id"]) if "new_workflow_id" in asked else nullcontext():
+            return {"workflow_id": self.registry.fork_workflow(id, step, application_version=version).workflow_id}
 
     def _garbage_collect(self) -> None:
         asked = self._fields({"cutoff_epoch_timestamp_ms": _MOMENT, "rows_threshold": _POSITIVE})
-        self.server.executor.registry.garbage_collect(**asked)
+        self.registry.garbage_collect(**asked)
 
     def _global_timeout(self) -> None:
         asked = self._fields({"cutoff_epoch_timestamp_ms": _MOMENT})
         if not asked:
             raise _Refusal(400, "the field 'cutoff_epoch_timestamp_ms' is required")
-        self.server.executor.registry.global_timeout(**asked)
+        self.registry.global_timeout(**asked)
 
     # For Prometheus.
 
@@ -3835,7 +3835,7 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
         What has finished is not: that takes the longer, the more there is.  Each executor counts what it
         finishes itself, from its launch on; Prometheus adds them up and bears with restarts.
         """
-        executor = self.server.executor
+        executor = self.executor
         unfinished, queues = executor.now(_unfinished), dict.fromkeys(tuple(executor.registry._queues), (0, 0.0))
         for status, _, queue, number, age in unfinished:
             if status == "ENQUEUED":
@@ -3868,7 +3868,7 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
 
     def _overview(self) -> dict[str, Any]:
         """What the page shows beside workflows and steps; `why` for those that it shows."""
-        executor = self.server.executor
+        executor = self.executor
         asked = self._fields({"workflow_uuids": _STRINGS, "steps_of": _STRING})
         ids = asked.get("workflow_uuids")
         return {
