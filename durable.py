@@ -863,7 +863,7 @@ def _receive(conn: Conn, row: dict[str, Any]) -> tuple[str | None, bool]:
     """Take the oldest message of a topic and record it, in one; return it, or else whether it may be waited for.
 
     With `nothing`, the text of None, that there is none is put on record.  Our own former try, should
-    it be at work yet, has its message locked: this one passes over that, and fails at the record.
+    it be at work yet, has its message locked: this one waits for it, and fails at the record.
     """
     query = """
         with ours as (select id from durable.workflows
@@ -871,7 +871,7 @@ def _receive(conn: Conn, row: dict[str, Any]) -> tuple[str | None, bool]:
         oldest as (select number, message from durable.messages
                     where workflow_id = %(id)s and exists (select from ours) and topic = %(topic)s
                       and received_at is null
-                    order by number limit 1 for update skip locked),
+                    order by number limit 1 for update),
         noted as (insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
                   select id, %(position)s, %(name)s, coalesce((select message from oldest), %(nothing)s),
                          clock_timestamp() - make_interval(secs => %(took_s)s), clock_timestamp()
@@ -1100,7 +1100,7 @@ def _expire(conn: Conn) -> tuple[list[list[str]], float | None, float]:
     query = f"""
         with late as (select id from durable.workflows
                        where deadline_at <= statement_timestamp() and status in {_UNFINISHED}
-                         for update skip locked),
+                       order by id for update skip locked),
         cancelled as (update durable.workflows as w
                          set status = 'CANCELLED', deduplication_id = null,
                              updated_at = clock_timestamp(), completed_at = clock_timestamp()
@@ -1119,23 +1119,28 @@ def _cancel(conn: Conn, ids: list[str]) -> list[tuple[str, str | None]]:
 
     Its place in a queue and its deduplication ID are free with that.  Who runs it can write no more.
     """
-    query = """
-        update durable.workflows
+    query = f"""
+        with those as ({_IN_ORDER}) update durable.workflows as w
            set status = 'CANCELLED', deduplication_id = null,
                updated_at = clock_timestamp(), completed_at = clock_timestamp()
-         where id = any(%s) and status not in ('SUCCESS', 'ERROR', 'CANCELLED') returning id, queue
+          from those where w.id = those.id and w.status not in ('SUCCESS', 'ERROR', 'CANCELLED')
+        returning w.id, w.queue
     """
-    return conn.execute(query, (ids,)).fetchall()
+    return conn.execute(query, {"ids": ids}).fetchall()
+
+
+# Locks rows in the order that all statements keep, so that no two wait for each other.
+_IN_ORDER = "select id from durable.workflows where id = any(%(ids)s) order by id for update"
 
 
 def _resume(conn: Conn, ids: list[str], queue: str) -> list[str]:
     """Enqueue workflows anew, with their history, unless they have succeeded or failed; return those that exist."""
-    query = """
-        update durable.workflows
+    query = f"""
+        with those as ({_IN_ORDER}) update durable.workflows as w
            set status = 'ENQUEUED', queue = %(queue)s, recovery_attempts = 0, deadline_at = null,
                deduplication_id = null, delayed_until = null, dequeued_at = null, completed_at = null,
                updated_at = clock_timestamp()
-         where id = any(%(ids)s) and status not in ('SUCCESS', 'ERROR')
+          from those where w.id = those.id and w.status not in ('SUCCESS', 'ERROR')
     """
     conn.execute(query, {"ids": ids, "queue": queue})
     return [id for (id,) in conn.execute("select id from durable.workflows where id = any(%s)", (ids,))]
@@ -1192,7 +1197,7 @@ def _delete(conn: Conn, ids: list[str], even_unfinished: bool = True) -> list[tu
     """
     cur = conn.cursor()
     with conn.pipeline():
-        conn.execute("select from durable.workflows where id = any(%s) order by id for update", (ids,))
+        conn.execute(_IN_ORDER, {"ids": ids})
         cur.execute(query, (ids, even_unfinished))
     return cur.fetchall()
 
@@ -1548,6 +1553,8 @@ def _commit(cursor: "psycopg.Cursor[Any]", batch: list[_Entry]) -> None:
     for entry in batch:
         kinds.setdefault(entry.write, []).extend(entry.rows)
     writes = sorted(kinds, key=lambda write: write.name)  # so that few statements are made, and kept prepared
+    for rows in kinds.values():
+        rows.sort(key=lambda row: str(row["id"]))  # the order in which rows are locked
     cursor.execute(_together(*writes), {write.name: json.dumps(kinds[write]) for write in writes})
     taken = set(cursor.fetchall())
     for entry in batch:
@@ -1762,10 +1769,18 @@ class _Run:
         self.stop.set()
 
 
+async def _recorded(name: str, perform: Callable[[], Awaitable[T]], child: str | None = None) -> T:
+    """Make a call: in a workflow as its next step, elsewhere plainly."""
+    run = _current_run()
+    return await _checkpointed(run, run.advance() if run else 0, name, perform, child)
+
+
 async def _checkpointed(
-    run: _Run, position: int, name: str, perform: Callable[[], Awaitable[T]], child: str | None = None
+    run: _Run | None, position: int, name: str, perform: Callable[[], Awaitable[T]], child: str | None = None
 ) -> T:
-    """Return what stands on record at `position`, or perform the call and record it."""
+    """Return what stands on record at `position`, or make the call and record it; without a run only make it."""
+    if run is None:
+        return await perform()
     past = await run.recall(position, name)
     if past is not None:
         return cast(T, run.outcome(past))
@@ -2056,12 +2071,10 @@ def _next_id(parent: _Run | None, position: int) -> str:
 
 
 class _Start(NamedTuple):
-    """A workflow about to begin."""
+    """A workflow about to begin: its row (with the position that its start has in the parent), and the parent."""
 
     row: dict[str, Any]
-    function: _Function
     parent: _Run | None
-    position: int  # of its start, in the parent
 
 
 def _prepare_start(
@@ -2090,23 +2103,28 @@ def _prepare_start(
     names = {"name": function.name, "class_name": class_name, "config_name": config_name}
     origin = {"parent_workflow_id": parent and parent.id, "parent_claim": parent and parent.claim, "position": position}
     row = {"id": _next_id(parent, position), **names, "inputs": text, **origin, **_terms(executor, queue)}
-    return _Start(row, function, parent, position)
+    return _Start(row, parent)
 
 
 def _terms(executor: "_Executor", queue: str | None) -> dict[str, Any]:
     """The part of a new row that says when and by whom it is run, as the options have it."""
-    options = _options.get()
+    options, me = _options.get(), executor.me
     terms: dict[str, Any] = {
-        "queue": queue, "claim": _first_claim(), "application_version": executor.me["version"],
+        "queue": queue, "claim": _first_claim(),
         "timeout_s": options.timeout and options.timeout[0], "inherits": options.timeout is None,
     }
     if queue is None:  # begun under our own claim
-        terms |= {"status": "PENDING", "recovery_attempts": 1, "priority": 0, "deduplication_id": None, "delay_s": None}
-        return terms | {"executor_id": executor.me["executor_id"], "incarnation": executor.me["incarnation"]}
-    terms |= {"status": "ENQUEUED" if options.delay_seconds is None else "DELAYED", "recovery_attempts": 0}
-    terms |= {"priority": options.priority or 0, "delay_s": options.delay_seconds}
-    terms |= {"deduplication_id": options.deduplication_id, "executor_id": None, "incarnation": None}
-    return terms | ({"application_version": options.app_version} if options.app_version else {})
+        return terms | {
+            "status": "PENDING", "application_version": me["version"], "executor_id": me["executor_id"],
+            "incarnation": me["incarnation"], "recovery_attempts": 1, "priority": 0, "deduplication_id": None,
+            "delay_s": None,
+        }
+    return terms | {
+        "status": "ENQUEUED" if options.delay_seconds is None else "DELAYED",
+        "application_version": options.app_version or me["version"], "executor_id": None, "incarnation": None,
+        "recovery_attempts": 0, "priority": options.priority or 0, "deduplication_id": options.deduplication_id,
+        "delay_s": options.delay_seconds,
+    }
 
 
 def _first_claim() -> int:
@@ -2118,14 +2136,14 @@ async def _has_begun(start: _Start) -> bool:
     """Whether the parent's history has this start: then take the ID from there, or raise what refused it."""
     past = None
     if start.parent is not None:
-        past = await start.parent.recall(start.position, start.row["name"])
+        past = await start.parent.recall(start.row["position"], start.row["name"])
         if past is not None:
             start.parent.outcome(past)
             start.row["id"] = past.child_workflow_id
     return past is not None
 
 
-async def _begin(executor: "_Executor", start: _Start) -> tuple[str, _Run | None]:
+async def _begin(executor: "_Executor", function: _Function, start: _Start) -> tuple[str, _Run | None]:
     """Commit the row; return the ID, and the run if it is ours to execute now."""
     row = start.row
     if await _has_begun(start):
@@ -2140,17 +2158,17 @@ async def _begin(executor: "_Executor", start: _Start) -> tuple[str, _Run | None
         _same_workflow(existing, row)
         return row["id"], None
     claimed = _Claimed(**{name: row[name] for name in _Claimed._fields if name in row}, has_history=False)
-    run = _Run(executor, start.function, claimed)
+    run = _Run(executor, function, claimed)
     # It is entered before the row is there: a sweep must not take it for lost.
     while (other := executor.running.setdefault(run.id, run)) is not run:
         await _for_any(other.begun)
         if await executor.ask(_find, run.id) is not None:
-            await _insert(executor, row, start.parent, start.position)
+            await _insert(executor, start)
             return run.id, None
         other.halt(_Superseded(f"workflow {run.id} was deleted"))  # or its start was refused: it is our turn
         executor.forget(other)
     try:
-        existing = await _insert(executor, row, start.parent, start.position)
+        existing = await _insert(executor, start)
     except BaseException:
         executor.forget(run)
         raise
@@ -2170,16 +2188,15 @@ async def _begin(executor: "_Executor", start: _Start) -> tuple[str, _Run | None
     return run.id, None
 
 
-async def _insert(
-    executor: "_Executor", row: dict[str, Any], parent: _Run | None, position: int
-) -> dict[str, Any] | None:
+async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None:
     """Insert the row and, in the parent's history, its start; return the row that was there before, if any."""
+    row, parent = start
     while not (await executor.journal.write(_START_CHILD if parent else _START, row))[0]:
         existing = await executor.ask(_find, row["id"])
         if existing is not None:
             _same_workflow(existing, row)
             if parent is not None:
-                await parent.record(position, row["name"], None, None, 0.0, child=row["id"])
+                await parent.record(row["position"], row["name"], None, None, 0.0, child=row["id"])
             return existing
         if row["deduplication_id"] is not None:
             holder = await executor.ask(_find, row["deduplication_id"], row["queue"])
@@ -2190,10 +2207,10 @@ async def _insert(
                     workflow_id=row["id"], queue_name=row["queue"], deduplication_id=row["deduplication_id"],
                 )
                 if parent is not None:
-                    await parent.record(position, row["name"], None, refusal, 0.0)
+                    await parent.record(row["position"], row["name"], None, refusal, 0.0)
                 raise refusal
         if parent is not None:
-            await parent.settle(position, row["name"])
+            await parent.settle(row["position"], row["name"])
     return None
 
 
@@ -2259,7 +2276,7 @@ async def _call(executor: "_Executor", function: _Function, args: tuple[Any, ...
     In a parent this takes two positions: the start, and behind it the result.
     """
     start = _prepare_start(executor, function, args, kwargs, None, positions=2)
-    id, run = await _begin(executor, start)
+    id, run = await _begin(executor, function, start)
 
     async def see_through() -> Any:
         if run is not None:
@@ -2267,9 +2284,7 @@ async def _call(executor: "_Executor", function: _Function, args: tuple[Any, ...
                 return await _execute(run)
         return await _result(executor, id)
 
-    if start.parent is None:
-        return await see_through()
-    return await _checkpointed(start.parent, start.position + 1, "DBOS.getResult", see_through, child=id)
+    return await _checkpointed(start.parent, start.row["position"] + 1, "DBOS.getResult", see_through, child=id)
 
 
 # --- Waiting ------------------------------------------------------------------------------------------
@@ -2362,9 +2377,6 @@ async def _wait_until(executor: "_Executor", run: _Run | None, position: int, se
 
     The record has it in the database's time, for another process may have to wait for the rest.
     """
-    if run is None:
-        return time.monotonic() + seconds
-
     async def decide() -> float:
         return executor.clock() + seconds
 
@@ -2395,7 +2407,9 @@ async def _receive_message(executor: "_Executor", topic: str, timeout_s: float) 
             past = None if absent else await run.settle(position, name)
             if past is not None:
                 return run.outcome(past)
-            await _pause_run(executor, hint, timeout=left)
+            # After trouble a former try may have come too late to be seen, and no hint will follow: look again.
+            troubled = time.monotonic() < executor.trouble_until
+            await _pause_run(executor, hint, timeout=min(left, _POLL_S) if troubled else left)
 
 
 async def _send_message(
@@ -2507,7 +2521,7 @@ async def _event(executor: "_Executor", id: str, key: str, timeout_s: float) -> 
                     return None
                 await _pause_run(executor, hint, timeout=left)
 
-    return await _checkpointed(run, position, "DBOS.getEvent", wait) if run else await wait()
+    return await _checkpointed(run, position, "DBOS.getEvent", wait)
 
 
 class _Hints:
@@ -2694,6 +2708,7 @@ async def _enqueue(
     executor: "_Executor", queue: str, calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]
 ) -> list[str]:
     """Put workflows on a queue in one commit, and return their IDs."""
+    _valid_name("queue", queue)
     if len(calls) > 1 and _options.get().deduplication_id is not None:
         raise DBOSException("a deduplication_id is for one workflow: enqueue_many cannot give it to several")
     starts = []
@@ -2706,7 +2721,7 @@ async def _enqueue(
         taken = await executor.journal.write(kind, *(start.row for start in new))
         for start, was_taken in zip(new, taken, strict=True):
             if not was_taken:  # the ID was there, or is refused: find out which
-                await _insert(executor, start.row, start.parent, start.position)
+                await _insert(executor, start)
         executor.hints.send("q", queue)
     return [start.row["id"] for start in starts]
 
@@ -2717,7 +2732,8 @@ def _dequeue_round(executor: "_Executor", queue: Queue) -> None:
         with executor.claiming:
             room = min(_DEQUEUE_BATCH, executor.threads.room())
             if queue.worker_concurrency is not None:
-                ours = sum(run.queue == queue.name for run in tuple(executor.running.values()))
+                runs = tuple(executor.running.values())
+                ours = sum(run.queue == queue.name and run.stopped is None for run in runs)
                 room = min(room, queue.worker_concurrency - ours)
             executor.cramped.add(queue.name)  # before we know: a run that ends now must not be missed
             if room <= 0:
@@ -3070,11 +3086,10 @@ class _Executor:
         return self.patiently(attempt)
 
     def ask(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> _Wait[T]:
-        """The same, for operations of either colour."""
-        return self.called(lambda: self.now(statement, *args, **kwargs))
+        """The same, for operations of either colour: on this thread, or for a coroutine on one that may block."""
 
-    def called(self, call: Callable[[], T]) -> _Wait[T]:
-        """Call on this thread, or for a coroutine on one that may block."""
+        def call() -> T:
+            return self.now(statement, *args, **kwargs)
 
         async def on_loop() -> T:
             future: Future[T] = Future()
@@ -3506,6 +3521,7 @@ def _reconsider(executor: _Executor, runs: Iterable[_Run]) -> None:
                 run.check(claim, status)
             except _Stopped as why:
                 run.halt(why)
+                executor.room_again()
 
 
 def _dead(executor: _Executor, pending: list[_Pending]) -> list[int]:
@@ -4306,7 +4322,8 @@ class _Management:
 
     async def _get_event(self, workflow_id: str, key: str, timeout_seconds: float = 60) -> Any:
         """Wait until a workflow has set an event, and return its value; None once the time is up."""
-        return await _event(self._launched(), workflow_id, key, _checked_seconds("timeout_seconds", timeout_seconds))
+        executor, wait_s = self._for(workflow_id), _checked_seconds("timeout_seconds", timeout_seconds)
+        return await _event(executor, workflow_id, _valid_key("event key", key), wait_s)
 
     get_event, get_event_async = _twins(_get_event)
 
@@ -4388,11 +4405,7 @@ class _Management:
     async def _get_workflow_status(self, workflow_id: str) -> "WorkflowStatus | None":
         """Read how a workflow stands; None if there is none."""
         executor = self._launched()
-
-        async def look() -> dict[str, Any] | None:
-            return await executor.ask(_find, workflow_id)
-
-        row = await _recorded("DBOS.getStatus", look)
+        row = await _recorded("DBOS.getStatus", lambda: executor.ask(_find, workflow_id))
         return None if row is None else _status_of(executor.serializer, row)
 
     get_workflow_status, get_workflow_status_async = _twins(_get_workflow_status)
@@ -4400,11 +4413,7 @@ class _Management:
     async def _list_workflow_steps(self, workflow_id: str) -> "list[StepInfo]":
         """Read a workflow's recorded steps, in order."""
         executor = self._launched()
-
-        async def look() -> list[dict[str, Any]]:
-            return await executor.ask(_steps_of, workflow_id)
-
-        rows = await _recorded("DBOS.listWorkflowSteps", look)
+        rows = await _recorded("DBOS.listWorkflowSteps", lambda: executor.ask(_steps_of, workflow_id))
         return [cast(StepInfo, _read_outcome(executor.serializer, row)) for row in rows]
 
     list_workflow_steps, list_workflow_steps_async = _twins(_list_workflow_steps)
@@ -4436,12 +4445,9 @@ class _Management:
         for key, number in (("limit", limit), ("offset", offset)):
             if number is not None and (type(number) is not int or not 0 <= number < 1 << 62):
                 raise ValueError(f"{key} is {number!r}; it must be a whole number from 0")
-        executor = self._launched()
-
-        async def look() -> list[dict[str, Any]]:
-            return await executor.ask(_list, where, limit, offset, sort_desc, load_input, load_output)
-
-        rows = await _recorded("DBOS.listQueuedWorkflows" if queues_only else "DBOS.listWorkflows", look)
+        executor, step = self._launched(), "DBOS.listQueuedWorkflows" if queues_only else "DBOS.listWorkflows"
+        read = (where, limit, offset, sort_desc, load_input, load_output)
+        rows = await _recorded(step, lambda: executor.ask(_list, *read))
         return [_status_of(executor.serializer, row) for row in rows]
 
     list_workflows, list_workflows_async = _twins(_list_workflows)
@@ -4560,16 +4566,15 @@ class _Management:
         }
 
         async def fork() -> str:
-            origin = await executor.ask(_fork, row)
-            if origin is None and await executor.ask(_find, workflow_id) is None:
-                raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id} to fork")
+            while (origin := await executor.ask(_fork, row)) is None:
+                if await executor.ask(_find, workflow_id) is None:
+                    raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id} to fork")
             if origin != workflow_id:
                 raise DBOSConflictingWorkflowError(f"{row['new_id']} is taken, and not by a fork of {workflow_id}")
             executor.hints.send("q", _INTERNAL_QUEUE)
             return str(row["new_id"])
 
-        forked = await _checkpointed(run, position, "DBOS.forkWorkflow", fork) if run else await fork()
-        return await self._existing_workflow(forked)
+        return await self._existing_workflow(await _checkpointed(run, position, "DBOS.forkWorkflow", fork))
 
     fork_workflow, fork_workflow_async = _handle_twins(_fork_workflow)
 
@@ -5062,14 +5067,13 @@ class Durable(_Management):
         for option in ("deduplication_id", "priority", "delay_seconds"):
             if getattr(_options.get(), option) is not None:
                 raise DBOSException(f"{option} is for queues: enqueue {function.name} instead of starting it")
-        return await _begin(executor, _prepare_start(executor, function, args, kwargs, None))
+        return await _begin(executor, function, _prepare_start(executor, function, args, kwargs, None))
 
     def enqueue_workflow(
         self, queue_name: str, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> "WorkflowHandle[R]":
         """Enqueue on the queue of this name, which this process need not have declared; see `Queue.enqueue`."""
-        name = _valid_name("queue", queue_name)
-        (id,) = _block(_enqueue(self._launched(), name, [(func, args, kwargs)]))
+        (id,) = _block(_enqueue(self._launched(), queue_name, [(func, args, kwargs)]))
         return WorkflowHandle(self, id)
 
     async def enqueue_workflow_async(
@@ -5077,8 +5081,7 @@ class Durable(_Management):
         **kwargs: P.kwargs,
     ) -> "WorkflowHandleAsync[R]":
         """Do as `enqueue_workflow`, without blocking the event loop."""
-        name = _valid_name("queue", queue_name)
-        (id,) = await _suspend(_enqueue(self._launched(), name, [(func, args, kwargs)]))
+        (id,) = await _suspend(_enqueue(self._launched(), queue_name, [(func, args, kwargs)]))
         return WorkflowHandleAsync(self, id)
 
     def run_step(
@@ -5160,14 +5163,6 @@ class Durable(_Management):
         await _write_to_stream("DBOS.closeStream", _valid_key("stream key", key), None)
 
     close_stream, close_stream_async = _twins(_close_stream)
-
-
-async def _recorded(name: str, perform: Callable[[], Awaitable[T]], child: str | None = None) -> T:
-    """Perform an operation: in a workflow as a step of this name, elsewhere plainly."""
-    run = _current_run()
-    if run is None:
-        return await perform()
-    return await _checkpointed(run, run.advance(), name, perform, child)
 
 
 class _Handle(Generic[R]):
@@ -5365,7 +5360,7 @@ class DBOSClient(_Management):
                 "class_name": given.get("class_name"), "config_name": given.get("instance_name"), "inputs": inputs,
                 "parent_workflow_id": None, **_terms(executor, str(given["queue_name"])),
             }
-        await _insert(executor, row, None, 0)
+        await _insert(executor, _Start(row, None))
         executor.hints.send("q", str(given["queue_name"]))
         return id
 
