@@ -39,7 +39,7 @@ results it must call the same steps in the same order; clocks, random numbers, f
 belong in steps.
 
 Contents: Errors, Values, Colours, Statements, Journal, Steps, Workflows, Waiting, Queues and schedules,
-Executors, Admin, the public face, and the command line.  Names and behaviour follow the DBOS Python
+Executors, Admin, Page, the public face, and the command line.  Names and behaviour follow the DBOS Python
 library 2.x, so that code moves to `dbos` and back by one import line.
 
 Needs Python 3.10+, psycopg 3 with psycopg_pool, PostgreSQL 13+, and schema.sql beside this file.
@@ -4034,8 +4034,12 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-# The page.  Everything that it shows goes through textContent; its own parts are known to the browser by
-# their hashes, and nothing else may run, load or be called.
+# --- Page ---------------------------------------------------------------------------------------------
+#
+# What GET / answers: a page in HTML, CSS and JavaScript.  (Who reads about durable execution may skip it.)
+# It reads the API above, and whatever comes from there it shows as text.  The browser knows its script and
+# its style by their hashes; nothing else may run, be loaded, or be called.
+
 _PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>durable</title><link rel="icon" href="data:,">
@@ -4193,12 +4197,17 @@ login.onsubmit = event => {
 onhashchange = document.onvisibilitychange = refresh
 refresh()
 </script>"""
-_HASHES = {tag: base64.b64encode(hashlib.sha256(
-    "".join(re.findall(f"<{tag}>(.*)</{tag}>", _PAGE, re.DOTALL)).encode()).digest()).decode()
-    for tag in ("script", "style")}
-_ALWAYS = {
+
+
+def _hash_of(tag: str) -> str:
+    """How a Content-Security-Policy names the page's script, or its style."""
+    part = _PAGE.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
+    return "'sha256-" + base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() + "'"
+
+
+_ALWAYS = {  # headers of every answer
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action "
-    f"'none'; frame-ancestors 'none'; script-src 'sha256-{_HASHES['script']}'; style-src 'sha256-{_HASHES['style']}'",
+    f"'none'; frame-ancestors 'none'; script-src {_hash_of('script')}; style-src {_hash_of('style')}",
     "Cache-Control": "no-store", "Connection": "close", "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
