@@ -1114,6 +1114,10 @@ def _expire(conn: Conn) -> tuple[list[list[str]], float | None, float]:
     return ids, due_s, now
 
 
+# Locks rows in the order that all statements keep, so that no two wait for each other.
+_IN_ORDER = "select id from durable.workflows where id = any(%(ids)s) order by id for update"
+
+
 def _cancel(conn: Conn, ids: list[str]) -> list[tuple[str, str | None]]:
     """Cancel what has not come to an end yet; return the IDs and queues of that.
 
@@ -1127,10 +1131,6 @@ def _cancel(conn: Conn, ids: list[str]) -> list[tuple[str, str | None]]:
         returning w.id, w.queue
     """
     return conn.execute(query, {"ids": ids}).fetchall()
-
-
-# Locks rows in the order that all statements keep, so that no two wait for each other.
-_IN_ORDER = "select id from durable.workflows where id = any(%(ids)s) order by id for update"
 
 
 def _resume(conn: Conn, ids: list[str], queue: str) -> list[str]:
@@ -4314,6 +4314,10 @@ class _Management:
     def _launched(self) -> _Executor:
         raise NotImplementedError
 
+    def _for(self, workflow_id: str) -> _Executor:
+        _valid_name("workflow ID", workflow_id)
+        return self._launched()
+
     async def _send(
         self, destination_id: str, message: Any, topic: str | None = None, idempotency_key: str | None = None
     ) -> None:
@@ -4325,7 +4329,7 @@ class _Management:
         topic = _NO_TOPIC if topic is None else _valid_key("topic", topic)
         if idempotency_key is not None:
             _valid_key("idempotency key", idempotency_key)
-        await _send_message(self._launched(), destination_id, message, topic, idempotency_key)
+        await _send_message(self._for(destination_id), destination_id, message, topic, idempotency_key)
 
     send, send_async = _twins(_send)
 
@@ -4338,7 +4342,7 @@ class _Management:
 
     async def _get_all_events(self, workflow_id: str) -> dict[str, Any]:
         """Read all that a workflow has set so far."""
-        executor = self._launched()
+        executor = self._for(workflow_id)
 
         async def look() -> dict[str, Any]:
             events = await executor.ask(_events_of, workflow_id)
@@ -4373,8 +4377,8 @@ class _Management:
         # In a workflow each value is a step: what it has seen when it dies is what it sees again.
         if type(offset) is not int or offset < 0:
             raise ValueError(f"offset is {offset!r}; it must be a whole number from 0")
-        executor, most = self._launched(), _HISTORY_CHUNK if _current_run() is None else 1
-        return _recorded("DBOS.readStream", lambda: _read_values(executor, workflow_id, key, offset, most))
+        executor, most = self._for(workflow_id), _HISTORY_CHUNK if _current_run() is None else 1
+        return _recorded("DBOS.readStream", lambda: _read_values(executor, workflow_id, _valid_key("key", key), offset, most))
 
     async def _get_result(self, workflow_id: str) -> Any:
         """Wait for a workflow to end, wherever it runs, and return or raise its outcome.
@@ -4387,7 +4391,7 @@ class _Management:
     get_result, get_result_async = _twins(_get_result)
 
     def _result_of(self, workflow_id: str, existing: bool) -> Coroutine[Any, Any, Any]:
-        executor = self._launched()
+        executor = self._for(workflow_id)
         return _recorded("DBOS.getResult", lambda: _result(executor, workflow_id, existing), child=workflow_id)
 
     async def _first_of(self, handles: "Sequence[_Handle[Any]]") -> int:
@@ -4413,7 +4417,7 @@ class _Management:
 
     async def _get_workflow_status(self, workflow_id: str) -> "WorkflowStatus | None":
         """Read how a workflow stands; None if there is none."""
-        executor = self._launched()
+        executor = self._for(workflow_id)
         row = await _recorded("DBOS.getStatus", lambda: executor.ask(_find, workflow_id))
         return None if row is None else _status_of(executor.serializer, row)
 
@@ -4421,7 +4425,7 @@ class _Management:
 
     async def _list_workflow_steps(self, workflow_id: str) -> "list[StepInfo]":
         """Read a workflow's recorded steps, in order."""
-        executor = self._launched()
+        executor = self._for(workflow_id)
         rows = await _recorded("DBOS.listWorkflowSteps", lambda: executor.ask(_steps_of, workflow_id))
         return [cast(StepInfo, _read_outcome(executor.serializer, row)) for row in rows]
 
@@ -4567,7 +4571,7 @@ class _Management:
         """
         if type(start_step) is not int:
             raise ValueError(f"start_step is {start_step!r}; it must be a whole number")
-        executor, run = self._launched(), _current_run()
+        executor, run = self._for(workflow_id), _current_run()
         position = run.advance() if run else 0
         row = {
             "id": workflow_id, "new_id": _next_id(run, position), "start_step": max(1, start_step),
