@@ -148,6 +148,7 @@ _HEAD_LIMIT = 1 << 16  # bytes of a request's head, and
 _BODY_LIMIT = 1 << 20  # of its body, that the admin server takes
 _REQUEST_S = 10.0  # a request that has not arrived by then is cut off
 _CLIENTS = 256  # connections to the admin server at a time: it must leave open files to the application
+_LONGEST_LIST = 10_000  # workflows in one answer of the admin server: it must leave memory, too
 _CENSUS = 100_000  # workflows that the page counts, the newest: within some 50 ms, however many there are
 _RETRY_CEILING_S = 3600.0  # the longest wait between two tries of a step, as in DBOS
 
@@ -3617,6 +3618,13 @@ class _AdminServer(socketserver.ThreadingTCPServer):
         executor._spawn_thread("durable-admin", functools.partial(server.serve_forever, 0.1))
         return server
 
+    def get_request(self) -> tuple[Any, Any]:
+        try:
+            return super().get_request()
+        except OSError:  # no open file to be had: do not spin until there is
+            time.sleep(0.1)
+            raise
+
     def process_request(self, request: Any, client_address: Any) -> None:
         if len(self.clients) >= _CLIENTS:
             return self.shutdown_request(request)
@@ -3798,11 +3806,15 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
         return self._listed(self.registry.list_queued_workflows)
 
     def _listed(self, read: "Callable[..., list[WorkflowStatus]]") -> list[dict[str, str | None]]:
-        asked = {"load_input": False, "load_output": False, **self._fields(_FILTERS)}
+        asked = {"load_input": False, "load_output": False, "limit": 1 << 30, **self._fields(_FILTERS)}
+        asked["limit"] = min(asked["limit"], _LONGEST_LIST + 1)
         try:
-            return [_told(_TOLD, vars(found)) for found in read(**{_OUR_NAMES.get(k, k): v for k, v in asked.items()})]
+            found = read(**{_OUR_NAMES.get(name, name): value for name, value in asked.items()})
         except ValueError as error:
             raise _Refusal(400, str(error)) from error
+        if len(found) > _LONGEST_LIST:
+            raise _Refusal(400, f"there are more than {_LONGEST_LIST} workflows: set a lower limit, and an offset")
+        return [_told(_TOLD, vars(status)) for status in found]
 
     def _named(self) -> str:
         """The ID in the path, if it is that of a workflow."""

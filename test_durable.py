@@ -4901,6 +4901,19 @@ def test_a_filter_of_the_wrong_type_is_refused_by_name(served, path, name, value
     assert name in answer.json["error"]
 
 
+def test_a_list_too_long_for_one_answer_is_refused(desk, monkeypatch):
+    """Millions of workflows would take the process's memory: 400, and how to ask for less."""
+    monkeypatch.setattr(durable, "_LONGEST_LIST", 2)
+    desk.run("a", 1)
+    assert desk.ids() == desk.ids(limit=100) == ["a", "a-2"]
+    desk.run("b", -1)
+    for limits in ({}, {"limit": 100}):
+        answer = desk.post("/workflows", limits)
+        assert answer.status == 400
+        assert "limit" in answer.json["error"]
+    assert desk.ids(limit=2, offset=1) == ["a-2", "b"]
+
+
 @pytest.mark.parametrize("body", [[], "x", 1, None, b"", b"{", b"nil"], ids=str)
 def test_filters_that_are_no_object_are_refused(served, body):
     """400: the filters are one JSON object."""
@@ -5359,6 +5372,19 @@ def test_versions_tell_what_is_stranded(dbos, elsewhere, line, gate, witness):
     assert witness.rows(versions) == [
         ("v-1", 0, 1, 0, 0, False, True), ("v0", 0, 1, 0, 1, True, False), ("v1", 0, 0, 1, 1, True, False)
     ]
+
+
+@pytest.mark.parametrize("command", ["why", "versions", "executors"])
+def test_the_command_line_shows_the_views(dbos, line, command):
+    """The same rows, as JSON for programs and as a table for people."""
+    with SetEnqueueOptions(app_version="v0"):
+        line.put("old")
+    call = [sys.executable, durable.__file__, "--url", dbos.database_url, command]
+    (as_json, as_table) = (subprocess.check_output([*call, *more], text=True) for more in (["--json"], []))
+    told = {"why": ("old", "launch one"), "versions": ("v0", "v1"), "executors": ("local", "alive")}[command]
+    for text in (as_json, as_table):
+        assert all(word in text for word in told), text
+    assert len(as_table.splitlines()) == len(json.loads(as_json)) + 1
 
 
 def test_the_views_read_no_finished_workflow(dbos, witness):
