@@ -5512,7 +5512,7 @@ def _plain(row: dict[str, Any], columns: Iterable[str]) -> dict[str, Any]:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    """Print rows in columns; empty columns are left out, those too wide for the terminal are cut."""
+    """Print rows in columns; empty columns are left out, those too wide for the terminal are cut, reasons are not."""
     if not rows:
         return print("nothing")
     filled = [name for name in rows[0] if any(row[name] not in (None, "") for row in rows)]
@@ -5520,7 +5520,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     table = [list(rows[0]), *([_cell(name, value) for name, value in row.items()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     room = shutil.get_terminal_size(fallback=(1 << 30, 24)).columns - 2 * (len(widths) - 1)
-    while sum(widths) > room and max(widths) > 3:
+    while sum(widths) > room and max(widths) > 3 and "why" not in filled:
         widths[widths.index(max(widths))] -= 1
     for line in table:
         cells = zip(line, widths, strict=True)
