@@ -39,7 +39,7 @@ results it must call the same steps in the same order; clocks, random numbers, f
 belong in steps.
 
 Contents: Errors, Values, Colours, Statements, Journal, Steps, Workflows, Waiting, Queues and schedules,
-Executors, Admin, the public face, and the command line.  Names and behaviour follow the DBOS Python
+Executors, Admin, Page, the public face, and the command line.  Names and behaviour follow the DBOS Python
 library 2.x, so that code moves to `dbos` and back by one import line.
 
 Needs Python 3.10+, psycopg 3 with psycopg_pool, PostgreSQL 13+, and schema.sql beside this file.
@@ -149,6 +149,7 @@ _HEAD_LIMIT = 1 << 16  # bytes of a request's head, and
 _BODY_LIMIT = 1 << 20  # of its body, that the admin server takes
 _REQUEST_S = 10.0  # a request that has not arrived by then is cut off
 _CLIENTS = 256  # connections to the admin server at a time: it must leave open files to the application
+_LONGEST_LIST = 10_000  # workflows in one answer of the admin server: it must leave memory, too
 _CENSUS = 100_000  # workflows that the page counts, the newest: within some 50 ms, however many there are
 _RETRY_CEILING_S = 3600.0  # the longest wait between two tries of a step, as in DBOS
 
@@ -811,10 +812,10 @@ def _list(
     conditions = " and ".join(["true", *(_CONDITIONS[name] for name in where)])
     columns = _STATUS_COLUMNS if load_input else _STATUS_COLUMNS.replace("inputs as", "null as")
     columns = columns if load_output else columns.replace("output, error", "null as output, null as error")
-    order = "desc" if sort_desc else "asc"
+    order = "desc" if sort_desc else "asc"  # of the column, which has an index, and not of what is made of it above
     query = f"""
         select {columns} from durable.workflows where {conditions}
-         order by created_at {order}, number {order} limit %(limit)s offset %(offset)s
+         order by workflows.created_at {order}, number {order} limit %(limit)s offset %(offset)s
     """
     parameters = {**where, "limit": limit, "offset": offset}
     return conn.cursor(row_factory=dict_row).execute(query, parameters).fetchall()
@@ -1142,10 +1143,10 @@ def _resume(conn: Conn, ids: list[str], queue: str) -> list[str]:
     return [id for (id,) in conn.execute("select id from durable.workflows where id = any(%s)", (ids,))]
 
 
-def _fork(conn: Conn, row: dict[str, Any]) -> str | None:
+def _fork(conn: Conn, row: dict[str, Any]) -> tuple[str | None] | None:
     """Enqueue a copy of a workflow, with what it had recorded, set and written before a position.
 
-    Returns of which workflow `new_id` is a fork now ("": of none); None: it is not there, nor the original.
+    Returns of which workflow `new_id` is a fork now; None instead: there is no original.
     """
     query = """
         with original as (select * from durable.workflows where id = %(id)s),
@@ -1170,9 +1171,7 @@ def _fork(conn: Conn, row: dict[str, Any]) -> str | None:
           from forked, durable.streams as s where s.workflow_id = %(id)s and s.position < %(start_step)s
     """
     conn.execute(query, row)
-    query = "select coalesce(forked_from, '') from durable.workflows where id = %(new_id)s"
-    found = conn.execute(query, row).fetchone()
-    return found and found[0]
+    return conn.execute("select forked_from from durable.workflows where id = %(new_id)s", row).fetchone()
 
 
 _REMOVE = ", ".join(
@@ -1304,7 +1303,8 @@ def _tries(conn: Conn, id: str | None) -> dict[int, int]:
 def _offer(conn: Conn, offer: dict[str, Any]) -> None:
     """Tell everybody what an executor would take, after it changed."""
     query = """
-        update durable.executors set known = %(known)s, queues = %(queues)s, deactivated = %(deactivated)s
+        update durable.executors
+           set known = %(known)s, queues = %(queues)s, deactivated = %(deactivated)s, interrupted = %(interrupted)s
          where incarnation = %(incarnation)s
     """
     conn.execute(query, offer)
@@ -1549,8 +1549,8 @@ def _commit(cursor: "psycopg.Cursor[Any]", batch: list[_Entry]) -> None:
     for entry in batch:
         kinds.setdefault(entry.write, []).extend(entry.rows)
     writes = sorted(kinds, key=lambda write: write.name)  # so that few statements are made, and kept prepared
-    for rows in kinds.values():
-        rows.sort(key=lambda row: str(row["id"]))  # the order in which rows are locked
+    for write in set(kinds) - {_START, _START_CHILD}:  # what starts keeps its order of arrival
+        kinds[write].sort(key=lambda row: str(row["id"]))  # the order in which rows are locked
     cursor.execute(_together(*writes), {write.name: json.dumps(kinds[write]) for write in writes})
     taken = set(cursor.fetchall())
     for entry in batch:
@@ -2129,12 +2129,12 @@ def _first_claim() -> int:
 
 async def _has_begun(start: _Start) -> bool:
     """Whether the parent's history has this start: then take the ID from there, or raise what refused it."""
-    past = None
-    if start.parent is not None:
-        past = await start.parent.recall(start.row["position"], start.row["name"])
-        if past is not None:
-            start.parent.outcome(past)
-            start.row["id"] = past.child_workflow_id
+    if start.parent is None:
+        return False
+    past = await start.parent.recall(start.row["position"], start.row["name"])
+    if past is not None:
+        start.parent.outcome(past)
+        start.row["id"] = past.child_workflow_id
     return past is not None
 
 
@@ -2633,16 +2633,19 @@ class Queue:
         priority_enabled: bool = False, polling_interval_sec: float = _POLL_S, durable: "Durable | None" = None,
     ) -> None:
         self.name, self._durable = _valid_name("queue", name), DBOS if durable is None else durable
-        limit = global_concurrency if concurrency is None else concurrency  # two names for one thing
-        self.set_limits(limit, limiter, worker_concurrency, polling_interval_sec)
-        self.priority_enabled = priority_enabled
+        self.set_limits(
+            concurrency, limiter, worker_concurrency=worker_concurrency, global_concurrency=global_concurrency,
+            priority_enabled=priority_enabled, polling_interval_sec=polling_interval_sec,
+        )
         self._durable._add_queue(self)
 
     def set_limits(
-        self, concurrency: int | None = None, limiter: QueueRateLimit | None = None,
-        worker_concurrency: int | None = None, polling_interval_sec: float = _POLL_S,
+        self, concurrency: int | None = None, limiter: QueueRateLimit | None = None, *,
+        worker_concurrency: int | None = None, global_concurrency: int | None = None,
+        priority_enabled: bool = False, polling_interval_sec: float = _POLL_S,
     ) -> None:
         """Set all limits anew, in this process; they hold from the next dequeue on."""
+        concurrency = global_concurrency if concurrency is None else concurrency  # two names for one thing
         for what, value in (("concurrency", concurrency), ("worker_concurrency", worker_concurrency)):
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"queue {self.name}: {what} is {value!r}; it must be a whole number from 1, or None")
@@ -2658,7 +2661,7 @@ class Queue:
         if not polling_interval_sec > 0:
             raise ValueError(f"queue {self.name}: polling_interval_sec is {polling_interval_sec}; it must be above 0")
         self.concurrency, self.worker_concurrency, self.limiter = concurrency, worker_concurrency, limiter
-        self.polling_interval_sec = polling_interval_sec
+        self.priority_enabled, self.polling_interval_sec = priority_enabled, polling_interval_sec
 
     def _describe(self) -> dict[str, Any]:
         """Name this queue and the limits that are set, in the words of the admin API."""
@@ -3312,9 +3315,13 @@ class _Executor:
         )
 
     def offer(self) -> dict[str, Any]:
-        """What this executor would take: the functions it knows, from the queues it declares."""
+        """What this executor would take: the functions it knows, from the queues it declares; and what it dropped."""
         queues = [queue._describe() for queue in tuple(self.registry._queues.values())]
-        return {"known": self.me["known"], "queues": json.dumps(queues), "deactivated": self.deactivated}
+        interrupted = json.dumps(sorted(self.interrupted))
+        return {
+            "known": self.me["known"], "queues": json.dumps(queues), "deactivated": self.deactivated,
+            "interrupted": interrupted,
+        }
 
     def _first_connection(self) -> Conn:
         """Connect, or say in one sentence why not; later on, a database that is away is waited for."""
@@ -3418,9 +3425,10 @@ class _Executor:
         awaited = self.hints.awaited()
         for key in self.now(_arrived, awaited) if awaited else ():
             self.hints.arrive(*key)
-        if self.serves and self.offer() != self.offered:
-            self.offered = self.offer()
-            self.now(_offer, {**self.offered, "incarnation": self.me["incarnation"]})
+        offer = self.offer() if self.serves else self.offered
+        if offer != self.offered:
+            self.now(_offer, {**offer, "incarnation": self.me["incarnation"]})
+            self.offered = offer
         if self.deactivated or self.stopping.is_set():
             return
         self.now(_release_delayed)
@@ -3609,6 +3617,13 @@ class _AdminServer(socketserver.ThreadingTCPServer):
         executor._spawn_thread("durable-admin", functools.partial(server.serve_forever, 0.1))
         return server
 
+    def get_request(self) -> tuple[Any, Any]:
+        try:
+            return super().get_request()
+        except OSError:  # no open file to be had: do not spin until there is
+            time.sleep(0.1)
+            raise
+
     def process_request(self, request: Any, client_address: Any) -> None:
         if len(self.clients) >= _CLIENTS:
             return self.shutdown_request(request)
@@ -3669,18 +3684,24 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
     timeout = _REQUEST_S
     id = ""  # of the workflow that the path names
 
+    def setup(self) -> None:
+        super().setup()
+        self.executor, self.registry = self.server.executor, self.server.executor.registry
+
     def handle(self) -> None:
         """Read the whole head before believing any of it: cut short, it may lack the header that forbids."""
-        stream, lines = self.rfile, [self.rfile.readline(_HEAD_LIMIT)]
-        while lines[-1] not in (b"", b"\r\n", b"\n") and sum(map(len, lines)) < _HEAD_LIMIT:
-            lines.append(stream.readline(_HEAD_LIMIT))
-        self.raw_requestline, self.rfile = lines[0], io.BytesIO(b"".join(lines[1:]))
-        if not lines[0].strip() or not self.parse_request():
-            return
+        stream, head, line = self.rfile, io.BytesIO(), b"-"
+        while line not in (b"", b"\r\n", b"\n") and head.tell() < _HEAD_LIMIT:
+            line = stream.readline(_HEAD_LIMIT)
+            head.write(line)
+        is_whole, is_long = line in (b"\r\n", b"\n"), head.tell() >= _HEAD_LIMIT
+        head.seek(0)
+        self.raw_requestline, self.rfile = head.readline(), head
+        if not self.raw_requestline.strip() or not self.parse_request():
+            return  # nothing was asked; or it is refused already
         self.rfile = stream
-        if lines[-1] not in (b"\r\n", b"\n"):
-            cut = sum(map(len, lines)) < _HEAD_LIMIT
-            return self._refuse(400 if cut else 431, "the headers do not end" if cut else "the headers are too large")
+        if not is_whole:
+            return self._refuse(*((431, "the headers are too large") if is_long else (400, "the headers do not end")))
         self._serve()
 
     def _serve(self) -> None:
@@ -3751,89 +3772,87 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
     # For load balancers and orchestrators.
 
     def _healthz(self) -> "_Text":
-        executor = self.server.executor
         try:
-            with executor.pool.connection(timeout=2.0) as conn:
+            with self.executor.pool.connection(timeout=2.0) as conn:
                 conn.execute("select 1")
         except Exception as error:
             raise _Refusal(503, f"the database cannot be reached: {str(error).strip()}") from error
         return _Text("healthy")
 
     def _deactivate(self) -> "_Text":
-        executor = self.server.executor
-        if not executor.deactivated:
+        if not self.executor.deactivated:
             _log.info("deactivated: what runs is completed and recovered, nothing new is started or dequeued")
-        executor.deactivated = True
+        self.executor.deactivated = True
         return _Text("deactivated")
 
     def _queues(self) -> list[dict[str, Any]]:
-        return [queue._describe() for queue in tuple(self.server.executor.registry._queues.values())]
+        return [queue._describe() for queue in tuple(self.registry._queues.values())]
 
     def _recovery(self) -> list[str]:
         names = self._json()
         if not isinstance(names, list) or not all(isinstance(name, str) and _storable(name) for name in names):
             raise _Refusal(400, 'the body must be a JSON list of executor IDs, such as ["local"]')
-        taken = _recover(self.server.executor, names)
+        taken = _recover(self.executor, names)
         _log.info("recovered, as asked for %s: %s", ", ".join(names), _some(taken))
         return taken
 
     # For operators: what DBOS calls them is kept, in the paths and in the fields.
 
     def _workflows(self) -> list[dict[str, str | None]]:
-        return self._listed(self.server.executor.registry.list_workflows)
+        return self._listed(self.registry.list_workflows)
 
     def _queued(self) -> list[dict[str, str | None]]:
-        return self._listed(self.server.executor.registry.list_queued_workflows)
+        return self._listed(self.registry.list_queued_workflows)
 
     def _listed(self, read: "Callable[..., list[WorkflowStatus]]") -> list[dict[str, str | None]]:
-        asked = {"load_input": False, "load_output": False, **self._fields(_FILTERS)}
+        asked = {"load_input": False, "load_output": False, "limit": 1 << 30, **self._fields(_FILTERS)}
+        asked["limit"] = min(asked["limit"], _LONGEST_LIST + 1)
         try:
-            return [_told(_TOLD, vars(found)) for found in read(**{_OUR_NAMES.get(k, k): v for k, v in asked.items()})]
+            found = read(**{_OUR_NAMES.get(name, name): value for name, value in asked.items()})
         except ValueError as error:
             raise _Refusal(400, str(error)) from error
+        if len(found) > _LONGEST_LIST:
+            raise _Refusal(400, f"there are more than {_LONGEST_LIST} workflows: set a lower limit, and an offset")
+        return [_told(_TOLD, vars(status)) for status in found]
+
+    def _named(self) -> str:
+        """The ID in the path, if it is that of a workflow."""
+        if not _storable(self.id) or not self.executor.now(_claims, [self.id]):
+            raise _Refusal(404, f"there is no workflow {self.id}")
+        return self.id
 
     def _workflow(self) -> dict[str, str | None]:
-        found = self.server.executor.registry.list_workflows(workflow_ids=[self.id]) if _storable(self.id) else []
-        if not found:
-            raise _Refusal(404, f"there is no workflow {self.id}")
-        return _told(_TOLD, vars(found[0]))
+        return _told(_TOLD, vars(_existing(self.id, self.registry.get_workflow_status(self._named()))))
 
     def _steps(self) -> list[dict[str, Any]]:
-        self._workflow()
-        steps = cast(list[dict[str, Any]], self.server.executor.registry.list_workflow_steps(self.id))
+        steps = cast(list[dict[str, Any]], self.registry.list_workflow_steps(self._named()))
         return [{**_told({name: name for name in step}, step), "function_id": step["function_id"]} for step in steps]
 
     def _cancel(self) -> None:
-        self._workflow()
-        self.server.executor.registry.cancel_workflow(self.id)
+        self.registry.cancel_workflow(self._named())
 
     def _resume(self) -> None:
-        self._workflow()
-        self.server.executor.registry.resume_workflow(self.id)
+        self.registry.resume_workflow(self._named())
 
     def _restart(self) -> dict[str, str]:
-        self._workflow()
-        return {"workflow_id": self.server.executor.registry.restart_workflow(self.id).workflow_id}
+        return {"workflow_id": self.registry.restart_workflow(self._named()).workflow_id}
 
     def _fork(self) -> dict[str, str]:
-        self._workflow()
-        asked = self._fields({"start_step": _NUMBER, "new_workflow_id": _STRING, "application_version": _STRING})
-        version, new_id = asked.get("application_version"), asked.get("new_workflow_id")
-        with SetWorkflowID(new_id) if new_id is not None else nullcontext():
-            fork = self.server.executor.registry.fork_workflow(
-                self.id, asked.get("start_step", 1), application_version=version
-            )
-        return {"workflow_id": fork.workflow_id}
+        id = self._named()
+        asked = self._fields({"start_step": _INTEGER, "new_workflow_id": _STRING, "application_version": _STRING})
+        step, version = asked.get("start_step", 1), asked.get("application_version")
+        with SetWorkflowID(asked["new_workflow_id"]) if "new_workflow_id" in asked else nullcontext():
+            return {"workflow_id": self.registry.fork_workflow(id, step, application_version=version).workflow_id}
 
     def _garbage_collect(self) -> None:
-        asked = self._fields({"cutoff_epoch_timestamp_ms": _MOMENT, "rows_threshold": _NUMBER})
-        self.server.executor.registry.garbage_collect(**asked)
+        asked = self._fields({"cutoff_epoch_timestamp_ms": _MOMENT, "rows_threshold": _POSITIVE})
+        self.registry.garbage_collect(**asked)
 
     def _global_timeout(self) -> None:
         asked = self._fields({"cutoff_epoch_timestamp_ms": _MOMENT})
         if not asked:
             raise _Refusal(400, "the field 'cutoff_epoch_timestamp_ms' is required")
-        self.server.executor.registry.global_timeout(**asked)
+        self.registry.global_timeout(**asked)
 
     # For Prometheus.
 
@@ -3843,7 +3862,7 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
         What has finished is not: that takes the longer, the more there is.  Each executor counts what it
         finishes itself, from its launch on; Prometheus adds them up and bears with restarts.
         """
-        executor = self.server.executor
+        executor = self.executor
         unfinished, queues = executor.now(_unfinished), dict.fromkeys(tuple(executor.registry._queues), (0, 0.0))
         for status, _, queue, number, age in unfinished:
             if status == "ENQUEUED":
@@ -3876,7 +3895,7 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
 
     def _overview(self) -> dict[str, Any]:
         """What the page shows beside workflows and steps; `why` for those that it shows."""
-        executor = self.server.executor
+        executor = self.executor
         asked = self._fields({"workflow_uuids": _STRINGS, "steps_of": _STRING})
         ids = asked.get("workflow_uuids")
         return {
@@ -3965,7 +3984,9 @@ class _Kind(NamedTuple):
 _STRING = _Kind("a string", lambda value: isinstance(value, str) and _storable(value))
 _STRINGS = _Kind("a list of strings", lambda value: isinstance(value, list) and all(map(_STRING.holds, value)))
 _EITHER = _Kind("a string or a list of strings", lambda value: _STRING.holds(value) or _STRINGS.holds(value))
-_NUMBER = _Kind("a whole number from 1 or 0", lambda value: type(value) is int and 0 <= value < 1 << 31)
+_INTEGER = _Kind("a whole number", lambda value: type(value) is int and abs(value) < 1 << 31)
+_NUMBER = _Kind("a whole number from 0", lambda value: _INTEGER.holds(value) and value >= 0)
+_POSITIVE = _Kind("a whole number from 1", lambda value: _INTEGER.holds(value) and value >= 1)
 _MOMENT = _Kind("milliseconds since 1970", lambda value: type(value) is int and 0 <= value < 1 << 52)
 _BOOLEAN = _Kind("true or false", lambda value: isinstance(value, bool))
 _FOREIGN = _Kind("null: it is of the DBOS library, and not of durable.py", lambda value: value is False)
@@ -4024,8 +4045,12 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-# The page.  Everything that it shows goes through textContent; its own parts are known to the browser by
-# their hashes, and nothing else may run, load or be called.
+# --- Page ---------------------------------------------------------------------------------------------
+#
+# What GET / answers: a page in HTML, CSS and JavaScript.  (Who reads about durable execution may skip it.)
+# It reads the API above, and whatever comes from there it shows as text.  The browser knows its script and
+# its style by their hashes; nothing else may run, be loaded, or be called.
+
 _PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>durable</title><link rel="icon" href="data:,">
@@ -4045,7 +4070,7 @@ table { border-collapse: collapse; width: 100% } .faint, th { color: var(--faint
 td, th { text-align: left; vertical-align: top; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line) }
 .num { text-align: right; white-space: nowrap; padding-right: 0 } th, .wide { overflow-wrap: normal }
 pre { background: var(--fill); padding: 8px; border-radius: 5px; max-height: 20em; overflow: auto;
-      white-space: pre-wrap } td.status { font-size: 12px } td.status, .key { width: 10em } [hidden] { display: none !important }
+      white-space: pre-wrap } td.status { font-size: 12px } td.status, .key { width: 10em }
 .SUCCESS, .alive { color: var(--good) } .PENDING { color: var(--busy) } .ENQUEUED, .DELAYED { color: var(--wait) }
 .ERROR, .CANCELLED, .MAX_RECOVERY_ATTEMPTS_EXCEEDED, .dead { color: var(--bad) }
 .step { display: grid; grid-template-columns: 28% 1fr 7em; gap: 10px; padding: 4px 0;
@@ -4053,7 +4078,7 @@ pre { background: var(--fill); padding: 8px; border-radius: 5px; max-height: 20e
 .line { position: relative; height: 14px; margin: 3px 0; background: var(--fill); border-radius: 3px }
 .bar { position: absolute; height: 100%; min-width: 2px; border-radius: 3px; background: var(--good) }
 .bar.waits { background: var(--wait); opacity: .6 } .bar.busy { background: var(--busy); opacity: .6 }
-.bar.bad { background: var(--bad) }
+.bar.bad { background: var(--bad) } [hidden] { display: none !important }
 .bar.again { background-image: repeating-linear-gradient(135deg, #0000 0 5px, #fff9 5px 8px) }
 @media (max-width: 700px) { .wide { display: none } td.status { width: 7em } input, select { width: calc(50% - 3px) }
         .step { grid-template-columns: 1fr 6em } .line { grid-row: 2; grid-column: 1 / 3 } }
@@ -4152,8 +4177,9 @@ async function one(id) {
 
 async function refresh() {
   clearTimeout(timer)
-  const turn = ++turns, id = decodeURIComponent(location.hash.slice(1))
+  const turn = ++turns
   try {
+    const id = decodeURIComponent(location.hash.slice(1))
     const [title, data, show] = document.hidden ? [] : await (id ? one(id) : list())
     if (turn != turns) return                       // somebody clicked meanwhile
     if (show && JSON.stringify([id, data]) != shown) {
@@ -4182,12 +4208,17 @@ login.onsubmit = event => {
 onhashchange = document.onvisibilitychange = refresh
 refresh()
 </script>"""
-_HASHES = {tag: base64.b64encode(hashlib.sha256(
-    "".join(re.findall(f"<{tag}>(.*)</{tag}>", _PAGE, re.DOTALL)).encode()).digest()).decode()
-    for tag in ("script", "style")}
-_ALWAYS = {
+
+
+def _hash_of(tag: str) -> str:
+    """How a Content-Security-Policy names the page's script, or its style."""
+    part = _PAGE.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
+    return "'sha256-" + base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() + "'"
+
+
+_ALWAYS = {  # headers of every answer
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action "
-    f"'none'; frame-ancestors 'none'; script-src 'sha256-{_HASHES['script']}'; style-src 'sha256-{_HASHES['style']}'",
+    f"'none'; frame-ancestors 'none'; script-src {_hash_of('script')}; style-src {_hash_of('style')}",
     "Cache-Control": "no-store", "Connection": "close", "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
@@ -4557,6 +4588,8 @@ class _Management:
         """
         if type(start_step) is not int:
             raise ValueError(f"start_step is {start_step!r}; it must be a whole number")
+        if application_version is not None:
+            _valid_name("application version", application_version)
         executor, run = self._for(workflow_id), _current_run()
         position = run.advance() if run else 0
         row = {
@@ -4568,7 +4601,7 @@ class _Management:
             while (origin := await executor.ask(_fork, row)) is None:
                 if await executor.ask(_find, workflow_id) is None:
                     raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id} to fork")
-            if origin != workflow_id:
+            if origin != (workflow_id,):
                 raise DBOSConflictingWorkflowError(f"{row['new_id']} is taken, and not by a fork of {workflow_id}")
             executor.hints.send("q", _INTERNAL_QUEUE)
             return str(row["new_id"])
@@ -4880,20 +4913,16 @@ class Durable(_Management):
                 raise DBOSConflictingRegistrationError(f"queue {queue.name} is declared twice")
             self._queues[queue.name] = queue
 
-    def register_queue(
-        self, name: str, *, on_conflict: str = "always_update", global_concurrency: int | None = None, **limits: Any
-    ) -> Queue:
+    def register_queue(self, name: str, *, on_conflict: str = "always_update", **limits: Any) -> Queue:
         """Declare a queue of this instance, or set its limits anew; the keywords are those of `Queue`.
 
         With `on_conflict` "never_update", a queue that is declared already stays as it is.
         """
-        limits.setdefault("concurrency", global_concurrency)
         with self._lock:
             known = self._queues.get(name)
             if known is None:
                 return Queue(name, **limits, durable=self)
             if on_conflict != "never_update":
-                limits.pop("priority_enabled", None)
                 known.set_limits(**limits)
             return known
 
@@ -5415,7 +5444,9 @@ def _run_command(client: DBOSClient, options: argparse.Namespace) -> Any:
     match options.command:
         case "list":
             filters: dict[str, Any] = {key: given[key] for key in _LIST_FILTERS if given[key] is not None}
-            found = client.list_workflows(**filters, limit=options.limit, sort_desc=True, load_output=False)
+            found = client.list_workflows(
+                **filters, limit=options.limit, sort_desc=True, load_input=False, load_output=False
+            )
             return [_plain({name: vars(status)[name] for name in _LIST_COLUMNS}) for status in found]
         case "show":
             workflow, steps = executor.now(_find, options.ID), executor.now(_steps_of, options.ID)
@@ -5459,7 +5490,7 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    """Print rows in columns; empty columns are left out, those too wide for the terminal are cut."""
+    """Print rows in columns; empty columns are left out, those too wide for the terminal are cut, reasons are not."""
     if not rows:
         return print("nothing")
     filled = [name for name in rows[0] if any(row[name] not in (None, "") for row in rows)]
@@ -5467,7 +5498,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     table = [list(rows[0]), *([_cell(name, value) for name, value in row.items()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     room = shutil.get_terminal_size(fallback=(1 << 30, 24)).columns - 2 * (len(widths) - 1)
-    while sum(widths) > room and max(widths) > 3:
+    while sum(widths) > room and max(widths) > 3 and "why" not in filled:
         widths[widths.index(max(widths))] -= 1
     for line in table:
         cells = zip(line, widths, strict=True)
@@ -5488,7 +5519,8 @@ def _main() -> int:
     """Run one command; 0: done, 1: it could not be, and one line on stderr says why."""
     options = _arguments().parse_args()
     url, as_json = getattr(options, "url", None), getattr(options, "json", False)
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     _log.addHandler(logging.NullHandler())
     try:
         if options.command == "migrate":
@@ -5516,7 +5548,7 @@ def _main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 130
-    except (DBOSException, psycopg.Error, ValueError) as error:
+    except (DBOSException, psycopg.Error, ValueError, OSError) as error:
         print(f"durable: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0

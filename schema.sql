@@ -43,7 +43,8 @@ create table if not exists durable.executors (
     known               jsonb       not null default '[]',  -- functions, each with its class and instance
     queues              jsonb       not null default '[]',  -- each with its limits
     deactivated         boolean     not null default false, -- it recovers, but takes nothing new
-    failover            boolean     not null default false  -- it also recovers executors of other names
+    failover            boolean     not null default false, -- it also recovers executors of other names
+    interrupted         jsonb       not null default '[]'   -- IDs of workflows that Ctrl-C or sys.exit() ended
 );
 
 create table if not exists durable.workflows (
@@ -188,7 +189,8 @@ alter table durable.executors
     add column if not exists known jsonb not null default '[]',
     add column if not exists queues jsonb not null default '[]',
     add column if not exists deactivated boolean not null default false,
-    add column if not exists failover boolean not null default false;
+    add column if not exists failover boolean not null default false,
+    add column if not exists interrupted jsonb not null default '[]';
 alter table durable.steps add column if not exists tries integer not null default 1;
 
 -- The operator's questions, for any client.  However many workflows have ended, these views are as quick.
@@ -234,13 +236,12 @@ select application_version, coalesce(delayed, 0) as delayed, coalesce(enqueued, 
 -- queue is) is found once per kind, so that the view stays quick with many of them.
 create or replace view durable.why as
 with unfinished as materialized (
-    select *, row_number() over (partition by status, queue, application_version order by priority, number) - 1 as ahead,
-           jsonb_build_array(application_version, executor_id, queue, name, class_name, config_name) as kind
+    select *, row_number() over (partition by status, queue, application_version order by priority, number) - 1 as ahead
       from durable.unfinished),
 living as materialized (select * from durable.living),
 kinds as materialized (
-    select u.kind, able.*
-      from (select distinct on (kind) * from unfinished) as u
+    select jsonb_build_array(application_version, executor_id, queue, name, class_name, config_name) as kind, able.*
+      from (select distinct application_version, executor_id, queue, name, class_name, config_name from unfinished) as u
      cross join lateral (
         select count(*) as of_version, count(*) filter (where knows) as knowing,
                count(*) filter (where knows and not deactivated) as willing,
@@ -270,6 +271,8 @@ select u.id as workflow_id, u.status, u.name, u.queue, u.application_version, u.
            'was begun %s times without coming to an end: find out what takes its process down, then resume it',
            u.recovery_attempts)
        when u.status = 'DELAYED' and u.delayed_until > now() then format('delayed until %s', u.delayed_until::timestamptz(0))
+       when u.status = 'PENDING' and a.incarnation is not null and e.interrupted ? u.id then
+           format('was interrupted on %s: it goes on when that is launched again', u.executor_id)
        when u.status = 'PENDING' and a.incarnation is not null then
            format('runs on %s since %s; ', u.executor_id, u.updated_at::timestamptz(0))
            || case when s.position is null then 'no step is on record yet'
@@ -306,13 +309,14 @@ select u.id as workflow_id, u.status, u.name, u.queue, u.application_version, u.
                    else 'no limit holds it, so executors take it as soon as they have a thread free' end
        end as why
   from unfinished as u
-  join kinds as k using (kind)
+  join kinds as k on k.kind = jsonb_build_array(u.application_version, u.executor_id, u.queue, u.name, u.class_name,
+                                                u.config_name)
   left join queues as q on q.queue = u.queue
   left join living as a on a.incarnation = u.incarnation
   left join durable.executors as e on e.incarnation = u.incarnation
   left join lateral (select * from durable.steps where u.status = 'PENDING' and workflow_id = u.id
                       order by position desc limit 1) as s on true
-  left join unfinished as c on c.id = s.child_workflow_id
+  left join durable.workflows as c on c.id = s.child_workflow_id and c.completed_at is null
  order by since;
 
 insert into durable.version (number) select 2 where not exists (select from durable.version where number >= 2);
