@@ -3820,7 +3820,7 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
         return self.id
 
     def _workflow(self) -> dict[str, str | None]:
-        return _told(_TOLD, vars(_existing(self.id, self.registry.get_workflow_status(self._named()))))
+        return _told(_TOLD, vars(_block(self.registry._existing_workflow(self._named()))))
 
     def _steps(self) -> list[dict[str, Any]]:
         steps = cast(list[dict[str, Any]], self.registry.list_workflow_steps(self._named()))
@@ -5446,7 +5446,8 @@ def _run_command(client: DBOSClient, options: argparse.Namespace) -> Any:
     match options.command:
         case "list":
             filters: dict[str, Any] = {key: given[key] for key in _LIST_FILTERS if given[key] is not None}
-            found = client.list_workflows(**filters, limit=options.limit, sort_desc=True, load_input=False, load_output=False)
+            filters |= {"limit": options.limit, "sort_desc": True, "load_input": False, "load_output": False}
+            found = client.list_workflows(**filters)
             return [_plain(vars(status), _LIST_COLUMNS) for status in found]
         case "show":
             workflow, steps = executor.now(_find, options.ID) or {}, executor.now(_steps_of, options.ID)
