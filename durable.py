@@ -3817,12 +3817,12 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
 
     def _named(self) -> str:
         """The ID in the path, if it is that of a workflow."""
-        if not _storable(self.id) or not self.executor.now(_claims, [self.id]):
+        if not _storable(self.id) or self.executor.now(_claims, [self.id])[self.id][0] is None:
             raise _Refusal(404, f"there is no workflow {self.id}")
         return self.id
 
     def _workflow(self) -> dict[str, str | None]:
-        return _told(_TOLD, vars(_existing(self.id, self.registry.get_workflow_status(self._named()))))
+        return _told(_TOLD, vars(_block(self.registry._existing_workflow(self._named()))))
 
     def _steps(self) -> list[dict[str, Any]]:
         steps = cast(list[dict[str, Any]], self.registry.list_workflow_steps(self._named()))

@@ -9060,6 +9060,106 @@ def test_nothing_outlives_destroy_even_when_the_database_is_away(executor, wire)
     eventually(lambda: not {t for t in set(threading.enumerate()) - before if t.name.startswith("durable")})
 
 
+# --- The example --------------------------------------------------------------------------------------
+#
+# As a user meets it: in processes of their own, on a folder of small files, killed and stopped for real.
+
+
+@pytest.fixture
+def example(empty_url, tmp_path):
+    """Run example_app.py on a folder of 300 files; `example("index")` waits, `example.start` does not."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for number in range(300):
+        (folder / f"{number}.txt").write_text(f"note {number} on walnuts\n")
+    environment = {**os.environ, "DBOS_SYSTEM_DATABASE_URL": empty_url, "PYTHONUNBUFFERED": "1"}
+    started = []
+
+    def start(command, *arguments):
+        where = [str(folder)] if command == "index" else []
+        line = [sys.executable, str(HERE / "example_app.py"), command, *where, *arguments]
+        started.append(subprocess.Popen(
+            line, env=environment, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ))
+        return started[-1]
+
+    def run(command, *arguments):
+        process = start(command, *arguments)
+        output, _ = process.communicate(timeout=PATIENCE_S)
+        return process.returncode, output
+
+    run.start, run.folder = start, folder
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def all_is_well(output, **counts):
+    lines = {line.strip() for line in output.splitlines()}
+    expected = {f"{count}  {what.replace('_', ' ')}" for what, count in counts.items()}
+    return {"0  indexed twice", "0  left out", *expected} <= lines
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+def test_the_example_goes_on_where_it_was_killed(example):
+    """Every file is indexed once; `progress` tells that the process is dead, and later that all is done."""
+    status, output = example("index", "--crash-after", "150")
+    assert status == -signal.SIGKILL, output
+    status, output = example("progress")
+    assert status == 1 and "of 300 files" in output and "is dead" in output
+    status, output = example("index")
+    assert status == 0 and "goes on with an unfinished run" in output and all_is_well(output, indexed=300), output
+    assert output.count("  by process ") == 2
+    assert example("progress")[0] == 0
+    assert example("search", "walnuts")[0] == 0
+
+
+def test_the_example_indexes_what_has_changed_and_no_more(example):
+    """Unchanged files are left alone, gone ones leave the index."""
+    assert all_is_well(example("index")[1], indexed=300)
+    (example.folder / "0.txt").write_text("now on hazelnuts\n")
+    (example.folder / "new.txt").write_text("and one on hazelnuts\n")
+    (example.folder / "1.txt").unlink()
+    status, output = example("index")
+    assert status == 0 and all_is_well(output, indexed=2, unchanged=298, gone=1), output
+    assert example("search", "hazelnuts")[1].count("«hazelnuts»") == 2
+    assert example("search", "note 1")[1].splitlines()[0].split()[0] != "1.txt"
+
+
+def test_the_example_stops_and_resumes_in_a_later_process(example):
+    """A stop ends the indexing process; what was done before is not done again."""
+    indexing = example.start("index")
+    eventually(lambda: "100 of 300" in indexing.stdout.readline())
+    status, output = example("stop")
+    assert status == 0 and "Stopped" in output
+    assert indexing.wait(PATIENCE_S) == 1
+    assert example("progress")[0] == 1
+    status, output = example("resume")
+    assert status == 0 and all_is_well(output, indexed=300), output
+    assert "There was nothing to stop: SUCCESS" in example("stop")[1]
+
+
+def test_the_example_looks_for_changes_at_each_tick(example):
+    """With --every it stays, and indexes a file that was added."""
+    indexing = example.start("index", "--every", "* * * * * *")
+    eventually(lambda: "The next run" in indexing.stdout.readline())
+    (example.folder / "new.txt").write_text("one on hazelnuts\n")
+    eventually(lambda: "«hazelnuts»" in example("search", "hazelnuts")[1])
+    indexing.send_signal(signal.SIGINT)
+    indexing.communicate(timeout=PATIENCE_S)
+
+
+def test_the_example_says_what_is_wrong(example):
+    """A bad schedule or folder ends in one line, and begins nothing."""
+    status, output = example("index", "--every", "99 * * * *")
+    assert status == 1 and "minute" in output and "Traceback" not in output
+    assert example("progress") == (1, "Nothing has been indexed yet.\n")
+    example.folder.rename(example.folder.with_name("gone"))
+    status, output = example("index")
+    assert status == 1 and "No such file" in output and "Traceback" not in output
+
+
 # --- The benchmark ------------------------------------------------------------------------------------
 #
 # `python test_durable.py` prints how fast durable.py is, beside psycopg making the same commits with
