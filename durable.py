@@ -2154,7 +2154,8 @@ async def _begin(executor: "_Executor", function: _Function, start: _Start) -> t
         return row["id"], None
     claimed = _Claimed(**{name: row[name] for name in _Claimed._fields if name in row}, has_history=False)
     run = _Run(executor, function, claimed)
-    # It is entered before the row is there: a sweep must not take it for lost.
+    # It is entered before the row is there: a sweep must not take it for lost.  Where another call of this
+    # ID was entered first, what comes of that one's insert tells whether we have anything to begin.
     while (other := executor.running.setdefault(run.id, run)) is not run:
         await _for_any(other.begun)
         if await executor.ask(_find, run.id) is not None:
@@ -4419,7 +4420,10 @@ class _Management:
     def wait_first(
         self, handles: "Sequence[WorkflowHandle[R]]", *, polling_interval_sec: float = _POLL_S
     ) -> "WorkflowHandle[R]":
-        """Wait until one of several workflows has ended, however, and return its handle."""
+        """Wait until one of several workflows has ended, however, and return its handle.
+
+        Raises ValueError for none, or for two handles of one workflow.
+        """
         _refuse_to_block_a_loop("wait_first")
         return handles[_block(self._first_of(handles))]
 
@@ -4584,7 +4588,7 @@ class _Management:
 
         The steps before it are copied, with the events and streams as of then.  The new ID is that of the
         surrounding `SetWorkflowID`, or random.  Without `application_version`, executors of any may run it.
-        Raises DBOSNonExistentWorkflowError.
+        Raises DBOSNonExistentWorkflowError, and DBOSConflictingWorkflowError for an ID that is taken.
         """
         if type(start_step) is not int:
             raise ValueError(f"start_step is {start_step!r}; it must be a whole number")
@@ -4637,7 +4641,8 @@ class _Management:
     ) -> int:
         """Delete finished workflows that were created before a time, or are not among the youngest so many rows.
 
-        Returns how many.  Unfinished ones are never deleted, but count as rows.
+        Returns how many.  Unfinished ones are never deleted, but count as rows.  A batch at a time: a crash in
+        between leaves some for the next call, and no workflow by halves.
         """
         executor = self._launched()
         cutoffs = [] if cutoff_epoch_timestamp_ms is None else [cutoff_epoch_timestamp_ms / 1000]
@@ -4656,7 +4661,7 @@ class _Management:
     garbage_collect, garbage_collect_async = _twins(_garbage_collect)
 
     async def _global_timeout(self, cutoff_epoch_timestamp_ms: float) -> None:
-        """Cancel the unfinished workflows that were created before a time."""
+        """Cancel the unfinished workflows that were created before a time, in milliseconds since 1970."""
         executor = self._launched()
         ids = await executor.ask(_begun_before, cutoff_epoch_timestamp_ms / 1000, False)
         for id, queue in await executor.ask(_cancel, ids):
@@ -4755,8 +4760,9 @@ class Durable(_Management):
         """Make a function, plain or async, a step: in a workflow it is recorded, elsewhere it is a plain call.
 
         With `retries_allowed` it is tried up to `max_attempts` times in all, `interval_seconds` apart at
-        first and `backoff_rate` times longer after each; an error for which `should_retry` says False is
-        raised at once.  In the end DBOSMaxStepRetriesExceeded is raised, with every error.
+        first and `backoff_rate` times longer after each (an hour at most); an error for which
+        `should_retry` says False is raised at once.  In the end DBOSMaxStepRetriesExceeded is raised, with
+        every error.
         """
         retries = _Retries(retries_allowed, interval_seconds, max_attempts, backoff_rate, should_retry)
 
@@ -4780,7 +4786,8 @@ class Durable(_Management):
 
         It happens exactly once.  It is run again, from its begin, on a serialization failure, a deadlock
         or a lost connection, so everything but its SQL may happen more than once.  Left idle within the
-        transaction for five minutes, Postgres cuts it off.  Called outside a workflow, it is one.
+        transaction for five minutes, Postgres cuts it off.  Called outside a workflow, it is one; inside a
+        step it raises DBOSException, for a step must be free to run again as a whole.
         """
         if isolation_level not in ("SERIALIZABLE", "REPEATABLE READ", "READ COMMITTED"):
             raise DBOSException(f"isolation_level is {isolation_level!r}; it must be 'SERIALIZABLE' or a lower level")
