@@ -83,17 +83,7 @@ import warnings
 import zoneinfo
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import (
-    AsyncGenerator,
-    Awaitable,
-    Callable,
-    Coroutine,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -3024,7 +3014,7 @@ class _Executor:
         self._loop_lock = threading.Lock()
         self._own_threads: list[threading.Thread] = []  # which go on from launch to close
         self._held = False  # the lock that says we live
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()  # on loops of callers, which would not keep them
         self.launched_at, self.pid = time.monotonic(), os.getpid()
         self.trouble_since = self.trouble_until = 0.0  # when the database last gave trouble
         self.complained = False
@@ -4013,12 +4003,12 @@ _TOLD = {
 }
 
 
-def _told(names: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, str | None]:
+def _told(names: dict[str, str], values: dict[str, Any]) -> dict[str, str | None]:
     """Say values as strings, under other names."""
     return {name: None if values[ours] is None else _text_of(values[ours]) for name, ours in names.items()}
 
 
-def _family(name: str, kind: str, about: str, labels: Sequence[str], samples: Mapping[Any, float]) -> str:
+def _family(name: str, kind: str, about: str, labels: Sequence[str], samples: dict[Any, Any]) -> str:
     """A metric as Prometheus reads it."""
 
     def line(values: tuple[str, ...], number: float) -> str:
