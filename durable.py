@@ -773,14 +773,17 @@ _STATUS_COLUMNS = f"""
 """
 
 
-def _find(conn: Conn, id: str, holder_in: str | None = None) -> dict[str, Any] | None:
-    """Read a workflow's row, under the names of WorkflowStatus.
+def _find(conn: Conn, id: str) -> dict[str, Any] | None:
+    """Read a workflow's row, under the names of WorkflowStatus."""
+    query = f"select {_STATUS_COLUMNS} from durable.workflows where id = %s"
+    return conn.cursor(row_factory=dict_row).execute(query, (id,)).fetchone()
 
-    With `holder_in`, a queue, the ID is a deduplication ID, and the row that of its unfinished holder.
-    """
-    where = f"deduplication_id = %s and queue = %s and status in {_UNFINISHED}" if holder_in else "id = %s"
-    query = f"select {_STATUS_COLUMNS} from durable.workflows where {where}"
-    return conn.cursor(row_factory=dict_row).execute(query, (id, holder_in) if holder_in else (id,)).fetchone()
+
+def _holder_of(conn: Conn, deduplication_id: str, queue: str) -> str | None:
+    """Find the unfinished workflow of a queue that has a deduplication ID."""
+    query = f"select id from durable.workflows where queue = %s and deduplication_id = %s and status in {_UNFINISHED}"
+    found = conn.execute(query, (queue, deduplication_id)).fetchone()
+    return found and found[0]
 
 
 def _steps_of(conn: Conn, id: str) -> list[dict[str, Any]]:
@@ -2185,11 +2188,11 @@ async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None
                 await parent.record(row["position"], row["name"], None, None, 0.0, child=row["id"])
             return existing
         if row["deduplication_id"] is not None:
-            holder = await executor.ask(_find, row["deduplication_id"], row["queue"])
+            holder = await executor.ask(_holder_of, row["deduplication_id"], row["queue"])
             if holder is not None:
                 refusal = DBOSQueueDeduplicatedError(
-                    f"workflow {row['id']} was not enqueued on {row['queue']}: unfinished workflow "
-                    f"{holder['workflow_id']} has the deduplication ID {row['deduplication_id']!r}",
+                    f"workflow {row['id']} was not enqueued on {row['queue']}: unfinished workflow {holder} has the "
+                    f"deduplication ID {row['deduplication_id']!r}",
                     workflow_id=row["id"], queue_name=row["queue"], deduplication_id=row["deduplication_id"],
                 )
                 if parent is not None:
