@@ -4317,13 +4317,15 @@ def _postgres_url(url: str | None) -> str:
 class _Management:
     """What one can do to workflows without having their code; `DBOS` and `DBOSClient` share it.
 
-    In a workflow, each of these is a step.
+    In a workflow each of these is a step, but for `garbage_collect` and `global_timeout`, which a replay may
+    do again.
     """
 
     def _launched(self) -> _Executor:
         raise NotImplementedError
 
     def _for(self, workflow_id: str) -> _Executor:
+        """The executor, for an operation on a workflow; refused is an ID that none can have."""
         _valid_name("workflow ID", workflow_id)
         return self._launched()
 
