@@ -24,7 +24,9 @@ The words:
     step        a call whose result is recorded, once, at a position
     position    1, 2, 3...: the order in which a workflow calls its steps
     checkpoint  the record of a step; writing it is what finishes the step
-    executor    a process that runs workflows, by name and by incarnation
+    executor    a process that runs workflows, under a name that outlives it
+    incarnation one launch of an executor
+    run         one execution of a workflow's function by an executor, under a claim
     claim       the number under which one run may write a workflow's history
     sweep       the search for workflows that nobody runs
     hint        a message that says "look at the table now"; losing one costs time, nothing else
