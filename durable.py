@@ -120,7 +120,8 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
-Self = TypeVar("Self")
+M = TypeVar("M", bound="_Management")
+B = TypeVar("B", bound="_OptionBlock")
 Conn = psycopg.Connection[Any]
 
 _SCHEMA_VERSION = 2  # the edition of schema.sql that this code was written for
@@ -161,7 +162,7 @@ class _Origin(logging.Filter):
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        frame, lone = _frame.get(), tuple(_launched)
+        frame, lone = _frame.get(), tuple(_local_executors)
         executor = frame.run.executor if frame else lone[0] if len(lone) == 1 else None
         me = executor.me if executor else {}
         about = {"executor_id": me.get("executor_id"), "application_version": me.get("version")}
@@ -173,7 +174,7 @@ class _Origin(logging.Filter):
         return True
 
 
-_launched: "set[_Executor]" = set()  # the executors that live in this process
+_local_executors: "set[_Executor]" = set()  # those that live in this process
 _log = logging.getLogger("durable")
 _log.addFilter(_Origin())
 
@@ -473,20 +474,18 @@ def _twins(body: Callable[P, Coroutine[Any, Any, R]]) -> tuple[Callable[P, R], C
 
 
 def _handle_twins(
-    body: "Callable[Concatenate[_Management, P], Coroutine[Any, Any, str]]",
+    body: Callable[Concatenate[M, P], Coroutine[Any, Any, str]],
 ) -> (
-    "tuple[Callable[Concatenate[_Management, P], WorkflowHandle[Any]], "
-    "Callable[Concatenate[_Management, P], Coroutine[Any, Any, WorkflowHandleAsync[Any]]]]"
+    "tuple[Callable[Concatenate[M, P], WorkflowHandle[Any]], "
+    "Callable[Concatenate[M, P], Coroutine[Any, Any, WorkflowHandleAsync[Any]]]]"
 ):
     """The same for a body that returns the ID of a workflow: the twins return handles of their colour."""
     blocking, awaiting = _twins(body)
 
-    def handle(self: "_Management", /, *args: P.args, **kwargs: P.kwargs) -> "WorkflowHandle[Any]":
+    def handle(self: M, /, *args: P.args, **kwargs: P.kwargs) -> "WorkflowHandle[Any]":
         return WorkflowHandle(self, blocking(self, *args, **kwargs))
 
-    async def handle_async(
-        self: "_Management", /, *args: P.args, **kwargs: P.kwargs
-    ) -> "WorkflowHandleAsync[Any]":
+    async def handle_async(self: M, /, *args: P.args, **kwargs: P.kwargs) -> "WorkflowHandleAsync[Any]":
         return WorkflowHandleAsync(self, await awaiting(self, *args, **kwargs))
 
     functools.update_wrapper(handle, blocking)
@@ -564,13 +563,14 @@ def _for_any(*signals: _Signal, timeout: float | None = None) -> _Wait[None]:
 
 # --- Statements ---------------------------------------------------------------------------------------
 #
-# Everything we say to Postgres, in the order of a workflow's life; nothing is said elsewhere.
+# Everything we say to Postgres of workflows, in the order of a workflow's life.  (What concerns a session
+# alone, such as BEGIN, SET and LISTEN, is said where it is needed.)
 #
-# What a run writes (the first five) joins to its workflow's row with `claim = mine and status =
-# 'PENDING'`: that is the fence.  Such a statement returns the keys of the rows that it took; a row that
-# is missing was fenced off or is on record already, and `_Run.settle` finds out which.  Connections are
-# in autocommit mode and a statement is sent together with its commit, so that a process stopped between
-# two instructions of ours never holds the lock of a row.
+# What a run writes (its steps, messages, events, streams, children and outcome) joins to its workflow's
+# row with `claim = mine and status = 'PENDING'`: that is the fence.  Such a statement tells which rows it
+# took; a row that is missing was fenced off or is on record already, and `_Run.settle` finds out which.
+# Connections are in autocommit mode and a statement is sent together with its commit, so that a process
+# stopped between two instructions of ours never holds the lock of a row.
 
 
 class _Write:
@@ -762,10 +762,10 @@ def _read_history(conn: Conn, id: str, after: int, limit: int = _HISTORY_CHUNK) 
     return conn.cursor(row_factory=class_row(_Record)).execute(query, (id, after, limit)).fetchall()
 
 
-def _claims(conn: Conn, ids: list[str]) -> dict[str, tuple[int, str]]:
-    """Read under which claim and in which status workflows are; those deleted are missing."""
+def _claims(conn: Conn, ids: list[str]) -> dict[str, tuple[int | None, str]]:
+    """Read under which claim and in which status workflows are; of those that do not exist, None and "deleted"."""
     rows = conn.execute("select id, claim, status from durable.workflows where id = any(%s)", (ids,))
-    return {id: (claim, status) for id, claim, status in rows}
+    return dict.fromkeys(ids, (None, "deleted")) | {id: (claim, status) for id, claim, status in rows}
 
 
 _UNFINISHED = ("DELAYED", "ENQUEUED", "PENDING")  # as Python writes a tuple, SQL reads a list
@@ -1027,10 +1027,7 @@ def _dequeue(conn: Conn, queue: "Queue", room: int, me: dict[str, Any]) -> list[
     return cur.fetchall()
 
 
-# A lock that somebody holds is an executor that lives.
-_ALIVE = f"""(select objid::integer from pg_locks
-               where locktype = 'advisory' and classid = {_LOCKS} and objsubid = 2 and granted
-                 and database = (select oid from pg_database where datname = current_database()))"""
+_ALIVE = "(select incarnation from durable.living)"  # a lock that somebody holds is an executor that lives
 
 
 class _Pending(NamedTuple):
@@ -1147,10 +1144,10 @@ def _resume(conn: Conn, ids: list[str], queue: str) -> list[str]:
     return [id for (id,) in conn.execute("select id from durable.workflows where id = any(%s)", (ids,))]
 
 
-def _fork(conn: Conn, row: dict[str, Any]) -> str | None:
+def _fork(conn: Conn, row: dict[str, Any]) -> tuple[str | None] | None:
     """Enqueue a copy of a workflow, with what it had recorded, set and written before a position.
 
-    Returns of which workflow `new_id` is a fork now; None: there is no original, or the ID is taken.
+    Returns of which workflow `new_id` is a fork now; None instead: there is no original.
     """
     query = """
         with original as (select * from durable.workflows where id = %(id)s),
@@ -1175,8 +1172,7 @@ def _fork(conn: Conn, row: dict[str, Any]) -> str | None:
           from forked, durable.streams as s where s.workflow_id = %(id)s and s.position < %(start_step)s
     """
     conn.execute(query, row)
-    found = conn.execute("select forked_from from durable.workflows where id = %(new_id)s", row).fetchone()
-    return found and found[0]
+    return conn.execute("select forked_from from durable.workflows where id = %(new_id)s", row).fetchone()
 
 
 _REMOVE = ", ".join(
@@ -1213,7 +1209,7 @@ def _begun_before(conn: Conn, cutoff_s: float, finished: bool, limit: int | None
     return [id for (id,) in conn.execute(query, (cutoff_s, limit))]
 
 
-def _collect_executors(conn: Conn, cutoff_s: float) -> None:
+def _forget_executors(conn: Conn, cutoff_s: float) -> None:
     """Forget launches before a time that are over, and that no unfinished workflow refers to."""
     conn.execute(
         f"""
@@ -1226,10 +1222,10 @@ def _collect_executors(conn: Conn, cutoff_s: float) -> None:
     )
 
 
-def _age_of(conn: Conn, rank: int) -> float | None:
-    """When the workflow began that has `rank - 1` younger ones, in seconds since 1970."""
+def _youngest_since(conn: Conn, number: int) -> float | None:
+    """When the oldest of the youngest `number` workflows began, in seconds since 1970; None: there are fewer."""
     query = "select extract(epoch from created_at)::float8 from durable.workflows order by created_at desc"
-    found = conn.execute(f"{query} limit 1 offset %s", (rank - 1,)).fetchone()
+    found = conn.execute(f"{query} limit 1 offset %s", (number - 1,)).fetchone()
     return found and found[0]
 
 
@@ -1379,7 +1375,7 @@ def _migrate(conn: Conn, apply: bool) -> None:
 
 # --- Journal ------------------------------------------------------------------------------------------
 #
-# What runs write most (starts, records of steps, outcomes) costs Postgres a commit each, and commits
+# What runs write (starts, records of steps, messages, outcomes) costs Postgres a commit each, and commits
 # are what durable execution is slow by.  The journal writes whatever is waiting in one commit.  While it
 # writes, the next batch gathers; it never waits for one.  It has no thread of its own: a caller who finds
 # a lane free writes at once, by itself, so that a lone workflow pays nothing for the grouping; one who
@@ -1554,8 +1550,8 @@ def _commit(cursor: "psycopg.Cursor[Any]", batch: list[_Entry]) -> None:
     for entry in batch:
         kinds.setdefault(entry.write, []).extend(entry.rows)
     writes = sorted(kinds, key=lambda write: write.name)  # so that few statements are made, and kept prepared
-    for rows in kinds.values():
-        rows.sort(key=lambda row: str(row["id"]))  # the order in which rows are locked
+    for write in set(kinds) - {_START, _START_CHILD}:  # what starts keeps its order of arrival
+        kinds[write].sort(key=lambda row: str(row["id"]))  # the order in which rows are locked
     cursor.execute(_together(*writes), {write.name: json.dumps(kinds[write]) for write in writes})
     taken = set(cursor.fetchall())
     for entry in batch:
@@ -1751,7 +1747,7 @@ class _Run:
 
     async def standing(self, finished: str = "") -> bool:
         """Tell whether the row is ours to write; if not, raise (or return False where it is `finished`)."""
-        claim, status = (await self.executor.ask(_claims, [self.id])).get(self.id, (None, "deleted"))
+        claim, status = (await self.executor.ask(_claims, [self.id]))[self.id]
         if (claim, status) == (self.claim, finished):
             return False
         self.check(claim, status)
@@ -1988,9 +1984,8 @@ class _OptionBlock:
         self._changes = changes
         self._tokens: list[contextvars.Token[_Options]] = []
 
-    def __enter__(self: Self) -> Self:
-        block = cast(_OptionBlock, self)
-        block._tokens.append(_options.set(replace(_options.get(), **block._changes)))
+    def __enter__(self: B) -> B:
+        self._tokens.append(_options.set(replace(_options.get(), **self._changes)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -2236,7 +2231,7 @@ async def _execute(run: _Run) -> Any:
     try:
         if run.stopped is not None:  # while it waited for a thread
             raise run.stopped
-        with _OptionBlock(**vars(_NO_OPTIONS)), _framed(_Frame(run)):
+        with _OptionBlock(**vars(_NO_OPTIONS)), _framed(_Frame(run)):  # a block around the call is not for the body
             try:
                 args, kwargs = run.arguments()
                 value = run.function.call(*args, **kwargs)
@@ -2281,7 +2276,7 @@ async def _call(executor: "_Executor", function: _Function, args: tuple[Any, ...
 
     async def see_through() -> Any:
         if run is not None:
-            with suppress(_Superseded, DBOSWorkflowCancelledError):
+            with suppress(_Superseded, DBOSWorkflowCancelledError):  # then its row knows better how it ends
                 return await _execute(run)
         return await _result(executor, id)
 
@@ -2354,7 +2349,7 @@ async def _first_ended(executor: "_Executor", ids: list[str]) -> str:
             hints = [expected.enter_context(executor.hints.expected("w", id)) for id in ids]
             claims = await executor.ask(_claims, ids)
             for id in ids:
-                if claims.get(id, (0, "deleted"))[1] not in _UNFINISHED:
+                if claims[id][1] not in _UNFINISHED:
                     return id
             await _pause_run(executor, *hints)
 
@@ -2382,11 +2377,6 @@ async def _wait_until(executor: "_Executor", run: _Run | None, position: int, se
         return executor.clock() + seconds
 
     return await _checkpointed(run, position, "DBOS.sleep", decide) - executor.clock_ahead
-
-
-async def _sleep_until(executor: "_Executor", end: float) -> None:
-    while (left := end - time.monotonic()) > 0:
-        await _pause_run(executor, timeout=left)
 
 
 async def _receive_message(executor: "_Executor", topic: str, timeout_s: float) -> Any:
@@ -2418,7 +2408,7 @@ async def _send_message(
 ) -> None:
     """Leave a message for a workflow; in a workflow as a step, in one commit with its record."""
 
-    async def refusal() -> Exception | None:
+    async def refusal(_: _Run | None = None) -> Exception | None:
         if await executor.ask(_find, destination) is not None:
             return None
         return DBOSNonExistentWorkflowError(f"there is no workflow {destination} to send a message to")
@@ -2443,11 +2433,11 @@ def _text_for(what: str, executor: "_Executor", value: Any) -> str:
 
 
 async def _write_step(
-    write: _Write, name: str, refusal: Callable[[], Awaitable[Exception | None]], **row: Any
-) -> None:
+    write: _Write, name: str, refusal: Callable[[_Run], Awaitable[Exception | None]] | None = None, **row: Any
+) -> _Run:
     """Make a write that is a step of the workflow; or, from inside one of its steps, a part of that.
 
-    If it is not taken, and not on record either, `refusal` finds out why.
+    If it is not taken, and not on record either, `refusal` finds out why.  Returned is whose step it is.
     """
     frame = _frame.get()
     if frame is None:
@@ -2461,13 +2451,14 @@ async def _write_step(
     while past is None and not await _was_taken(run, write, row):
         await run.standing()
         past = await run.settle(position, name) if step else None
-        problem = None if past is not None else await refusal()
+        problem = await refusal(run) if refusal is not None and past is None else None
         if problem is not None:
             if step:
                 await run.record(position, name, None, problem, 0.0)
             raise problem
     if past is not None:
         run.outcome(past)
+    return run
 
 
 async def _was_taken(run: _Run, write: _Write, row: dict[str, Any]) -> bool:
@@ -2478,18 +2469,14 @@ async def _was_taken(run: _Run, write: _Write, row: dict[str, Any]) -> bool:
 
 async def _write_to_stream(name: str, key: str, value: str | None) -> None:
     """Append to a stream of this workflow; without a value, close it."""
-    frame = _frame.get()
-
-    async def refusal() -> Exception | None:
-        assert frame is not None
-        _, values = await frame.run.executor.ask(_read_stream, frame.run.id, key, 0, None)
+    async def refusal(run: _Run) -> Exception | None:
+        _, values = await run.executor.ask(_read_stream, run.id, key, 0, None)
         if None not in values:
             return None
-        return DBOSException(f"the stream {key!r} of workflow {frame.run.id} is closed: nobody would read what follows")
+        return DBOSException(f"the stream {key!r} of workflow {run.id} is closed: nobody would read what follows")
 
-    await _write_step(_WRITE_STREAM, name, refusal, key=key, value=value, token=secrets.randbits(63))
-    if frame is not None:
-        frame.run.executor.hints.send("s", frame.run.id, key)
+    run = await _write_step(_WRITE_STREAM, name, refusal, key=key, value=value, token=secrets.randbits(63))
+    run.executor.hints.send("s", run.id, key)
 
 
 async def _read_values(executor: "_Executor", id: str, key: str, offset: int, most: int) -> list[Any]:
@@ -3011,7 +2998,9 @@ class _Executor:
         self.running: dict[str, _Run] = {}
         self.interrupted: set[str] = set()  # runs that KeyboardInterrupt or SystemExit ended
         self.claiming = threading.Lock()  # from a claim in the table to its entry in `running`
-        self.stopping = threading.Event()  # no more claims; a client makes none
+        self.stopping = threading.Event()  # no more claims
+        if not serves:
+            self.stopping.set()
         self.closed = _Signal()  # no more anything
         self.deactivated = False
         self.work = threading.Event()  # the dispatcher has something to do
@@ -3030,9 +3019,8 @@ class _Executor:
         self.admin: _AdminServer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_lock = threading.Lock()
-        if not serves:
-            self.stopping.set()
-        self._threads: list[threading.Thread] = []
+        self._own_threads: list[threading.Thread] = []  # which go on from launch to close
+        self._held = False  # the lock that says we live
         self._tasks: set[asyncio.Task[None]] = set()
         self.launched_at, self.pid = time.monotonic(), os.getpid()
         self.trouble_since = self.trouble_until = 0.0  # when the database last gave trouble
@@ -3166,7 +3154,7 @@ class _Executor:
     def _spawn_thread(self, name: str, target: Callable[[], object]) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)
         thread.start()
-        self._threads.append(thread)
+        self._own_threads.append(thread)
 
     # Runs.
 
@@ -3269,8 +3257,16 @@ class _Executor:
     # Life and death.
 
     def launch(self) -> None:
-        """Reach the database, bring its schema up to date, enter as a new incarnation, and begin to work."""
-        conn = self._first_connection()
+        """Begin to work; what cannot begin leaves nothing behind."""
+        try:
+            self._enter(self._first_connection())
+        except BaseException:
+            self.close(0)
+            raise
+        atexit.register(self.fall_silent)
+
+    def _enter(self, conn: Conn) -> None:
+        """Bring the schema up to date, enter as a new incarnation, recover what is ours, and serve."""
         try:
             _migrate(conn, self.config.get("run_migrations", True))
             if self.serves:
@@ -3299,7 +3295,7 @@ class _Executor:
 
     def _take_office(self) -> None:
         """Warn of stranded work, recover what is ours, and open the admin server."""
-        _launched.add(self)
+        _local_executors.add(self)
         stranded = self.now(_stranded, self.me["version"])
         if stranded:
             _log.warning(
@@ -3363,7 +3359,7 @@ class _Executor:
             return
         for note in conn.notifies(timeout=_POLL_S):
             if self.closed.is_set:
-                return  # close() calls
+                return  # this note was from close(), which waits for us
             self.hints.hear(note.payload)
 
     def _dispatch(self) -> None:
@@ -3461,14 +3457,15 @@ class _Executor:
             self.admin.stop()
         if self._loop is not None:
             asyncio.run_coroutine_threadsafe(self._end_loop(), self._loop)
-        for thread in self._threads:
+        for thread in self._own_threads:
             if thread is not threading.current_thread():
                 thread.join(5.0)
         self.threads.close()
         self.callers.close()
         self.journal.close()
         self.pool.close(timeout=1.0)
-        _launched.discard(self)
+        _local_executors.discard(self)
+        atexit.unregister(self.fall_silent)
 
     def fall_silent(self) -> None:
         """The interpreter ends: let no daemon thread complain about what it loses."""
@@ -3516,7 +3513,7 @@ def _reconsider(executor: _Executor, runs: Iterable[_Run]) -> None:
         if run.loop is not None and run.loop.is_closed():
             executor.forget(run)  # it will never go on: the sweep takes it up
             continue
-        claim, status = claims.get(run.id, (None, "deleted"))
+        claim, status = claims[run.id]
         if (claim, status) not in ((run.claim, "SUCCESS"), (run.claim, "ERROR")):
             try:
                 run.check(claim, status)
@@ -3823,7 +3820,7 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
         return self.id
 
     def _workflow(self) -> dict[str, str | None]:
-        return _told(_TOLD, vars(_existing(self.id, self.registry.get_workflow_status(self._named()))))
+        return _told(_TOLD, vars(_block(self.registry._existing_workflow(self._named()))))
 
     def _steps(self) -> list[dict[str, Any]]:
         steps = cast(list[dict[str, Any]], self.registry.list_workflow_steps(self._named()))
@@ -4227,6 +4224,10 @@ _ALWAYS = {  # headers of every answer
 
 
 # --- The public face ----------------------------------------------------------------------------------
+#
+# What a program imports: the config, `DBOS` with its decorators and operations, handles, the client.  A
+# method checks what it is given and hands it to the sections above.  `name` and `name_async` are made of
+# one body, `_name`, except where a type must go from the argument to the handle.
 
 
 class DBOSConfig(TypedDict, total=False):
@@ -4390,8 +4391,9 @@ class _Management:
         # In a workflow each value is a step: what it has seen when it dies is what it sees again.
         if type(offset) is not int or offset < 0:
             raise ValueError(f"offset is {offset!r}; it must be a whole number from 0")
-        executor, most = self._for(workflow_id), _HISTORY_CHUNK if _current_run() is None else 1
-        return _recorded("DBOS.readStream", lambda: _read_values(executor, workflow_id, _valid_key("key", key), offset, most))
+        executor, key = self._for(workflow_id), _valid_key("stream key", key)
+        most = _HISTORY_CHUNK if _current_run() is None else 1
+        return _recorded("DBOS.readStream", lambda: _read_values(executor, workflow_id, key, offset, most))
 
     async def _get_result(self, workflow_id: str) -> Any:
         """Wait for a workflow to end, wherever it runs, and return or raise its outcome.
@@ -4485,10 +4487,11 @@ class _Management:
 
     list_queued_workflows, list_queued_workflows_async = _twins(_list_queued_workflows)
 
-    async def _existing_workflow(self, workflow_id: str) -> str:
-        if await self._get_workflow_status(workflow_id) is None:
+    async def _existing_workflow(self, workflow_id: str) -> "WorkflowStatus":
+        status = await self._get_workflow_status(workflow_id)
+        if status is None:
             raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id}")
-        return workflow_id
+        return status
 
     def retrieve_workflow(self, workflow_id: str, existing_workflow: bool = True) -> "WorkflowHandle[Any]":
         """Return a handle; DBOSNonExistentWorkflowError if there is no such workflow (and there should be)."""
@@ -4584,6 +4587,8 @@ class _Management:
         """
         if type(start_step) is not int:
             raise ValueError(f"start_step is {start_step!r}; it must be a whole number")
+        if application_version is not None:
+            _valid_name("application version", application_version)
         executor, run = self._for(workflow_id), _current_run()
         position = run.advance() if run else 0
         row = {
@@ -4595,12 +4600,13 @@ class _Management:
             while (origin := await executor.ask(_fork, row)) is None:
                 if await executor.ask(_find, workflow_id) is None:
                     raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id} to fork")
-            if origin != workflow_id:
+            if origin != (workflow_id,):
                 raise DBOSConflictingWorkflowError(f"{row['new_id']} is taken, and not by a fork of {workflow_id}")
             executor.hints.send("q", _INTERNAL_QUEUE)
             return str(row["new_id"])
 
-        return await self._existing_workflow(await _checkpointed(run, position, "DBOS.forkWorkflow", fork))
+        forked = await self._existing_workflow(await _checkpointed(run, position, "DBOS.forkWorkflow", fork))
+        return forked.workflow_id
 
     fork_workflow, fork_workflow_async = _handle_twins(_fork_workflow)
 
@@ -4637,13 +4643,13 @@ class _Management:
         if rows_threshold is not None:
             if type(rows_threshold) is not int or rows_threshold < 1:
                 raise ValueError(f"rows_threshold is {rows_threshold!r}; it must be a whole number from 1")
-            youngest = await executor.ask(_age_of, rows_threshold)
+            youngest = await executor.ask(_youngest_since, rows_threshold)
             cutoffs += [] if youngest is None else [youngest]
         count = 0
         while cutoffs and (ids := await executor.ask(_begun_before, max(cutoffs), True, _DELETE_BATCH)):
             count += len(await executor.ask(_delete, ids, False))
         if cutoffs:
-            await executor.ask(_collect_executors, max(cutoffs))
+            await executor.ask(_forget_executors, max(cutoffs))
         return count
 
     garbage_collect, garbage_collect_async = _twins(_garbage_collect)
@@ -4944,10 +4950,8 @@ class Durable(_Management):
             try:
                 executor.launch()
             except BaseException:
-                executor.close(0)
                 self._executor = None
                 raise
-            atexit.register(executor.fall_silent)
 
     def destroy(self, *, workflow_completion_timeout_sec: float = 0, destroy_registry: bool = False) -> None:
         """Stop claiming, wait so long for running workflows, and close everything.  Can be called again.
@@ -4961,7 +4965,6 @@ class Durable(_Management):
                     executor.close(workflow_completion_timeout_sec)
                 finally:
                     self._executor = None
-                    atexit.unregister(executor.fall_silent)
             if destroy_registry:
                 for known in (self._functions, self._queues, self._classes, self._instances, self._schedules):
                     cast(Any, known).clear()
@@ -5115,10 +5118,10 @@ class Durable(_Management):
     ) -> Any:
         """Call any function as a step; a coroutine function runs on the executor's own event loop."""
         _refuse_to_block_a_loop("run_step")
-        call = functools.partial(func, *args, **kwargs)
+        call: Callable[[], Any] = functools.partial(func, *args, **kwargs)
         if inspect.iscoroutinefunction(func):
             loop, start = self._launched().loop(), call
-            call = functools.partial(lambda: asyncio.run_coroutine_threadsafe(start(), loop).result())
+            call = lambda: asyncio.run_coroutine_threadsafe(start(), loop).result()
         return _block(self._run_step(dbos_step_options, func, call))
 
     async def run_step_async(
@@ -5147,7 +5150,9 @@ class Durable(_Management):
         executor = self._launched()
         if _checked_seconds("the time to sleep", seconds) > 0:
             run = _own_run("sleep")
-            await _sleep_until(executor, await _wait_until(executor, run, run.advance(), seconds))
+            end = await _wait_until(executor, run, run.advance(), seconds)
+            while (left := end - time.monotonic()) > 0:
+                await _pause_run(executor, timeout=left)
 
     sleep, sleep_async = _twins(_sleep)
 
@@ -5167,13 +5172,9 @@ class Durable(_Management):
 
         In one of its steps this is part of the step.
         """
-        executor, row = self._launched(), {"key": _valid_key("event key", key)}
-
-        async def no_refusal() -> None:
-            return None
-
-        await _write_step(_SET_EVENT, "DBOS.setEvent", no_refusal, **row, value=_text_for("event", executor, value))
-        executor.hints.send("e", str(self.workflow_id), key)
+        text = _text_for("event", self._launched(), value)
+        run = await _write_step(_SET_EVENT, "DBOS.setEvent", key=_valid_key("event key", key), value=text)
+        run.executor.hints.send("e", run.id, key)
 
     set_event, set_event_async = _twins(_set_event)
 
@@ -5216,11 +5217,12 @@ class WorkflowHandle(_Handle[R]):
 
     def get_status(self) -> "WorkflowStatus":
         """Read how the workflow stands; raises DBOSNonExistentWorkflowError if it was deleted."""
-        return _existing(self.workflow_id, self._durable.get_workflow_status(self.workflow_id))
+        _refuse_to_block_a_loop("DBOS.get_workflow_status")
+        return _block(self._durable._existing_workflow(self.workflow_id))
 
 
 class WorkflowHandleAsync(_Handle[R]):
-    """The same for coroutines."""
+    """A workflow that was started, enqueued or retrieved; its methods are awaited."""
 
     async def get_result(self, *, polling_interval_sec: float = _POLL_S) -> R:
         """Wait for the workflow to end and return or raise its outcome; see `DBOS.get_result`."""
@@ -5228,13 +5230,7 @@ class WorkflowHandleAsync(_Handle[R]):
 
     async def get_status(self) -> "WorkflowStatus":
         """Read how the workflow stands; raises DBOSNonExistentWorkflowError if it was deleted."""
-        return _existing(self.workflow_id, await self._durable.get_workflow_status_async(self.workflow_id))
-
-
-def _existing(workflow_id: str, status: "WorkflowStatus | None") -> "WorkflowStatus":
-    if status is None:
-        raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id}")
-    return status
+        return await _suspend(self._durable._existing_workflow(self.workflow_id))
 
 
 @dataclass
@@ -5332,9 +5328,6 @@ class EnqueueOptions(_RequiredEnqueueOptions, total=False):
     instance_name: str
 
 
-_ENQUEUE_SETTINGS = ("deduplication_id", "priority", "app_version", "delay_seconds")
-
-
 class DBOSClient(_Management):
     """Enqueues, watches and manages workflows from a program that does not have their code.
 
@@ -5352,52 +5345,39 @@ class DBOSClient(_Management):
         })
         resolved = _resolved(config)
         self._executor = _Executor(Durable(), _postgres_url(resolved["system_database_url"]), resolved, serves=False)
-        try:
-            self._executor.launch()
-        except BaseException:
-            self._executor.close(0)
-            raise
-        atexit.register(self._executor.fall_silent)
+        self._executor.launch()
 
     def destroy(self) -> None:
         """Close all connections.  Can be called again."""
         if not self._executor.closed.is_set:
             self._executor.close(0)
-            atexit.unregister(self._executor.fall_silent)
 
     def _launched(self) -> _Executor:
         if self._executor.closed.is_set:
             raise DBOSException("this client was destroyed: make a new one")
         return self._executor.here()
 
-    async def _enqueue(self, options: EnqueueOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        executor, given = self._launched(), dict(options)
-        known = {**_RequiredEnqueueOptions.__annotations__, **EnqueueOptions.__annotations__}
-        for key in given.keys() - known.keys():
+    async def _enqueue(self, options: EnqueueOptions, *args: Any, **kwargs: Any) -> str:
+        """Enqueue a workflow by its name; raises DBOSQueueDeduplicatedError, DBOSConflictingWorkflowError."""
+        executor, known = self._launched(), get_type_hints(EnqueueOptions)
+        for key in options.keys() - known.keys():
             raise DBOSException(f"unknown enqueue option {key!r}; there are: {', '.join(known)}")
-        for key in _RequiredEnqueueOptions.__annotations__:
-            _valid_name(f"the enqueue option {key}", given.get(key))
-        id = str(given.get("workflow_id") or uuid.uuid4())
-        settings = {key: given[key] for key in _ENQUEUE_SETTINGS if key in given}
-        inputs = _text_for("argument list", executor, {"args": list(args), "kwargs": kwargs})
-        with SetWorkflowTimeout(options.get("workflow_timeout")), SetEnqueueOptions(**cast(Any, settings)):
-            row = {
-                "id": _valid_name("workflow ID", id), "name": given["workflow_name"],
-                "class_name": given.get("class_name"), "config_name": given.get("instance_name"), "inputs": inputs,
-                "parent_workflow_id": None, **_terms(executor, str(given["queue_name"])),
-            }
+        name = _valid_name("the enqueue option workflow_name", options.get("workflow_name"))
+        queue = _valid_name("the enqueue option queue_name", options.get("queue_name"))
+        id = _valid_name("workflow ID", str(options.get("workflow_id") or uuid.uuid4()))
+        inputs = _text_for("list of arguments", executor, {"args": list(args), "kwargs": kwargs})
+        with SetWorkflowTimeout(options.get("workflow_timeout")), SetEnqueueOptions(
+            deduplication_id=options.get("deduplication_id"), priority=options.get("priority"),
+            app_version=options.get("app_version"), delay_seconds=options.get("delay_seconds"),
+        ):
+            terms = _terms(executor, queue)
+        names = {"name": name, "class_name": options.get("class_name"), "config_name": options.get("instance_name")}
+        row = {"id": id, **names, "inputs": inputs, "parent_workflow_id": None, **terms}
         await _insert(executor, _Start(row, None))
-        executor.hints.send("q", str(given["queue_name"]))
+        executor.hints.send("q", queue)
         return id
 
-    def enqueue(self, options: EnqueueOptions, *args: Any, **kwargs: Any) -> WorkflowHandle[Any]:
-        """Enqueue a workflow by its name; raises DBOSQueueDeduplicatedError, DBOSConflictingWorkflowError."""
-        _refuse_to_block_a_loop("enqueue")
-        return WorkflowHandle(self, _block(self._enqueue(options, args, kwargs)))
-
-    async def enqueue_async(self, options: EnqueueOptions, *args: Any, **kwargs: Any) -> WorkflowHandleAsync[Any]:
-        """Do as `enqueue`, without blocking the event loop."""
-        return WorkflowHandleAsync(self, await _suspend(self._enqueue(options, args, kwargs)))
+    enqueue, enqueue_async = _handle_twins(_enqueue)
 
 
 def _class_name(cls: type) -> str:
@@ -5461,14 +5441,14 @@ def _run_command(client: DBOSClient, options: argparse.Namespace) -> Any:
     executor = client._launched()
     given = vars(options)
     ids = [given["ID"]] if isinstance(given.get("ID"), str) else given.get("ID") or []
-    known = executor.now(_claims, ids)
-    missing = [id for id in ids if id not in known]
+    missing = [id for id, (claim, _) in executor.now(_claims, ids).items() if claim is None]
     if missing:
         raise DBOSNonExistentWorkflowError(f"there is no workflow {', '.join(missing)}")
     match options.command:
         case "list":
             filters: dict[str, Any] = {key: given[key] for key in _LIST_FILTERS if given[key] is not None}
-            found = client.list_workflows(**filters, limit=options.limit, sort_desc=True, load_output=False)
+            filters |= {"limit": options.limit, "sort_desc": True, "load_input": False, "load_output": False}
+            found = client.list_workflows(**filters)
             return [_plain(vars(status), _LIST_COLUMNS) for status in found]
         case "show":
             workflow, steps = executor.now(_find, options.ID) or {}, executor.now(_steps_of, options.ID)
@@ -5496,8 +5476,7 @@ def _run_command(client: DBOSClient, options: argparse.Namespace) -> Any:
             return [_plain(row, row) for row in executor.now(_executors, 1000)]
         case view:
             return [_plain(row, row) for row in executor.now(_view, view, ids)]
-    after = executor.now(_claims, ids)
-    return [{"workflow_id": id, "status": after[id][1] if id in after else "deleted"} for id in ids]
+    return [{"workflow_id": id, "status": status} for id, (_, status) in executor.now(_claims, ids).items()]
 
 
 _LIST_COLUMNS = ("workflow_id", "status", "name", "queue_name", "app_version", "executor_id", "created_at")
@@ -5542,7 +5521,8 @@ def _main() -> int:
     """Run one command; 0: done, 1: it could not be, and one line on stderr says why."""
     options = _arguments().parse_args()
     url, as_json = getattr(options, "url", None), getattr(options, "json", False)
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     _log.addHandler(logging.NullHandler())
     try:
         if options.command == "migrate":
@@ -5570,7 +5550,7 @@ def _main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 130
-    except (DBOSException, psycopg.Error, ValueError) as error:
+    except (DBOSException, psycopg.Error, ValueError, OSError) as error:
         print(f"durable: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0

@@ -114,10 +114,10 @@ create index if not exists workflows_running on durable.workflows (queue, incarn
 create index if not exists workflows_deadline on durable.workflows (deadline_at)
     where deadline_at is not null and status in ('DELAYED', 'ENQUEUED', 'PENDING');
 
--- For _list and _collect: by age.
+-- For _list, _begun_before, _youngest_since and _count: by age.
 create index if not exists workflows_created on durable.workflows (created_at);
 
--- For _family: the children of a workflow.
+-- For _children_of: the children of a workflow.
 create index if not exists workflows_children on durable.workflows (parent_workflow_id)
     where parent_workflow_id is not null;
 

@@ -50,6 +50,7 @@ import time
 import urllib.request
 import uuid
 import warnings
+import zoneinfo
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -69,6 +70,7 @@ from durable import (
     DBOS,
     DBOSAwaitedWorkflowCancelledError,
     DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded,
+    DBOSClient,
     DBOSConfiguredInstance,
     DBOSConflictingRegistrationError,
     DBOSConflictingWorkflowError,
@@ -1194,7 +1196,7 @@ def test_a_newer_schema_than_the_code_is_an_error(executor, empty_url):
 
 def test_without_migrations_an_unprepared_database_is_an_error(executor, empty_url):
     """run_migrations False only looks, and names the command that would apply the schema."""
-    with pytest.raises(DBOSInitializationError, match=r"psql|migrate "):
+    with pytest.raises(DBOSInitializationError, match=r"psql|durable\.py migrate"):
         executor(system_database_url=empty_url, run_migrations=False).launch()
     with contextlib.closing(Witness(empty_url).connection) as connection:
         assert connection.execute("select to_regnamespace('durable')").fetchone() == (None,)
@@ -3017,6 +3019,1124 @@ def test_a_cancelled_task_leaves_its_workflow_pending(dbos, witness):
     assert result_of(dbos, "w") == "waited"
 
 
+# --- Waiting ------------------------------------------------------------------------------------------
+#
+# Steps whose result has not arrived yet: a wake-up, a message, an event, the next value of a stream.
+
+
+def begin(dbos, workflow, *args, id="w"):
+    """Start a workflow under an ID."""
+    with SetWorkflowID(id):
+        return dbos.start_workflow(workflow, *args)
+
+
+def age(witness, workflow_id):
+    """Let the wake-ups, deadlines and the time limit on record for a workflow be a day closer: over."""
+    witness.run(
+        """
+        update durable.steps set output = (output::float8 - 86400)::text
+         where workflow_id = %s and name = 'DBOS.sleep'
+        """,
+        workflow_id,
+    )
+    witness.run("update durable.workflows set deadline_at = deadline_at - interval '1 day' where id = %s", workflow_id)
+
+
+@pytest.fixture
+def no_polling(monkeypatch):
+    """Let executors rely on hints: they never look whether one was lost."""
+    monkeypatch.setattr(durable._Executor, "_look", lambda *_: None)
+
+
+@pytest.fixture
+def mailbox(dbos):
+    """A workflow that receives so many messages and returns them."""
+
+    @dbos.workflow(name="mailbox")
+    def mailbox(count, topic=None, timeout=3600):
+        return [dbos.recv(topic, timeout) for _ in range(count)]
+
+    return mailbox
+
+
+@pytest.fixture
+def sleeper(dbos):
+    """A workflow that sleeps for an hour."""
+
+    @dbos.workflow(name="sleeper")
+    def sleeper():
+        dbos.sleep(3600)
+        return "awake"
+
+    return sleeper
+
+
+def test_a_sleep_has_its_wake_up_on_record(dbos, witness):
+    """It takes one position, whose output is its end by the database's clock; no time takes none."""
+    now = "select extract(epoch from clock_timestamp())::float8"
+
+    @dbos.workflow()
+    def nap():
+        dbos.sleep(0)
+        dbos.sleep(0.05)
+        dbos.sleep(-1)
+
+    before = witness.one(now)
+    with SetWorkflowID("w"):
+        nap()
+    assert steps_of(dbos, "w") == [(1, "DBOS.sleep")]
+    assert before + 0.05 <= steps(dbos, "w")[0]["output"] <= witness.one(now)
+
+
+def test_a_restart_sleeps_the_rest(dbos, sleeper, witness):
+    """The wake-up is that of the first run, however often the process dies meanwhile."""
+    begin(dbos, sleeper)
+    (wake_up,) = eventually(lambda: [step["output"] for step in steps(dbos, "w")])
+    dbos.destroy()
+    dbos.launch()
+    eventually(lambda: witness.workflow("w").recovery_attempts == 2)
+    assert [step["output"] for step in steps(dbos, "w")] == [wake_up]
+    dbos.destroy()
+    age(witness, "w")
+    dbos.launch()
+    assert result_of(dbos, "w") == "awake"
+    assert witness.steps("w") == ["DBOS.sleep"]
+
+
+ONLY_IN_WORKFLOWS = {
+    "sleep": lambda dbos: dbos.sleep(1),
+    "recv": lambda dbos: dbos.recv(timeout_seconds=0),
+    "set_event": lambda dbos: dbos.set_event("key", 1),
+    "write_stream": lambda dbos: dbos.write_stream("key", 1),
+    "close_stream": lambda dbos: dbos.close_stream("key"),
+}
+
+
+@pytest.mark.parametrize("name", ONLY_IN_WORKFLOWS)
+def test_what_is_a_workflows_own_is_refused_elsewhere(dbos, name):
+    """Outside of workflows there is no record that it could be part of, and the error says so."""
+    with pytest.raises(DBOSException, match=f"(?i){name.replace('_', '_?')}"):
+        ONLY_IN_WORKFLOWS[name](dbos)
+
+
+@pytest.mark.parametrize("name", ["sleep", "recv"])
+def test_a_step_neither_sleeps_durably_nor_receives(dbos, name):
+    """Inside a step these would take positions that a replay does not find; they are refused."""
+
+    @dbos.step()
+    def step():
+        ONLY_IN_WORKFLOWS[name](dbos)
+
+    @dbos.workflow()
+    def work():
+        step()
+
+    with SetWorkflowID("w"), pytest.raises(DBOSException, match=name):
+        work()
+    assert steps_of(dbos, "w") == [(1, "step")]
+
+
+@pytest.mark.parametrize("seconds", ["1", None, float("nan"), float("inf")], ids=repr)
+def test_a_wait_is_a_number_of_seconds(dbos, seconds):
+    """Anything else is refused, before it takes a position."""
+
+    @dbos.workflow()
+    def work():
+        waits = (dbos.sleep, functools.partial(dbos.recv, None), functools.partial(dbos.get_event, "w", "key"))
+        for wait in waits:
+            with pytest.raises((ValueError, TypeError, DBOSException), match="second"):
+                wait(seconds)
+
+    with SetWorkflowID("w"):
+        work()
+    assert steps(dbos, "w") == []
+
+
+def test_messages_arrive_in_their_order(dbos, mailbox):
+    """recv returns what send sent, of any type; it takes two positions, itself and its deadline."""
+    messages = [{"n": 1}, (2,), None, "four"]
+    handle = begin(dbos, mailbox, 4)
+    for message in messages:
+        dbos.send("w", message)
+    assert handle.get_result() == messages
+    assert steps_of(dbos, "w") == [
+        (2 * n + k, name) for n in range(4) for k, name in enumerate(["DBOS.recv", "DBOS.sleep"], 1)
+    ]
+
+
+def test_each_topic_has_an_order_of_its_own(dbos, gate):
+    """Messages wait for whoever asks for their topic; no topic is one too; in the end there is None."""
+
+    @dbos.workflow()
+    def sort():
+        gate()
+        return [[dbos.recv(topic, timeout_seconds=0) for _ in range(3)] for topic in ("b", None, "a", "c")]
+
+    handle = begin(dbos, sort)
+    for n in range(2):
+        for topic in ("a", "b", None):
+            dbos.send("w", f"{topic}{n}", topic)
+    gate.open()
+    assert handle.get_result() == [["b0", "b1", None], ["None0", "None1", None], ["a0", "a1", None], [None] * 3]
+    assert len(steps(dbos, "w")) == 2 * 12
+
+
+def test_the_deadline_of_recv_survives_a_restart(dbos, mailbox, witness):
+    """It is on record before the wait begins; a run that comes after it receives None."""
+    begin(dbos, mailbox, 1)
+    eventually(lambda: steps_of(dbos, "w") == [(2, "DBOS.sleep")])
+    dbos.destroy()
+    age(witness, "w")
+    dbos.launch()
+    assert result_of(dbos, "w") == [None]
+    assert steps_of(dbos, "w") == [(1, "DBOS.recv"), (2, "DBOS.sleep")]
+
+
+def test_what_was_sent_while_nobody_ran_is_received(dbos, elsewhere, mailbox, witness):
+    """Messages are rows: they wait for their workflow, also past its deadline."""
+    begin(dbos, mailbox, 3)
+    eventually(lambda: witness.steps("w"))
+    dbos.destroy()
+    for n in range(3):
+        elsewhere.send("w", n)
+    age(witness, "w")
+    dbos.launch()
+    assert result_of(dbos, "w") == [0, 1, 2]
+
+
+@contextlib.contextmanager
+def locked(witness, url, row, others=None):
+    """Hold the lock of a row until somebody waits for it, who must not hold the locks of others meanwhile."""
+    with psycopg.connect(url) as holder:
+        holder.execute(f"select from {row} for update")
+        yield
+        waits = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()"
+        eventually(lambda: witness.one(waits))
+        if others is not None:
+            witness.run(f"select from {others} for update nowait")
+
+
+def test_no_message_is_passed_over(dbos, mailbox, witness, url, gate):
+    """One that an earlier try of recv, cut off from us, still has its hands on is waited for."""
+
+    @dbos.workflow()
+    def collect():
+        gate()
+        return [dbos.recv(timeout_seconds=0) for _ in range(2)]
+
+    handle = begin(dbos, collect)
+    for n in (1, 2):
+        dbos.send("w", n)
+    with locked(witness, url, "durable.messages where message = '1'"):
+        gate.open()
+    assert handle.get_result() == [1, 2]
+
+
+def test_a_replay_receives_what_the_first_run_received(dbos, mailbox, witness):
+    """A recorded message is recalled, and those that wait in line stay there."""
+    handle = begin(dbos, mailbox, 2)
+    for n in range(4):
+        dbos.send("w", n)
+    assert handle.get_result() == [0, 1]
+    rewind(dbos, witness, "w", keep=2)
+    assert result_of(dbos, "w")[0] == 0
+    rewind(dbos, witness, "w", keep=4)
+    assert result_of(dbos, "w")[0] == 0
+
+
+def test_an_idempotency_key_is_good_for_one_message_to_each(dbos, mailbox, witness):
+    """A second send under it is nothing, also when the first was received; another destination gets its own."""
+    handle, other = begin(dbos, mailbox, 2), begin(dbos, mailbox, 1, id="v")
+    dbos.send("w", "first", idempotency_key="k")
+    eventually(lambda: "DBOS.recv" in witness.steps("w"))
+    dbos.send("w", "again", idempotency_key="k")
+    dbos.send("v", "other", idempotency_key="k")
+    dbos.send("w", "last", idempotency_key="l")
+    assert handle.get_result() == ["first", "last"]
+    assert other.get_result() == ["other"]
+
+
+def test_a_workflow_respects_a_key_that_is_taken(dbos, mailbox, witness):
+    """Its send is on record and sends nothing."""
+
+    @dbos.workflow()
+    def sender():
+        dbos.send("w", "second", idempotency_key="k")
+
+    handle = begin(dbos, mailbox, 2)
+    dbos.send("w", "first", idempotency_key="k")
+    with SetWorkflowID("s"):
+        sender()
+    dbos.send("w", "last")
+    assert (handle.get_result(), witness.steps("s")) == (["first", "last"], ["DBOS.send"])
+
+
+def test_simultaneous_sends_under_one_key_are_one_message(dbos, mailbox, gate):
+    """However they race, one message arrives."""
+
+    @dbos.workflow()
+    def collect():
+        gate()
+        return [dbos.recv(timeout_seconds=0) for _ in range(2)]
+
+    handle = begin(dbos, collect)
+    together(*[lambda: dbos.send("w", 1, idempotency_key="k")] * 10)
+    gate.open()
+    assert handle.get_result() == [1, None]
+
+
+def test_simultaneous_senders_lose_nothing(dbos, mailbox):
+    """Of many senders each one's messages arrive, once each, in the order in which it sent them."""
+    handle = begin(dbos, mailbox, 100)
+
+    def sender(name):
+        for n in range(10):
+            dbos.send("w", [name, n])
+
+    together(*[functools.partial(sender, name) for name in range(10)])
+    received = handle.get_result()
+    assert sorted(received) == [[name, n] for name in range(10) for n in range(10)]
+    for name in range(10):
+        assert [n for sender, n in received if sender == name] == list(range(10))
+
+
+def test_a_workflow_sends_once(dbos, mailbox, witness):
+    """Message and record are one commit: a replay recalls the send."""
+
+    @dbos.workflow()
+    def sender():
+        dbos.send("w", "hello", topic="t")
+
+    handle = begin(dbos, mailbox, 2, "t")
+    with SetWorkflowID("s"):
+        sender()
+    assert steps_of(dbos, "s") == [(1, "DBOS.send")]
+    rewind(dbos, witness, "s", keep=1)
+    result_of(dbos, "s")
+    dbos.send("w", "last", topic="t")
+    assert (result_of(dbos, "w"), handle.workflow_id) == (["hello", "last"], "w")
+
+
+def test_an_unknown_destination_is_an_error(dbos, mailbox, witness):
+    """In a workflow it is on record, and a replay raises it again though the destination may exist by then."""
+
+    @dbos.workflow()
+    def sender():
+        try:
+            dbos.send("nobody", 1)
+        except DBOSNonExistentWorkflowError as error:
+            return str(error)
+
+    with pytest.raises(DBOSNonExistentWorkflowError, match="nobody"):
+        dbos.send("nobody", 1)
+    with SetWorkflowID("s"):
+        first = sender()
+    assert "nobody" in first
+    handle = begin(dbos, mailbox, 1, None, 0, id="nobody")
+    rewind(dbos, witness, "s", keep=1)
+    assert result_of(dbos, "s") == first
+    assert (witness.steps("s"), handle.workflow_id, result_of(dbos, "nobody")) == (["DBOS.send"], "nobody", [None])
+
+
+def test_inside_a_step_sends_and_events_take_no_position(dbos, mailbox):
+    """They are part of the step, and as often as it runs."""
+
+    @dbos.step()
+    def tell():
+        dbos.send("w", "from a step")
+        dbos.set_event("key", "from a step")
+        dbos.write_stream("key", "from a step")
+        dbos.close_stream("key")
+        return dbos.get_event("s", "key", timeout_seconds=0)
+
+    @dbos.workflow()
+    def sender():
+        return tell()
+
+    handle = begin(dbos, mailbox, 1)
+    with SetWorkflowID("s"):
+        assert sender() == "from a step"
+    assert steps_of(dbos, "s") == [(1, "tell")]
+    assert handle.get_result() == list(dbos.read_stream("s", "key")) == ["from a step"]
+
+
+@pytest.mark.parametrize("ends", ["well", "badly"])
+def test_a_message_sent_in_a_transaction_is_part_of_it(dbos, mailbox, ends):
+    """It arrives with the commit, and not at all if the function raises."""
+
+    @dbos.transaction()
+    def tell():
+        dbos.send("w", "from a transaction")
+        dbos.connection.execute("insert into ledger values ('told')")
+        if ends == "badly":
+            raise ValueError
+
+    @dbos.workflow()
+    def sender():
+        with contextlib.suppress(ValueError):
+            tell()
+        dbos.send("w", "last")
+
+    handle = begin(dbos, mailbox, 1)
+    sender()
+    assert handle.get_result() == (["from a transaction"] if ends == "well" else ["last"])
+
+
+@pytest.mark.parametrize(
+    "name", ["set_event", "write_stream", "close_stream", "get_event", "read_stream", "get_result"]
+)
+def test_a_transaction_neither_waits_nor_announces(dbos, sleeper, name):
+    """Its snapshot would see nothing new, and what it announced could not be taken back: an error says so."""
+    begin(dbos, sleeper)
+    arguments = {"set_event": ("key", 1), "write_stream": ("s", 1), "close_stream": ("s",)}
+    arguments |= {"get_event": ("w", "key", 3600), "read_stream": ("w", "s"), "get_result": ("w",)}
+
+    @dbos.transaction()
+    def transaction():
+        dbos.connection.execute("select 1")
+        return list(getattr(dbos, name)(*arguments[name]) or [])
+
+    @dbos.workflow()
+    def work():
+        transaction()
+
+    with pytest.raises(DBOSException, match=r"(?i)transaction"):
+        work()
+
+
+def test_a_message_from_elsewhere_wakes_a_waiting_recv(no_polling, dbos, elsewhere, mailbox, witness):
+    """Nobody looks at the table: the hint arrives."""
+    handle = begin(dbos, mailbox, 20)
+    for n in range(20):
+        eventually(lambda n=n: len(witness.steps("w")) == 2 * n + 1)  # its deadline is on record: it waits
+        elsewhere.send("w", n)
+    assert handle.get_result() == list(range(20))
+
+
+@pytest.mark.parametrize("name", ["send", "set_event", "write_stream"])
+def test_what_cannot_be_stored_cannot_be_said(dbos, mailbox, name):
+    """The error names the type; nothing is sent, set or written."""
+
+    @dbos.workflow()
+    def work():
+        with pytest.raises(DBOSException, match="lock"):
+            getattr(dbos, name)("w", threading.Lock())
+        return dbos.recv(timeout_seconds=0)
+
+    with SetWorkflowID("w"):
+        assert work() is None
+    assert dbos.get_all_events("w") == {}
+    assert list(dbos.read_stream("w", "w")) == []
+
+
+@pytest.mark.parametrize("name", ["\0", "\ud800", "x" * 5000, 7], ids=["NUL", "surrogate", "long", "number"])
+def test_a_name_that_postgres_cannot_hold_is_a_clear_error(dbos, greet, name):
+    """Of a topic, an event, a stream or an idempotency key; the workflow may go on."""
+    uses = [
+        lambda: dbos.send("w", 1, topic=name),
+        lambda: dbos.send("w", 1, idempotency_key=name),
+        lambda: dbos.recv(name, timeout_seconds=0),
+        lambda: dbos.set_event(name, 1),
+        lambda: dbos.get_event("w", name, timeout_seconds=0),
+        lambda: dbos.write_stream(name, 1),
+        lambda: dbos.close_stream(name),
+        lambda: list(dbos.read_stream("w", name)),
+    ]
+
+    @dbos.workflow()
+    def work():
+        for use in uses:
+            with pytest.raises((DBOSException, ValueError, TypeError)):
+                use()
+        dbos.set_event("key", "went on")
+
+    with SetWorkflowID("w"):
+        work()
+    assert dbos.get_event("w", "key") == "went on"
+
+
+@pytest.mark.parametrize("odd", ['"quoted" \\ {}', "line\nbreak", "größe 🙂", "a" * 900])
+def test_hints_find_their_way_whatever_the_names_are(no_polling, dbos, elsewhere, odd):
+    """IDs, topics and keys are any text."""
+
+    @dbos.workflow()
+    def echo():
+        dbos.set_event(odd, dbos.recv(odd, 3600))
+        dbos.write_stream(odd, dbos.recv(odd, 3600))
+        dbos.close_stream(odd)
+
+    begin(dbos, echo, id=odd)
+    for n, heard in enumerate(
+        [lambda: elsewhere.get_event(odd, odd, timeout_seconds=3600), lambda: next(elsewhere.read_stream(odd, odd))]
+    ):
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(heard)
+            eventually(elsewhere._executor.hints.awaited)
+            elsewhere.send(odd, n, odd)
+            assert answer.result(PATIENCE_S) == n
+
+
+def test_an_event_is_what_was_set_last(dbos, gate):
+    """Events are read from anywhere, at any time, by key; setting one is a step."""
+
+    @dbos.workflow()
+    def announce():
+        for n in range(3):
+            dbos.set_event("progress", n)
+        dbos.set_event("total", [3])
+
+    with SetWorkflowID("w"):
+        announce()
+    assert (dbos.get_event("w", "progress"), dbos.get_event("w", "total")) == (2, [3])
+    assert dbos.get_all_events("w") == {"progress": 2, "total": [3]}
+    assert steps_of(dbos, "w") == [(n, "DBOS.setEvent") for n in range(1, 5)]
+    assert dbos.get_all_events("nobody") == {}
+
+
+@pytest.mark.parametrize("workflow_id", ["w", "nobody"])
+def test_an_event_that_does_not_come_is_none(dbos, workflow_id, greet):
+    """At the timeout, also for a workflow that does not exist; in a workflow it takes two positions."""
+
+    @dbos.workflow()
+    def ask():
+        return dbos.get_event(workflow_id, "key", timeout_seconds=0)
+
+    with SetWorkflowID("w"):
+        greet()
+    assert dbos.get_event(workflow_id, "key", timeout_seconds=0.05) is None
+    with SetWorkflowID("asking"):
+        assert ask() is None
+    assert steps_of(dbos, "asking") == [(1, "DBOS.getEvent"), (2, "DBOS.sleep")]
+
+
+def test_an_event_may_be_waited_for_before_its_workflow_exists(no_polling, dbos, elsewhere):
+    """Its hint wakes who waits, here and in other processes."""
+
+    @dbos.workflow()
+    def announce():
+        dbos.set_event("key", "set")
+
+    @dbos.workflow()
+    def ask():
+        return dbos.get_event("w", "key")
+
+    asking = begin(dbos, ask, id="asking")
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(elsewhere.get_event, "w", "key", 3600)
+        eventually(lambda: len(steps(dbos, "asking")) == 1)
+        eventually(elsewhere._executor.hints.awaited)
+        with SetWorkflowID("w"):
+            announce()
+        assert (answer.result(PATIENCE_S), asking.get_result()) == ("set", "set")
+
+
+def test_a_replay_sees_the_events_that_the_first_run_saw(dbos, witness, gate):
+    """get_event and get_all_events are steps: what was set since does not change the past."""
+    gates = [gate, Gate()]
+    gates[1].open()
+
+    @dbos.workflow()
+    def announce():
+        dbos.set_event("key", "early")
+        gate()
+        dbos.set_event("key", "late")
+
+    @dbos.workflow()
+    def ask():
+        return [dbos.get_event("w", "key"), dbos.get_all_events("w")]
+
+    handle = begin(dbos, announce)
+    with SetWorkflowID("asking"):
+        first = ask()
+    assert first == ["early", {"key": "early"}]
+    assert [name for _, name in steps_of(dbos, "asking")] == ["DBOS.getEvent", "DBOS.sleep", "DBOS.get_events"]
+    gate.open()
+    handle.get_result()
+    rewind(dbos, witness, "asking", keep=3)
+    assert result_of(dbos, "asking") == first
+    assert dbos.get_event("w", "key") == "late"
+
+
+def test_a_replay_sets_no_event_again(dbos, witness, gate):
+    """While a replay is under way, readers see what was set last, not what it passes by."""
+    passed = threading.Event()
+
+    @dbos.workflow()
+    def announce():
+        dbos.set_event("key", 1)
+        dbos.set_event("key", 2)
+        if passed.is_set():
+            gate()
+
+    with SetWorkflowID("w"):
+        announce()
+    passed.set()
+    rewind(dbos, witness, "w", keep=2)
+    gate.await_body()
+    assert dbos.get_event("w", "key") == 2
+
+
+def test_the_deadline_of_get_event_survives_a_restart(dbos, witness):
+    """It is on record before the wait begins."""
+
+    @dbos.workflow()
+    def ask():
+        return dbos.get_event("nobody", "key", timeout_seconds=3600)
+
+    begin(dbos, ask)
+    eventually(lambda: steps_of(dbos, "w") == [(2, "DBOS.sleep")])
+    dbos.destroy()
+    age(witness, "w")
+    dbos.launch()
+    assert result_of(dbos, "w") is None
+
+
+@pytest.fixture
+def writer(dbos):
+    """A workflow that writes values to the stream "s" and closes it."""
+
+    @dbos.workflow(name="writer")
+    def writer(*values):
+        for value in values:
+            dbos.write_stream("s", value)
+        dbos.close_stream("s")
+
+    return writer
+
+
+def test_a_stream_is_read_as_it_was_written(dbos, writer):
+    """Values of any type, in order, from any offset, as often as one likes; each write is a step."""
+    values = [0, None, (1, 2), {"three": 3}]
+    with SetWorkflowID("w"):
+        writer(*values)
+    assert steps_of(dbos, "w") == [*((n, "DBOS.writeStream") for n in range(1, 5)), (5, "DBOS.closeStream")]
+    for offset in range(6):
+        assert list(dbos.read_stream("w", "s", offset=offset)) == values[offset:]
+    assert list(dbos.read_stream("w", "another")) == []
+
+
+@pytest.mark.parametrize("colour", ["blocking", "asynchronous"])
+def test_a_stream_is_read_while_it_is_written(no_polling, dbos, elsewhere, mailbox, colour):
+    """The reader, in another process too, has each value when it is there, and ends with the close."""
+
+    @dbos.workflow()
+    def repeat():
+        while (message := dbos.recv(timeout_seconds=60)) is not None:
+            dbos.write_stream("s", message)
+        dbos.close_stream("s")
+        dbos.recv(timeout_seconds=3600)
+
+    async def read_async():
+        return [value async for value in answered(elsewhere.read_stream_async("w", "s"))]
+
+    async def answered(values):
+        async for value in values:
+            await elsewhere.send_async("w", value + 1 if value < 10 else None)
+            yield value
+
+    def read():
+        values = []
+        for value in elsewhere.read_stream("w", "s"):
+            elsewhere.send("w", value + 1 if value < 10 else None)
+            values.append(value)
+        return values
+
+    begin(dbos, repeat)
+    dbos.send("w", 1)
+    assert (read() if colour == "blocking" else asyncio.run(read_async())) == list(range(1, 11))
+    assert dbos.get_workflow_status("w").status == "PENDING"
+
+
+@pytest.mark.parametrize("end", ["SUCCESS", "ERROR", "CANCELLED"])
+def test_a_stream_ends_with_its_workflow(dbos, elsewhere, end):
+    """Whoever reads an open stream gets the rest of it, and is let go, when the workflow has ended."""
+
+    @dbos.workflow()
+    def write():
+        dbos.write_stream("s", 1)
+        if dbos.recv(timeout_seconds=3600) == "fail":
+            raise ValueError
+        dbos.write_stream("s", 2)
+
+    begin(dbos, write)
+    values = elsewhere.read_stream("w", "s")
+    assert next(values) == 1
+    if end == "CANCELLED":
+        elsewhere.cancel_workflow("w")
+    else:
+        elsewhere.send("w", "fail" if end == "ERROR" else "go on")
+    assert list(values) == ([2] if end == "SUCCESS" else [])
+    assert dbos.get_workflow_status("w").status == end
+
+
+def test_a_long_stream_is_read_to_its_end(dbos, writer, monkeypatch):
+    """Values come in their order, though they are read in parts."""
+    monkeypatch.setattr(durable, "_HISTORY_CHUNK", 10)
+    with SetWorkflowID("w"):
+        writer(*range(35))
+    for offset in (0, 10, 19):
+        assert list(dbos.read_stream("w", "s", offset=offset)) == list(range(offset, 35))
+
+
+def test_a_closed_stream_takes_nothing_more(dbos):
+    """Writing to it is an error; other streams of the workflow stay open."""
+
+    @dbos.workflow()
+    def write():
+        dbos.write_stream("s", 1)
+        dbos.close_stream("s")
+        dbos.write_stream("t", 2)
+        with pytest.raises(DBOSException, match="s"):
+            dbos.write_stream("s", 3)
+
+    with SetWorkflowID("w"):
+        write()
+    assert [list(dbos.read_stream("w", key)) for key in "st"] == [[1], [2]]
+
+
+def test_the_stream_of_an_unknown_workflow_is_an_error(dbos):
+    """There is nothing to wait for."""
+    with pytest.raises(DBOSNonExistentWorkflowError, match="nobody"):
+        list(dbos.read_stream("nobody", "s"))
+
+    async def main():
+        with pytest.raises(DBOSNonExistentWorkflowError, match="nobody"):
+            [value async for value in dbos.read_stream_async("nobody", "s")]
+
+    asyncio.run(main())
+
+
+def test_a_replay_writes_nothing_twice(dbos, writer, witness):
+    """Whatever part of the history it finds, the stream stays as it is."""
+    with SetWorkflowID("w"):
+        writer(*"abc")
+    rewind(dbos, witness, "w", keep=4)
+    result_of(dbos, "w")
+    assert list(dbos.read_stream("w", "s")) == [*"abc"]
+
+
+def test_steps_may_write_at_the_same_time(dbos):
+    """Each value gets a place of its own, behind those that its writer wrote before."""
+
+    @dbos.step()
+    async def write(name):
+        for n in range(20):
+            await dbos.write_stream_async("s", [name, n])
+
+    @dbos.workflow()
+    async def work():
+        await asyncio.gather(*[write(name) for name in range(5)])
+
+    with SetWorkflowID("w"):
+        asyncio.run(work())
+    values = list(dbos.read_stream("w", "s"))
+    assert sorted(values) == [[name, n] for name in range(5) for n in range(20)]
+    for name in range(5):
+        assert [n for writer, n in values if writer == name] == list(range(20))
+
+
+def test_a_workflow_that_reads_a_stream_reads_the_same_in_a_replay(dbos, writer, witness):
+    """Each value is a step, DBOS.readStream; the stream itself may be gone by then."""
+    with SetWorkflowID("w"):
+        writer(*"abc")
+
+    @dbos.workflow()
+    def read():
+        return list(dbos.read_stream("w", "s"))
+
+    @dbos.workflow()
+    async def read_async():
+        return [value async for value in dbos.read_stream_async("w", "s")]
+
+    with SetWorkflowID("blocking"):
+        assert read() == [*"abc"]
+    with SetWorkflowID("asynchronous"):
+        assert asyncio.run(read_async()) == [*"abc"]
+    for reader in ("blocking", "asynchronous"):
+        recorded = witness.steps(reader)
+        assert recorded[:3] == ["DBOS.readStream"] * 3
+        dbos.delete_workflow("w")
+        rewind(dbos, witness, reader, keep=len(recorded))
+        assert result_of(dbos, reader) == [*"abc"]
+        assert witness.steps(reader) == recorded
+        with SetWorkflowID("w"):
+            writer(*"xyz")
+
+
+def test_a_workflow_reads_on_where_it_died(dbos, writer, witness, gate):
+    """The values it has are recalled; those behind them are read from the stream."""
+    with SetWorkflowID("w"):
+        writer(*"abcd")
+
+    @dbos.workflow()
+    def read():
+        return list(dbos.read_stream("w", "s"))
+
+    with SetWorkflowID("r"):
+        read()
+    for keep in range(5):
+        rewind(dbos, witness, "r", keep=keep)
+        assert result_of(dbos, "r") == [*"abcd"]
+
+
+def test_asynchronous_workflows_say_and_wait_alike(dbos, witness):
+    """Every _async twin, in a workflow: the same positions under the same names, recalled by a replay."""
+
+    @dbos.workflow()
+    async def converse():
+        me = dbos.workflow_id
+        await dbos.sleep_async(0.01)
+        await dbos.send_async(me, "message", "topic")
+        received = await dbos.recv_async("topic", timeout_seconds=60)
+        await dbos.set_event_async("key", received)
+        event = await dbos.get_event_async(me, "key", timeout_seconds=60)
+        events = await dbos.get_all_events_async(me)
+        await dbos.write_stream_async("s", event)
+        await dbos.close_stream_async("s")
+        return [received, event, events, [value async for value in dbos.read_stream_async(me, "s")]]
+
+    with SetWorkflowID("w"):
+        first = asyncio.run(converse())
+    assert first == ["message", "message", {"key": "message"}, ["message"]]
+    names = [
+        *("DBOS.sleep", "DBOS.send", "DBOS.recv", "DBOS.sleep", "DBOS.setEvent", "DBOS.getEvent", "DBOS.sleep"),
+        *("DBOS.get_events", "DBOS.writeStream", "DBOS.closeStream", "DBOS.readStream"),
+    ]
+    assert witness.steps("w")[: len(names)] == names
+    rewind(dbos, witness, "w", keep=99)
+    assert result_of(dbos, "w") == first
+
+
+def test_gathered_waits_take_their_positions_in_the_order_of_the_calls(dbos, witness):
+    """Two each, one behind the other, whichever message comes first."""
+
+    @dbos.workflow()
+    async def work():
+        return await asyncio.gather(*[dbos.recv_async(topic, 3600) for topic in "abc"], dbos.sleep_async(0.01))
+
+    handle = begin(dbos, work)
+    for topic in "cba":
+        dbos.send("w", topic.upper(), topic)
+    assert handle.get_result() == ["A", "B", "C", None]
+    assert witness.steps("w") == [*["DBOS.recv", "DBOS.sleep"] * 3, "DBOS.sleep"]
+    rewind(dbos, witness, "w", keep=7)
+    assert result_of(dbos, "w") == ["A", "B", "C", None]
+
+
+def test_waits_end_by_polling_too(executor):
+    """Without LISTEN, what comes from another process is found a little later."""
+    dbos = executor(use_listen_notify=False)
+    other = executor(use_listen_notify=False, executor_id="other")
+
+    @dbos.workflow()
+    def answer():
+        message = dbos.recv(timeout_seconds=3600)
+        dbos.set_event("key", message)
+        dbos.write_stream("s", message)
+        dbos.close_stream("s")
+        return message
+
+    dbos.launch()
+    other.launch()
+    begin(dbos, answer)
+    with ThreadPoolExecutor(2) as pool:
+        event = pool.submit(other.get_event, "w", "key", 3600)
+        values = pool.submit(lambda: list(other.read_stream("w", "s")))
+        other.send("w", "hello")
+        assert (event.result(PATIENCE_S), values.result(PATIENCE_S)) == ("hello", ["hello"])
+
+
+def test_waits_outlast_a_database_that_goes_away(executor, url, wire):
+    """Cut off while they wait, workflows hear what they waited for when the database is back."""
+    dbos, other = executor(system_database_url=wire.url), executor(executor_id="other", application_version="v0")
+
+    @dbos.workflow()
+    def listen():
+        return dbos.recv(timeout_seconds=3600)
+
+    @dbos.workflow()
+    async def ask():
+        return await dbos.recv_async("t", timeout_seconds=3600)
+
+    @dbos.workflow()
+    def nap():
+        dbos.sleep(0.3)
+        return "awake"
+
+    dbos.launch()
+    other.launch()
+    handles = [begin(dbos, workflow, id=name) for name, workflow in (("l", listen), ("a", ask), ("n", nap))]
+    eventually(lambda: all(steps(other, name) for name in "lan"))
+    wire.cut()
+    other.send("l", "heard")
+    other.send("a", "answered", "t")
+    wire.mend()
+    assert [handle.get_result() for handle in handles] == ["heard", "answered", "awake"]
+
+
+def test_destroy_ends_every_wait(dbos, mailbox, sleeper, witness):
+    """What waits when the executor is destroyed stays PENDING, and goes on waiting after the next launch."""
+    begin(dbos, mailbox, 1, id="mailbox")
+    begin(dbos, sleeper, id="sleeper")
+    eventually(lambda: witness.steps("mailbox") and witness.steps("sleeper"))
+    dbos.destroy()
+    dbos.launch()
+    dbos.send("mailbox", 1)
+    assert result_of(dbos, "mailbox") == [1]
+    assert witness.status("sleeper") == "PENDING"
+
+
+@pytest.fixture
+def statements(monkeypatch):
+    """Counts what this process says to Postgres, the test itself left out."""
+    counter, execute = collections.Counter(), psycopg.Cursor.execute
+
+    def counted(self, query, *args, **kwargs):
+        if threading.current_thread() is not threading.main_thread():
+            counter[query] += 1
+        return execute(self, query, *args, **kwargs)
+
+    monkeypatch.setattr(psycopg.Cursor, "execute", counted)
+    return counter
+
+
+def test_thousands_wait_at_no_cost(dbos, statements, witness, monkeypatch):
+    """2,000 coroutines that sleep or wait for messages need no threads and a handful of statements a second."""
+
+    @dbos.workflow()
+    async def sleep():
+        await dbos.sleep_async(3600)
+
+    @dbos.workflow()
+    async def listen():
+        return await dbos.recv_async(timeout_seconds=3600)
+
+    threads, queue = threading.active_count(), dbos.register_queue("line")
+    handles = queue.enqueue_many(listen, [()] * 1000)
+    queue.enqueue_many(sleep, [()] * 1000)
+    eventually(lambda: witness.one("select count(*) from durable.steps") == 2000)
+    eventually(lambda: threading.active_count() < threads + 50)
+
+    def said_in(seconds):
+        before = statements.total()
+        time.sleep(seconds)
+        return statements.total() - before
+
+    eventually(lambda: said_in(0.2) < 10)  # all of them have come to rest
+    assert said_in(2.0) < 2 * 10
+    monkeypatch.setattr(durable._Executor, "_look", lambda *_: None)  # from here on, hints alone
+    for handle in handles[::100]:
+        dbos.send(handle.workflow_id, "wake up")
+        assert handle.get_result() == "wake up"
+
+
+# --- Timeouts -----------------------------------------------------------------------------------------
+#
+# A deadline is a column: it begins with the run, passes to children, survives restarts, and cancels.
+
+
+WAITS = ["sleep", "recv", "get_event", "get_result", "read_stream"]
+
+
+@pytest.fixture(params=[f"{wait}{colour}" for wait in WAITS for colour in ("", "_async")])
+def waiting(dbos, sleeper, request):
+    """A workflow that waits in one way or another; `waiting.caught` lists what its handlers got to see."""
+    caught, forever = [], begin(dbos, sleeper, id="forever")
+    arguments = {
+        "sleep": (3600,),
+        "recv": (None, 3600),
+        "get_event": ("nobody", "key", 3600),
+        "get_result": (forever.workflow_id,),
+        "read_stream": (forever.workflow_id, "s"),
+    }
+    wait = functools.partial(getattr(dbos, request.param), *arguments[request.param.removesuffix("_async")])
+
+    @dbos.workflow(name="waiting")
+    def waiting():
+        try:
+            return list(wait() or [])
+        except Exception as error:
+            caught.append(error)
+
+    @dbos.workflow(name="waiting_async")
+    async def waiting_async():
+        try:
+            if request.param == "read_stream_async":
+                return [value async for value in wait()]
+            return await wait()
+        except Exception as error:
+            caught.append(error)
+
+    chosen = waiting_async if request.param.endswith("_async") else waiting
+    chosen.caught = caught
+    return chosen
+
+
+def is_cancelled(handle):
+    with pytest.raises(DBOSAwaitedWorkflowCancelledError, match=handle.workflow_id):
+        handle.get_result()
+    return handle.get_status().status == "CANCELLED"
+
+
+def test_at_its_deadline_a_workflow_is_cancelled(dbos, waiting):
+    """Whatever it waits for is interrupted, and nothing is raised that its own handlers would catch."""
+    with SetWorkflowTimeout(0.2):
+        handle = begin(dbos, waiting)
+    assert is_cancelled(handle)
+    assert waiting.caught == []
+
+
+def test_a_deadline_is_stored(dbos, greet, witness):
+    """timeout_s and deadline_at are in the row of the workflow, counted from its start by the database's clock."""
+    with SetWorkflowID("w"), SetWorkflowTimeout(60):
+        greet()
+    row, status = witness.workflow("w"), dbos.get_workflow_status("w")
+    assert abs((row.deadline_at - row.created_at).total_seconds() - 60) < 1
+    assert (row.timeout_s, status.workflow_timeout_ms) == (60, 60_000)
+    assert abs(status.workflow_deadline_epoch_ms - row.deadline_at.timestamp() * 1000) <= 1
+
+
+def test_a_timeout_that_makes_no_sense_is_refused():
+    """It must be a positive number of seconds, or None."""
+    with pytest.raises(Exception, match="-1"):
+        SetWorkflowTimeout(-1)
+
+
+def test_a_direct_call_is_cut_off_at_its_deadline(dbos, sleeper, witness):
+    """Its caller is told that the workflow was cancelled."""
+    told = (DBOSWorkflowCancelledError, DBOSAwaitedWorkflowCancelledError)
+    with SetWorkflowID("w"), SetWorkflowTimeout(0.2), pytest.raises(told):
+        sleeper()
+    assert witness.status("w") == "CANCELLED"
+
+
+def test_a_deadline_does_not_interrupt_a_step(dbos, gate, witness):
+    """The row is CANCELLED at the deadline; the body goes on to its next step, and no further."""
+    went_on = []
+
+    @dbos.step()
+    def hold():
+        gate()
+        return 1
+
+    @dbos.workflow()
+    def work():
+        hold()
+        went_on.append(1)
+
+    with SetWorkflowTimeout(0.2):
+        begin(dbos, work)
+    eventually(lambda: witness.status("w") == "CANCELLED")
+    gate.open()
+    dbos.destroy(workflow_completion_timeout_sec=10)
+    assert (went_on, witness.steps("w"), witness.status("w")) == ([], [], "CANCELLED")
+
+
+def test_who_is_in_time_keeps_the_result(dbos, greet, sleeper, witness):
+    """A deadline that passes after the end changes nothing."""
+    with SetWorkflowID("w"), SetWorkflowTimeout(3600):
+        greet()
+    before = witness.workflow("w")
+    with SetWorkflowTimeout(0.1):
+        assert is_cancelled(begin(dbos, sleeper, id="later"))
+    age(witness, "w")
+    dbos.destroy()
+    dbos.launch()
+    after = witness.workflow("w")
+    assert (after.status, after.output, after.completed_at) == ("SUCCESS", before.output, before.completed_at)
+
+
+def test_a_queued_workflows_time_begins_at_its_dequeue(queue, job, gate, witness):
+    """Until then it has a timeout and no deadline."""
+    queue.enqueue(job, "plug")
+    gate.await_body()
+    with SetWorkflowTimeout(3600):
+        handle = queue.enqueue(job, "next")
+    waiting = witness.workflow(handle.workflow_id)
+    assert (waiting.timeout_s, waiting.deadline_at) == (3600, None)
+    gate.open()
+    handle.get_result()
+    row = witness.workflow(handle.workflow_id)
+    assert row.deadline_at - row.dequeued_at == datetime.timedelta(hours=1)
+
+
+def test_children_inherit_the_deadline(dbos, queue, job, greet, witness):
+    """Called, started or enqueued, a child has its parent's absolute deadline, unless it is given another."""
+
+    @dbos.workflow()
+    def parent():
+        greet("called")
+        handles = [dbos.start_workflow(greet, "started"), queue.enqueue(job, "enqueued")]
+        with SetWorkflowTimeout(None):
+            handles += [dbos.start_workflow(greet, "unset"), queue.enqueue(job, "unset")]
+        with SetWorkflowTimeout(7200):
+            handles.append(dbos.start_workflow(greet, "own"))
+        return [handle.workflow_id for handle in handles if handle.get_result()]
+
+    with SetWorkflowID("p"), SetWorkflowTimeout(3600):
+        started, enqueued, *unset, own = parent()
+    deadline = witness.workflow("p").deadline_at
+    assert [witness.workflow(child).deadline_at for child in ("p-1", started, enqueued)] == [deadline] * 3
+    assert [witness.workflow(child).deadline_at for child in unset] == [None] * 2
+    later = witness.workflow(own).deadline_at - deadline
+    assert abs(later - datetime.timedelta(hours=1)) < datetime.timedelta(minutes=1)
+
+
+def test_a_deadline_cancels_children_too(dbos, sleeper, queue, job, gate, witness):
+    """Those that run and those that still wait in a queue."""
+    queue.enqueue(job, "plug")
+    gate.await_body()
+
+    @dbos.workflow()
+    def parent():
+        started, enqueued = dbos.start_workflow(sleeper), queue.enqueue(job, "never")
+        sleeper()
+        return [started, enqueued]
+
+    with SetWorkflowTimeout(0.4):
+        assert is_cancelled(begin(dbos, parent, id="p"))
+    for child in witness.column("select id from durable.workflows where parent_workflow_id = 'p'"):
+        eventually(lambda child=child: witness.status(child) == "CANCELLED")
+    gate.open()
+    assert enqueue(queue, job, "last").get_result() == "last"
+    assert job.ran == ["plug", "last"]
+
+
+def test_recovery_keeps_the_deadline(dbos, mailbox, witness):
+    """A restart neither extends it nor forgets it: what ran out meanwhile is cancelled."""
+    with SetWorkflowTimeout(3600):
+        begin(dbos, mailbox, 1)
+    deadline = witness.workflow("w").deadline_at
+    eventually(lambda: witness.steps("w"))
+    dbos.destroy()
+    dbos.launch()
+    eventually(lambda: witness.workflow("w").recovery_attempts == 2)
+    assert witness.workflow("w").deadline_at == deadline
+    dbos.destroy()
+    witness.run("update durable.workflows set deadline_at = now() - interval '1 hour'")
+    dbos.launch()
+    assert is_cancelled(dbos.retrieve_workflow("w"))
+
+
+def test_a_deadline_is_kept_for_the_dead(dbos, finished, witness):
+    """When the executor of a workflow has died, another one cancels it in time."""
+    finished("w")
+    orphan(witness, "w", name="web-2")
+    witness.run("update durable.workflows set deadline_at = now()")
+    assert is_cancelled(dbos.retrieve_workflow("w"))
+
+
+def test_a_block_within_a_block_has_its_own_timeout(dbos, greet, witness):
+    """None unsets it; afterwards the outer one holds again."""
+    with SetWorkflowTimeout(60):
+        with SetWorkflowTimeout(None):
+            begin(dbos, greet, id="unset").get_result()
+        with SetWorkflowTimeout(120):
+            begin(dbos, greet, id="inner").get_result()
+        begin(dbos, greet, id="outer").get_result()
+    assert [witness.workflow(each).timeout_s for each in ("unset", "inner", "outer")] == [None, 120, 60]
+
+
 # --- Queues -------------------------------------------------------------------------------------------
 #
 # Who may start what, and when: exact limits, first in first out, however many processes serve a queue.
@@ -3055,11 +4175,12 @@ def test_an_enqueued_workflow_waits_its_turn_and_runs(queue, job, gate, witness)
     gate.await_body()
     handle = queue.enqueue(job, "next")
     row = witness.workflow(handle.workflow_id)
-    assert (row.status, row.queue, row.claim, row.recovery_attempts) == ("ENQUEUED", "line", 0, 0)
+    assert (row.status, row.queue, row.recovery_attempts) == ("ENQUEUED", "line", 0)
     gate.open()
     assert (plug.get_result(), handle.get_result()) == ("plug", "next")
     assert handle.get_status().queue_name == "line"
-    assert witness.workflow(handle.workflow_id).recovery_attempts == 1
+    after = witness.workflow(handle.workflow_id)
+    assert (after.recovery_attempts, after.claim) == (1, row.claim + 1)
 
 
 def test_first_in_is_first_out(queue, job, gate):
@@ -3482,6 +4603,233 @@ def test_a_busy_queue_runs_each_job_once(programs, witness):
     assert len({each.pid for each in notes}) > 1
 
 
+# --- Schedules ----------------------------------------------------------------------------------------
+#
+# A cron expression is a set of instants.  Each of them, while anybody is there, is one workflow.
+
+
+def ticks(cron, after, count, zone="UTC"):
+    """The next ticks of a schedule, as text in its time zone."""
+    zone = zoneinfo.ZoneInfo(zone)
+    found = [datetime.datetime.fromisoformat(after).replace(tzinfo=zone)]
+    while len(found) <= count:
+        found.append(durable._Cron(cron, str(zone)).after(found[-1]))
+    local = [tick.astimezone(zone) for tick in found[1:]]
+    return [f"{t:%Y-%m-%dT%H:%M}{t::%S}".removesuffix(":00") + f"{t:%z}"[:3].removesuffix("+00") for t in local]
+
+
+@pytest.mark.parametrize(
+    ("cron", "after", "expected"),
+    [
+        ("* * * * *", "2026-12-31T23:58:00", "2026-12-31T23:59 2027-01-01T00:00 2027-01-01T00:01"),
+        ("* * * * *", "2026-11-23T09:00:59.900", "2026-11-23T09:01 2026-11-23T09:02"),
+        ("0 0 31 * *", "2026-01-31T00:00", "2026-03-31T00:00 2026-05-31T00:00 2026-07-31T00:00 2026-08-31T00:00"),
+        ("59 23 28-31 * *", "2027-02-28T23:58", "2027-02-28T23:59 2027-03-28T23:59 2027-03-29T23:59"),
+        ("0 0 29 2 *", "2026-01-01T00:00", "2028-02-29T00:00 2032-02-29T00:00"),
+        ("0 0 29 2 *", "2096-03-01T00:00", "2104-02-29T00:00"),
+        ("*/15 9-17 * * MON-FRI", "2026-11-20T17:30", "2026-11-20T17:45 2026-11-23T09:00 2026-11-23T09:15"),
+        ("0 12 10-20/5 * *", "2026-11-10T12:00", "2026-11-15T12:00 2026-11-20T12:00 2026-12-10T12:00"),
+        ("30 */12 1 jan,Jul *", "2026-06-30T00:00", "2026-07-01T00:30 2026-07-01T12:30 2027-01-01T00:30"),
+        ("1,2 0 1 1 *", "2026-06-01T00:00", "2027-01-01T00:01 2027-01-01T00:02 2028-01-01T00:01"),
+        # Day of the month or day of the week, where both are given.
+        ("0 0 13 * FRI", "2026-11-30T00:00", "2026-12-04T00:00 2026-12-11T00:00 2026-12-13T00:00 2026-12-18T00:00"),
+        ("0 0 13 * *", "2026-11-30T00:00", "2026-12-13T00:00 2027-01-13T00:00"),
+        ("0 0 * * FRI", "2026-11-30T00:00", "2026-12-04T00:00 2026-12-11T00:00"),
+        *((f"0 0 * * {sun}", "2026-11-23T00:00", "2026-11-29T00:00 2026-12-06T00:00") for sun in ("0", "7", "SUN")),
+        ("0 0 * * 5-7", "2026-11-23T00:00", "2026-11-27T00:00 2026-11-28T00:00 2026-11-29T00:00 2026-12-04T00:00"),
+        # Six fields: seconds first.
+        ("*/20 59 23 31 12 *", "2026-12-31T23:59:00", "2026-12-31T23:59:20 2026-12-31T23:59:40 2027-12-31T23:59"),
+        ("* * * * * *", "2026-12-31T23:59:58.500", "2026-12-31T23:59:59 2027-01-01T00:00 2027-01-01T00:00:01"),
+    ],
+)
+def test_a_schedule_ticks_when_it_says(cron, after, expected):
+    """Strictly later instants, in order, around the ends of months and years and in leap years."""
+    assert ticks(cron, after, len(expected.split())) == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("cron", "after", "expected"),
+    [
+        # 2027-03-28: Berlin's clocks go from 02:00 to 03:00.
+        ("30 1 * * *", "2027-03-27T12:00", "2027-03-28T01:30+01 2027-03-29T01:30+02"),
+        ("0 4 * * *", "2027-03-27T12:00", "2027-03-28T04:00+02 2027-03-29T04:00+02"),
+        ("*/30 * * * *", "2027-03-28T01:00", "2027-03-28T01:30+01 2027-03-28T03:00+02 2027-03-28T03:30+02"),
+        ("30 2 * * *", "2027-03-27T12:00", "2027-03-28T03:30+02 2027-03-29T02:30+02"),
+        ("0 2,3 * * *", "2027-03-27T12:00", "2027-03-28T03:00+02 2027-03-29T02:00+02"),
+        # 2027-10-31: from 03:00 back to 02:00.
+        ("30 2 * * *", "2027-10-30T12:00", "2027-10-31T02:30+02 2027-11-01T02:30+01"),
+        ("*/30 2-3 * * *", "2027-10-31T02:00", "2027-10-31T02:30+02 2027-10-31T03:00+01 2027-10-31T03:30+01"),
+        ("*/40 * * * *", "2027-10-31T02:00", "2027-10-31T02:40+02 2027-10-31T02:00+01 2027-10-31T02:40+01"),
+        ("0 4 * * *", "2027-10-30T12:00", "2027-10-31T04:00+01 2027-11-01T04:00+01"),
+        ("0 1 * * *", "2027-10-30T12:00", "2027-10-31T01:00+02 2027-11-01T01:00+01"),
+    ],
+)
+def test_a_schedule_keeps_the_time_of_its_zone(cron, after, expected):
+    """Four is four in summer and in winter; a time that is skipped comes later, one that comes twice counts once.
+
+    What runs every hour goes on running.
+    """
+    assert ticks(cron, after, len(expected.split()), "Europe/Berlin") == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("cron", "named"),
+    [
+        ("60 * * * *", "minute"),
+        ("*/0 * * * *", "minute"),
+        ("5-1 * * * *", "minute"),
+        ("x * * * *", "minute"),
+        ("1,,2 * * * *", "minute"),
+        ("-1 * * * *", "minute"),
+        ("1.5 * * * *", "minute"),
+        ("* 24 * * *", "hour"),
+        ("* * 0 * *", "day"),
+        ("* * 32 * *", "day"),
+        ("* * * 13 *", "month"),
+        ("* * * Foo *", "month"),
+        ("* * * * 8", "week"),
+        ("* * * * Mon-Foo", "week"),
+        ("60 * * * * *", "second"),
+        ("* * * *", "field"),
+        ("* * * * * * *", "field"),
+        ("", "field"),
+        ("* * 31 2 *", "31 2"),
+    ],
+)
+def test_a_cron_expression_that_makes_no_sense_is_refused(executor, cron, named):
+    """At the decorator, by an error that names the field."""
+    with pytest.raises(ValueError, match=named):
+        executor().scheduled(cron)(lambda scheduled, actual: None)
+
+
+def test_an_unknown_time_zone_is_refused(executor):
+    """At the decorator, by name."""
+    with pytest.raises(ValueError, match="Mars/Olympus"):
+        executor().scheduled("* * * * *", timezone="Mars/Olympus")(lambda scheduled, actual: None)
+
+
+EVERY_SECOND = "* * * * * *"
+
+
+@pytest.mark.parametrize("colour", ["blocking", "asynchronous"])
+def test_a_tick_is_a_workflow_that_knows_its_time(executor, witness, colour):
+    """Its ID is sched-, its name and the scheduled instant; it gets that and the actual time, both aware."""
+    dbos, times = executor(), []
+
+    def tick(scheduled, actual):
+        times.append((scheduled, actual))
+
+    async def tick_async(scheduled, actual):
+        times.append((scheduled, actual))
+
+    chosen = tick if colour == "blocking" else tick_async
+    dbos.scheduled(EVERY_SECOND)(dbos.workflow(name="tick")(chosen))
+    dbos.launch()
+    eventually(lambda: len(times) >= 2)
+    dbos.destroy(workflow_completion_timeout_sec=10)
+    for scheduled, actual in times:
+        row = witness.workflow(f"sched-tick-{scheduled.isoformat()}")
+        assert (row.name, row.queue, row.status) == ("tick", durable._INTERNAL_QUEUE, "SUCCESS")
+        assert scheduled.utcoffset() == datetime.timedelta(0)
+        assert scheduled <= actual
+    assert witness.one("select count(*) from durable.workflows") == len(times)
+
+
+def test_a_function_may_have_several_schedules(executor, monkeypatch, witness):
+    """Each ticks for itself, also one expression in two time zones."""
+    dbos, now = executor(), [0.0]
+    monkeypatch.setattr(durable._Executor, "clock", lambda self: now[0])
+    tick = dbos.workflow(name="tick")(lambda scheduled, actual: None)
+    for schedule in (("0 9 * * *", "Europe/Berlin"), ("0 9 * * *", "America/New_York"), ("30 12 * * *",)):
+        tick = dbos.scheduled(*schedule)(tick)
+    dbos.launch()
+    for day, hour in itertools.product((4, 5), (7.9, 8, 12.4, 12.5, 13.9, 14)):
+        now[0] = datetime.datetime(2027, 1, day, tzinfo=datetime.timezone.utc).timestamp() + 3600 * hour
+        durable._tick(dbos._executor)
+    assert sorted(witness.column("select id from durable.workflows where id like 'sched-tick-2027-%%'")) == [
+        f"sched-tick-2027-01-0{day}T{tick}"
+        for day in (4, 5)
+        for tick in ("09:00:00+01:00", "09:00:00-05:00", "12:30:00+00:00")
+    ]
+
+
+def test_ticks_that_nobody_was_there_for_are_made_up_for_an_hour(executor, monkeypatch, witness):
+    """After a pause each tick of the last hour runs once; those before are left out."""
+    dbos, now = executor(), [datetime.datetime(2027, 1, 4, 12, tzinfo=datetime.timezone.utc).timestamp()]
+    monkeypatch.setattr(durable._Executor, "clock", lambda self: now[0])
+    dbos.scheduled("*/20 * * * *")(dbos.workflow(name="tick")(lambda scheduled, actual: None))
+    dbos.launch()
+    for minutes in (0, 45, 300):
+        now[0] += 60 * minutes
+        durable._tick(dbos._executor)
+    ticks = [each[22:27] for each in sorted(witness.column("select id from durable.workflows"))]
+    assert ticks == ["12:20", "12:40", "17:00", "17:20", "17:40"]
+
+
+def test_a_scheduled_workflow_can_be_called_too(executor, witness):
+    """The decorator changes nothing about the function."""
+    dbos = executor()
+
+    @dbos.scheduled("0 0 1 1 *")
+    @dbos.workflow()
+    def tick(scheduled, actual):
+        return scheduled
+
+    dbos.launch()
+    assert tick(1, 2) == dbos.start_workflow(tick, 1, 2).get_result() == 1
+
+
+def clock(name):
+    """Note every second."""
+    DBOS(config={"executor_id": name, "admin_port": 0})
+
+    @DBOS.step()
+    def strike(at):
+        note("tick", at)
+
+    @DBOS.scheduled(EVERY_SECOND)
+    @DBOS.workflow(name="tick")
+    def tick(scheduled, actual):
+        strike(scheduled.isoformat())
+
+    DBOS.launch()
+    stay()
+
+
+def test_each_tick_runs_once_over_all_executors(programs, witness):
+    """Three processes serve one schedule, and one is killed: no second is left out, none comes twice."""
+    crew = [programs.start(clock, f"w{i}") for i in range(3)]
+    for process in crew:
+        process.await_ready()
+    eventually(lambda: len(programs.notes("tick")) >= 3)
+    crew[0].kill()
+    seen = len(programs.notes("tick"))
+    eventually(lambda: len(programs.notes("tick")) >= seen + 3)
+    for process in crew[1:]:
+        process.end()
+    assert set(programs.count("tick").values()) == {1}
+    ids = sorted(witness.column("select id from durable.workflows"))
+    instants = [datetime.datetime.fromisoformat(each.removeprefix("sched-tick-")) for each in ids]
+    second = datetime.timedelta(seconds=1)
+    assert [later - earlier for earlier, later in itertools.pairwise(instants)] == [second] * (len(ids) - 1)
+
+
+def test_a_deactivated_executor_schedules_nothing(executor, witness):
+    """Its clock stops, while that of others goes on."""
+    dbos, other = executor(run_admin_server=True, admin_port=0), executor(executor_id="other")
+    for each, name in ((dbos, "tick"), (other, "tock")):
+        each.scheduled(EVERY_SECOND)(each.workflow(name=name)(lambda scheduled, actual: None))
+        each.launch()
+    count = functools.partial(witness.one, "select count(*) from durable.workflows where name = %s")
+    eventually(lambda: count("tick"))
+    assert ask(dbos.admin_port, "GET", "/deactivate").status == 200
+    tocks = count("tock")
+    eventually(lambda: count("tock") >= tocks + 2)
+    ticks, tocks = count("tick"), count("tock")
+    eventually(lambda: count("tock") >= tocks + 2)
+    assert count("tick") == ticks
+
+
 # --- Recovery -----------------------------------------------------------------------------------------
 #
 # What a dead executor left PENDING is taken up by its successor: same name, same version, one claim on.
@@ -3590,6 +4938,7 @@ def test_live_work_is_never_taken(dbos, executor, finished, gate, witness, fast_
 
     with SetWorkflowID("live"):
         handle = dbos.start_workflow(slow)
+    claim = witness.workflow("live").claim
     gate.await_body()
     finished("bait")
     orphan(witness, "bait", name="helper")
@@ -3600,7 +4949,7 @@ def test_live_work_is_never_taken(dbos, executor, finished, gate, witness, fast_
     for _ in range(2):  # by the time that the bait is taken, the sweep has looked at the rest too
         orphan(witness, "bait", name=namesake.executor_id)
         assert result_of(namesake, "bait") in ("taken", "hello bait")
-    assert witness.workflow("live").claim == 1
+    assert witness.workflow("live").claim == claim
     gate.open()
     handle.get_result()
     assert runs == [1]
@@ -3667,12 +5016,13 @@ def test_an_unregistered_workflow_is_left_alone_and_logged_once(dbos, finished, 
     """A row whose function is not there stays as it is, and the log names the function, once."""
     finished("w", "bait")
     witness.run("update durable.workflows set name = 'forgotten_function' where id = 'w'")
+    claim = witness.workflow("w").claim
     rewind(dbos, witness, "w")
     for _ in range(3):
         orphan(witness, "bait")
         result_of(dbos, "bait")
     row = witness.workflow("w")
-    assert (row.status, row.recovery_attempts, row.claim) == ("PENDING", 1, 1)
+    assert (row.status, row.recovery_attempts, row.claim) == ("PENDING", 1, claim)
     assert len(warnings_in(caplog, "forgotten_function")) == 1
 
 
@@ -4140,6 +5490,1291 @@ def test_hints_arrive_after_the_listening_session_was_terminated(dbos, executor,
     assert other.enqueue_workflow("line", unused, 2).get_result() == 2
 
 
+# --- Management ---------------------------------------------------------------------------------------
+#
+# What operators do to workflows: find, cancel, resume, fork, delete.  Inside a workflow these are steps.
+
+
+NEW_YEAR = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)
+MINUTE_3 = (NEW_YEAR + datetime.timedelta(minutes=3)).timestamp() * 1000
+
+
+@pytest.fixture
+def crowd(dbos, executor, queue, job, witness):
+    """Workflows of all kinds, by ID, created one minute apart in this order from 2026-01-01 on."""
+
+    @dbos.workflow(name="greet")
+    def greet(name):
+        return f"hello {name}"
+
+    @dbos.workflow(name="fail")
+    def fail():
+        raise ValueError("no luck")
+
+    @dbos.workflow(name="parent")
+    def parent():
+        with SetWorkflowID("child"):
+            return greet("child")
+
+    with SetWorkflowID("a_1"):
+        greet("one")
+    with SetWorkflowID("a%2"):
+        greet("two")
+    with SetWorkflowID("ab3"):
+        greet("three")
+    with SetWorkflowID("failed"), contextlib.suppress(ValueError):
+        fail()
+    with SetWorkflowID("parent"):
+        parent()
+    with SetWorkflowID("delayed"):
+        enqueue(queue, job, "delayed", delay_seconds=3600)
+    with SetWorkflowID("forked"):
+        dbos.restart_workflow("a_1").get_result()
+    with SetWorkflowID("stopped"):
+        enqueue(queue, job, "stopped", delay_seconds=3600)
+    dbos.cancel_workflow("stopped")
+    witness.run("update durable.workflows set application_version = 'v0', executor_id = 'web-2' where id = 'ab3'")
+    ids = ["a_1", "a%2", "ab3", "failed", "parent", "child", "delayed", "forked", "stopped"]
+    for minute, workflow_id in enumerate(ids):
+        created_at = NEW_YEAR + datetime.timedelta(minutes=minute)
+        witness.run("update durable.workflows set created_at = %s where id = %s", created_at, workflow_id)
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({}, "a_1 a%2 ab3 failed parent child delayed forked stopped"),
+        ({"sort_desc": True, "limit": 3}, "stopped forked delayed"),
+        ({"limit": 2}, "a_1 a%2"),
+        ({"offset": 7}, "forked stopped"),
+        ({"limit": 2, "offset": 1, "name": "greet"}, "a%2 ab3"),
+        ({"limit": 0}, ""),
+        ({"workflow_ids": ["ab3", "a_1", "nobody"]}, "a_1 ab3"),
+        ({"workflow_ids": []}, ""),
+        ({"status": "ERROR"}, "failed"),
+        ({"status": ["ERROR", "CANCELLED"]}, "failed stopped"),
+        ({"name": "fail"}, "failed"),
+        ({"name": ["fail", "parent"]}, "failed parent"),
+        ({"app_version": "v0"}, "ab3"),
+        ({"app_version": ["v0", "v7"]}, "ab3"),
+        ({"executor_id": "web-2"}, "ab3"),
+        ({"executor_id": ["web-2", "web-3"]}, "ab3"),
+        ({"forked_from": "a_1"}, "forked"),
+        ({"forked_from": ["a_1", "ab3"]}, "forked"),
+        ({"parent_workflow_id": "parent"}, "child"),
+        ({"parent_workflow_id": ["parent", "a_1"]}, "child"),
+        ({"queue_name": "line"}, "delayed stopped"),
+        ({"queue_name": ["line", "other"]}, "delayed stopped"),
+        ({"workflow_id_prefix": "a"}, "a_1 a%2 ab3"),
+        ({"workflow_id_prefix": "a_"}, "a_1"),
+        ({"workflow_id_prefix": "a%"}, "a%2"),
+        ({"workflow_id_prefix": ["a_", "fail"]}, "a_1 failed"),
+        ({"start_time": "2026-01-01T00:07:00Z"}, "forked stopped"),
+        ({"start_time": "2026-01-01T01:07:00+01:00"}, "forked stopped"),
+        ({"end_time": "2026-01-01T00:01:00+00:00"}, "a_1 a%2"),
+        ({"start_time": "2026-01-01T00:02:30Z", "end_time": "2026-01-01T00:03:30Z"}, "failed"),
+        ({"start_time": MINUTE_3, "end_time": MINUTE_3}, "failed"),
+        ({"name": "greet", "status": "SUCCESS", "workflow_id_prefix": "a", "sort_desc": True}, "ab3 a%2 a_1"),
+    ],
+    ids=str,
+)
+def test_workflows_are_found_by_what_is_known_of_them(dbos, crowd, filters, expected):
+    """Every filter, alone and together, one value or several; text is taken literally."""
+    assert [each.workflow_id for each in dbos.list_workflows(**filters)] == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("filters", "named"),
+    [
+        ({"status": "DONE"}, "DONE"),
+        ({"start_time": "yesterday"}, "start_time"),
+        ({"end_time": "2026-13-01"}, "end_time"),
+        ({"limit": -1}, "limit"),
+        ({"offset": -1}, "offset"),
+    ],
+    ids=str,
+)
+def test_a_filter_that_makes_no_sense_is_refused(dbos, filters, named):
+    """The error names it."""
+    with pytest.raises((ValueError, DBOSException), match=named):
+        dbos.list_workflows(**filters)
+
+
+def test_a_list_shows_each_workflow_whole(dbos, crowd):
+    """The same as get_workflow_status; inputs and outputs are left out where nobody asks for them."""
+    for found in dbos.list_workflows():
+        alone = dbos.get_workflow_status(found.workflow_id)
+        assert {**vars(found), "error": repr(found.error)} == {**vars(alone), "error": repr(alone.error)}
+    (bare,) = dbos.list_workflows(workflow_ids=["a_1"], load_input=False, load_output=False)
+    assert (bare.input, bare.output, bare.name) == (None, None, "greet")
+    (failed,) = dbos.list_workflows(status="ERROR", load_output=False)
+    assert failed.error is None
+
+
+def test_queued_workflows_are_those_that_a_queue_has_now(dbos, crowd, queue, job, gate):
+    """Delayed, waiting and running ones; with the same filters."""
+    with SetWorkflowID("running"):
+        queue.enqueue(job, "plug")
+    gate.await_body()
+    with SetWorkflowID("waiting"):
+        queue.enqueue(job, "waiting")
+    listed = [each.workflow_id for each in dbos.list_queued_workflows()]
+    assert listed == ["delayed", "running", "waiting"]
+    assert [w.workflow_id for w in dbos.list_queued_workflows(status="PENDING", queue_name="line")] == ["running"]
+    assert dbos.list_queued_workflows(queue_name="other") == []
+
+
+@pytest.mark.parametrize("by", ["its own executor", "another"])
+def test_cancel_interrupts_every_wait_at_once(no_polling, dbos, elsewhere, waiting, by, witness):
+    """Wherever it is asked for: a hint tells the run; its handlers get to see nothing."""
+    handle = begin(dbos, waiting)
+    eventually(lambda: dbos._executor.running["w"].stop.wakers)
+    (dbos if by == "its own executor" else elsewhere).cancel_workflow("w")
+    assert is_cancelled(handle)
+    eventually(lambda: "w" not in dbos._executor.running)
+    assert waiting.caught == []
+    assert witness.workflow("w").completed_at is not None
+
+
+def test_cancel_ends_a_busy_workflow_at_its_next_step(dbos, held, gate, witness):
+    """What its step returns is not recorded, and its outcome is not written."""
+    dbos.cancel_workflow("w")
+    assert witness.status("w") == "CANCELLED"
+    before = witness.workflow("w")
+    gate.open()
+    assert is_cancelled(held.handle)
+    dbos.destroy(workflow_completion_timeout_sec=10)
+    assert (held.seen, witness.steps("w"), witness.workflow("w")) == ([], [], before)
+
+
+def test_a_step_of_a_cancelled_workflow_announces_nothing(dbos, gate, witness):
+    """What it says after the cancel is not written, and it ends."""
+
+    @dbos.step()
+    def hold(say):
+        gate()
+        getattr(dbos, say)("key", 1)
+
+    @dbos.workflow()
+    def work(say):
+        hold(say)
+
+    handles = [begin(dbos, work, say, id=say) for say in ("set_event", "write_stream")]
+    eventually(lambda: gate.reached.is_set() and len(dbos._executor.running) == 2)
+    dbos.cancel_workflows([handle.workflow_id for handle in handles])
+    gate.open()
+    assert [is_cancelled(handle) for handle in handles] == [True, True]
+    eventually(lambda: not dbos._executor.running)
+    assert rows_left(witness, "set_event") == rows_left(witness, "write_stream") == {"workflows": 1}
+
+
+def test_cancel_and_the_end_may_race(dbos, witness):
+    """Whichever comes first, the row, the handle and the caller agree, and it stays at that."""
+
+    @dbos.step()
+    def step(n):
+        return n
+
+    @dbos.workflow()
+    def work(n):
+        return step(n)
+
+    def outcome(handle):
+        try:
+            return handle.get_result()
+        except DBOSAwaitedWorkflowCancelledError:
+            return "CANCELLED"
+
+    outcomes = {}
+    for n in range(40):
+        handle = begin(dbos, work, n, id=f"w{n}")
+        dbos.cancel_workflow(f"w{n}")
+        outcomes[f"w{n}"] = outcome(handle)
+    dbos.destroy(workflow_completion_timeout_sec=10)
+    for workflow_id, told in outcomes.items():
+        row = witness.workflow(workflow_id)
+        assert told == (json.loads(row.output) if row.status == "SUCCESS" else row.status)
+
+
+def test_a_workflow_may_cancel_itself(dbos, witness):
+    """It ends there, before its next step."""
+    went_on = []
+
+    @dbos.workflow()
+    def work():
+        dbos.cancel_workflow(dbos.workflow_id)
+        went_on.append(dbos.recv(timeout_seconds=0))
+
+    assert is_cancelled(begin(dbos, work))
+    assert went_on == []
+
+
+def test_cancel_leaves_what_has_ended(dbos, crowd, witness):
+    """SUCCESS and ERROR stay; an unknown ID is nothing; several may be named at once."""
+    before = witness.rows("select * from durable.workflows where id <> 'delayed' order by number")
+    dbos.cancel_workflow("nobody")
+    dbos.cancel_workflows([*crowd, "nobody"])
+    assert witness.rows("select * from durable.workflows where id <> 'delayed' order by number") == before
+    assert witness.status("delayed") == "CANCELLED"
+
+
+@pytest.mark.parametrize("limits", [{"concurrency": 1}, {"worker_concurrency": 1}], ids=str)
+def test_cancel_frees_the_place_in_the_queue(dbos, job, gate, witness, limits):
+    """The next one starts though the body still runs; the deduplication ID may be used again."""
+    queue = dbos.register_queue("line", **limits)
+    plug = enqueue(queue, job, "plug", deduplication_id="d")
+    gate.await_body()
+    waiting = enqueue(queue, job, "never", deduplication_id="e")
+    following = queue.enqueue(job, "following")
+    dbos.cancel_workflows([plug.workflow_id, waiting.workflow_id])
+    eventually(lambda: witness.status(following.workflow_id) == "SUCCESS", within=PATIENCE_S / 2)
+    assert enqueue(queue, job, "d", deduplication_id="d").get_result() == "d"
+    assert enqueue(queue, job, "e", deduplication_id="e").get_result() == "e"
+    assert job.ran == ["following", "d", "e"]
+    assert [witness.status(each.workflow_id) for each in (plug, waiting)] == ["CANCELLED"] * 2
+
+
+def test_cancel_may_take_the_children_along(dbos, sleeper, witness):
+    """With cancel_children the whole family stops, without it only the parent."""
+
+    @dbos.workflow()
+    def parent():
+        return dbos.start_workflow(sleeper).get_result()
+
+    for workflow_id, children in (("alone", False), ("all", True)):
+        handle = begin(dbos, parent, id=workflow_id)
+        eventually(lambda each=workflow_id: witness.steps(f"{each}-1"))
+        dbos.cancel_workflow(workflow_id, cancel_children=children)
+        assert is_cancelled(handle)
+    assert [witness.status(each) for each in ("alone-1", "all-1")] == ["PENDING", "CANCELLED"]
+
+
+def test_a_cancelled_parent_may_be_resumed_with_its_child(dbos, sleeper, witness):
+    """The parent waits for the child that it had, wherever that is."""
+
+    @dbos.workflow()
+    def parent():
+        return dbos.start_workflow(sleeper).get_result()
+
+    handle = begin(dbos, parent, id="p")
+    eventually(lambda: witness.steps("p") and witness.steps("p-1"))
+    dbos.cancel_workflow("p", cancel_children=True)
+    assert is_cancelled(handle)
+    age(witness, "p-1")
+    dbos.resume_workflows(["p", "p-1"])
+    assert handle.get_result() == "awake"
+
+
+def test_resume_goes_on_where_the_workflow_was_stopped(dbos, mailbox, witness):
+    """Its steps are recalled, the earlier handle gives the new result, and its row is as good as new."""
+    with SetWorkflowTimeout(3600):
+        handle = begin(dbos, mailbox, 2)
+    deadline = witness.workflow("w").deadline_at
+    dbos.send("w", 1)
+    eventually(lambda: len(witness.steps("w")) == 3)
+    dbos.cancel_workflow("w")
+    assert is_cancelled(handle)
+    dbos.send("w", 2)
+    resumed = dbos.resume_workflow("w")
+    assert (resumed.workflow_id, resumed.get_result(), handle.get_result()) == ("w", [1, 2], [1, 2])
+    row = witness.workflow("w")
+    assert (row.status, row.recovery_attempts, row.queue) == ("SUCCESS", 1, durable._INTERNAL_QUEUE)
+    assert row.deadline_at > deadline  # its time began anew
+    assert witness.steps("w") == ["DBOS.recv", "DBOS.sleep"] * 2
+
+
+def test_resume_clears_what_kept_a_workflow_from_running(dbos, queue, job, gate, witness):
+    """A waiting or delayed one starts at once, out of its queue, without its deduplication ID."""
+    queue.enqueue(job, "plug")
+    gate.await_body()
+    waiting = enqueue(queue, job, "waiting", deduplication_id="d")
+    delayed = enqueue(queue, job, "delayed", delay_seconds=3600)
+    for handle in (waiting, delayed):
+        assert dbos.resume_workflow(handle.workflow_id).get_result() == handle.get_result()
+    assert job.ran == ["waiting", "delayed"]
+    assert witness.workflow(waiting.workflow_id).deduplication_id is None
+
+
+def test_resume_takes_a_dead_letter_up_again(dbos, finished, witness):
+    """Its attempts are counted anew."""
+    finished("w")
+    witness.run(
+        """
+        update durable.workflows set status = 'MAX_RECOVERY_ATTEMPTS_EXCEEDED', output = null, completed_at = null,
+               recovery_attempts = 102
+        """
+    )
+    assert dbos.resume_workflow("w").get_result() == "hello w"
+    assert witness.workflow("w").recovery_attempts == 1
+
+
+def test_resume_does_nothing_to_what_has_ended(dbos, crowd, witness):
+    """SUCCESS and ERROR stay as they are, to the last column."""
+    before = witness.rows("select * from durable.workflows where id in ('a_1', 'failed') order by id")
+    assert dbos.resume_workflow("a_1").get_result() == "hello one"
+    with pytest.raises(ValueError, match="no luck"):
+        dbos.resume_workflow("failed").get_result()
+    assert witness.rows("select * from durable.workflows where id in ('a_1', 'failed') order by id") == before
+
+
+def test_resume_supersedes_a_run_that_is_still_at_work(dbos, held, gate, witness):
+    """A later claim takes over; what the former run does from then on counts for nothing."""
+    claim = witness.workflow("w").claim
+    runs, hold = [], held.handle
+    resumed = dbos.resume_workflow("w")
+    eventually(lambda: witness.workflow("w").claim > claim and witness.status("w") == "PENDING")
+    gate.open()
+    assert (resumed.get_result(), hold.get_result(), runs) == ("mine", "mine", [])
+    dbos.destroy(workflow_completion_timeout_sec=10)
+    assert (held.seen, witness.ledger()) == (["went on", "write"], {"late": 1})
+    assert witness.steps("w") == ["hold", "write"]
+
+
+def test_resume_need_not_wait_for_the_cancelled_run_to_end(dbos, held, gate, witness):
+    """While the body is still in its step, another run begins and ends; the first one's words count for nothing."""
+    dbos.cancel_workflow("w")
+    gate.reached.clear()
+    resumed = dbos.resume_workflow("w")
+    gate.await_body()
+    gate.open()
+    assert resumed.get_result() == held.handle.get_result() == "mine"
+    dbos.destroy(workflow_completion_timeout_sec=10)
+    assert (held.seen, witness.ledger()) == (["went on", "write"], {"late": 1})
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda dbos: dbos.resume_workflow("nobody"),
+        lambda dbos: dbos.resume_workflows(["nobody"]),
+        lambda dbos: dbos.fork_workflow("nobody", 1),
+        lambda dbos: dbos.restart_workflow("nobody"),
+    ],
+    ids=["resume_workflow", "resume_workflows", "fork_workflow", "restart_workflow"],
+)
+def test_what_needs_a_workflow_says_when_there_is_none(dbos, operation):
+    """The error names the ID."""
+    with pytest.raises(DBOSNonExistentWorkflowError, match="nobody"):
+        operation(dbos)
+
+
+@pytest.fixture
+def letters(dbos):
+    """A workflow of three steps that return "a1", "b1", "c1"...; `letters.ran` counts all runs of all steps."""
+    ran = []
+
+    @dbos.step(name="letter")
+    def letter(name):
+        ran.append(name)
+        return f"{name}{ran.count(name)}"
+
+    @dbos.workflow(name="letters")
+    def letters():
+        return [letter(name) for name in "abc"]
+
+    letters.ran = ran
+    return letters
+
+
+@pytest.mark.parametrize(
+    ("start_step", "result"),
+    [
+        *((first, ["a2", "b2", "c2"]) for first in (-5, 0, 1)),
+        (2, ["a1", "b2", "c2"]),
+        (3, ["a1", "b1", "c2"]),
+        (4, ["a1", "b1", "c1"]),
+        (99, ["a1", "b1", "c1"]),
+    ],
+)
+def test_a_fork_shares_the_steps_before_its_start(dbos, letters, witness, start_step, result):
+    """It is a new workflow with a copy of those records; the original stays as it is."""
+    with SetWorkflowID("w"):
+        original = letters()
+    before = witness.workflow("w")
+    fork = dbos.fork_workflow("w", start_step)
+    assert fork.get_result() == result
+    assert fork.get_status().forked_from == "w"
+    assert witness.steps(fork.workflow_id) == ["letter"] * 3
+    assert (witness.workflow("w"), result_of(dbos, "w"), fork.workflow_id != "w") == (before, original, True)
+
+
+def test_a_fork_may_be_named_and_given_a_version(dbos, executor, letters, witness):
+    """SetWorkflowID names it; application_version leaves it to the executors of that version."""
+    with SetWorkflowID("w"):
+        letters()
+    with SetWorkflowID("fork"):
+        fork = dbos.fork_workflow("w", 3, application_version="v2")
+    assert (fork.workflow_id, witness.status("fork")) == ("fork", "ENQUEUED")
+    row = witness.workflow("fork")
+    assert (row.queue, row.application_version) == (durable._INTERNAL_QUEUE, "v2")
+    new = executor(application_version="v2", executor_id="new")
+    letter = new.step(name="letter")(lambda name: f"{name} by v2")
+    new.workflow(name="letters")(lambda: [letter(name) for name in "abc"])
+    new.launch()
+    assert fork.get_result() == ["a1", "b1", "c by v2"]
+
+
+def test_a_fork_never_takes_an_id_that_is_taken(dbos, letters, witness):
+    """The error names the ID, and nothing has changed."""
+    for workflow_id in ("w", "taken"):
+        with SetWorkflowID(workflow_id):
+            letters()
+    before = witness.rows("select * from durable.workflows order by id")
+    with SetWorkflowID("taken"), pytest.raises(DBOSException, match="taken"):
+        dbos.fork_workflow("w", 2)
+    assert witness.rows("select * from durable.workflows order by id") == before
+
+
+def test_a_workflow_is_restarted_as_a_fork_from_its_beginning(dbos, letters):
+    """With its inputs, and none of its records."""
+    with SetWorkflowID("w"):
+        letters()
+    restarted = dbos.restart_workflow("w")
+    assert (restarted.get_result(), restarted.get_status().forked_from) == (["a2", "b2", "c2"], "w")
+
+
+def test_a_fork_has_events_and_streams_as_of_then(dbos, gate):
+    """Of each key the value that was set before the start; of each stream what was written before it."""
+    waits = threading.Event()
+
+    @dbos.workflow()
+    def work():
+        dbos.set_event("key", "early")
+        dbos.write_stream("s", "early")
+        if waits.is_set():
+            gate()
+        dbos.set_event("key", "late")
+        dbos.set_event("another", "late")
+        dbos.write_stream("s", "late")
+        dbos.close_stream("s")
+
+    with SetWorkflowID("w"):
+        work()
+    waits.set()
+    fork = dbos.fork_workflow("w", 3).workflow_id
+    gate.await_body()
+    assert dbos.get_all_events(fork) == {"key": "early"}
+    values = dbos.read_stream(fork, "s")
+    assert next(values) == "early"
+    gate.open()
+    assert [*values] == ["late"]
+    result_of(dbos, fork)
+    assert dbos.get_all_events(fork) == dbos.get_all_events("w") == {"key": "late", "another": "late"}
+
+
+def test_a_fork_of_interleaved_streams_has_each_value_once(dbos):
+    """Of what parallel steps wrote it copies that of the steps before its start, and nothing is read twice."""
+
+    @dbos.step()
+    async def write(name, turns):
+        for n in range(3):
+            await turns[name].acquire()
+            await dbos.write_stream_async("s", f"{name}{n}")
+            turns["b" if name == "a" else "a"].release()
+
+    @dbos.workflow()
+    async def work():
+        turns = {"a": asyncio.Semaphore(1), "b": asyncio.Semaphore(0 if dbos.workflow_id == "w" else 3)}
+        await asyncio.gather(write("a", turns), write("b", turns))
+
+    with SetWorkflowID("w"):
+        asyncio.run(work())
+    assert list(dbos.read_stream("w", "s")) == ["a0", "b0", "a1", "b1", "a2", "b2"]
+    fork = dbos.fork_workflow("w", 2)
+    fork.get_result()
+    assert list(dbos.read_stream(fork.workflow_id, "s")) == ["a0", "a1", "a2", "b0", "b1", "b2"]
+
+
+def test_a_fork_has_no_messages(dbos, mailbox):
+    """What the original received it recalls; what waits there was not sent to it."""
+    handle = begin(dbos, mailbox, 2)
+    for n in (1, 2, 3):
+        dbos.send("w", n)
+    assert handle.get_result() == [1, 2]
+    fork = dbos.fork_workflow("w", 3)
+    dbos.send(fork.workflow_id, 4)
+    assert fork.get_result() == [1, 4]
+
+
+def test_a_fork_recalls_the_children_before_its_start(dbos, family):
+    """Those behind it are started anew, under IDs of the fork."""
+    with SetWorkflowID("p"):
+        family()
+    family.seen.clear()
+    with SetWorkflowID("q"):
+        fork = dbos.fork_workflow("p", 4)
+    assert (fork.get_result(), family.seen) == ([10, 20], [2])
+    assert [step["child_workflow_id"] for step in steps(dbos, "q")] == ["p-1", "p-1", None, "q-4", "q-4"]
+
+
+def test_a_fork_of_a_method_keeps_its_instance(dbos, shop):
+    """It is called on the instance that the original was called on."""
+    shop("cheap", 2)
+    with SetWorkflowID("w"):
+        shop("dear", 100).sell(3)
+    assert dbos.fork_workflow("w", 1).get_result() == 311
+    assert shop.seen == ["dear", "dear"]
+
+
+@pytest.fixture
+def rich(dbos, witness):
+    """A workflow "w" with rows in every table, and its child "w-1"."""
+
+    @dbos.workflow(name="child")
+    def child():
+        return 1
+
+    @dbos.workflow(name="rich")
+    def rich(value):
+        dbos.start_workflow(child).get_result()
+        dbos.set_event("key", value)
+        dbos.write_stream("s", value)
+        dbos.send(dbos.workflow_id, value, idempotency_key="k")
+        dbos.send(dbos.workflow_id, "left over")
+        return dbos.recv(timeout_seconds=0)
+
+    with SetWorkflowID("w"):
+        assert rich("first") == "first"
+    return rich
+
+
+def rows_left(witness, workflow_id):
+    """How many rows of a workflow each table has."""
+    left = {"workflows": witness.one("select count(*) from durable.workflows where id = %s", workflow_id)}
+    for table in ("steps", "messages", "events", "streams"):
+        left[table] = witness.one(f"select count(*) from durable.{table} where workflow_id = %s", workflow_id)
+    return {table: rows for table, rows in left.items() if rows}
+
+
+def test_delete_leaves_no_row(dbos, rich, witness):
+    """Steps, messages, events and streams go with the workflow; children stay unless they are meant too."""
+    assert set(rows_left(witness, "w")) == {"workflows", "steps", "messages", "events", "streams"}
+    dbos.delete_workflow("w")
+    assert rows_left(witness, "w") == {}
+    assert witness.status("w-1") == "SUCCESS"
+    with pytest.raises(DBOSNonExistentWorkflowError):
+        dbos.retrieve_workflow("w")
+    dbos.delete_workflows(["w", "nobody"])
+    dbos.delete_workflow("w-1")
+    with SetWorkflowID("w"):
+        rich("second")
+    dbos.delete_workflow("w", delete_children=True)
+    assert rows_left(witness, "w") == rows_left(witness, "w-1") == {}
+
+
+def test_delete_ends_a_run_that_waits(no_polling, dbos, elsewhere, waiting):
+    """Wherever it was asked for; whoever waits for the result is told that there is none."""
+    handle = begin(dbos, waiting)
+    eventually(lambda: dbos._executor.running["w"].stop.wakers)
+    elsewhere.delete_workflow("w")
+    with pytest.raises(DBOSNonExistentWorkflowError, match="w"):
+        handle.get_result()
+    eventually(lambda: "w" not in dbos._executor.running)
+    assert waiting.caught == []
+
+
+def test_delete_is_one_transaction(dbos, rich, witness):
+    """When one row cannot be deleted, all stay."""
+    before = rows_left(witness, "w")
+    witness.run(
+        """
+        create function refuse() returns trigger language plpgsql as
+        $$ begin raise exception 'refused' using errcode = '22023'; end $$
+        """
+    )
+    for table in ("workflows", "steps", "messages", "events", "streams"):
+        witness.run(f"create trigger refuse before delete on durable.{table} for each row execute function refuse()")
+        try:
+            with pytest.raises(psycopg.Error, match="refused"):
+                dbos.delete_workflow("w")
+        finally:
+            witness.run(f"drop trigger refuse on durable.{table}")
+        assert rows_left(witness, "w") == before
+    witness.run("drop function refuse")
+
+
+def test_a_reused_id_sees_nothing_old(dbos, rich):
+    """After a deletion the ID is new: other arguments, other results, no messages, events, keys or streams."""
+    dbos.delete_workflow("w", delete_children=True)
+    assert dbos.get_event("w", "key", timeout_seconds=0) is None
+    with SetWorkflowID("w"):
+        assert rich("second") == "second"
+    assert dbos.get_all_events("w") == {"key": "second"}
+    assert list(dbos.read_stream("w", "s")) == ["second"]
+    assert result_of(dbos, "w") == "second"
+
+
+@pytest.mark.parametrize("colour", ["blocking", "asynchronous"])
+def test_a_deleted_run_that_goes_on_does_not_touch_its_successor(dbos, colour, gate, witness):
+    """While the first run of "w" is still at work, a new "w" begins and ends; then the first goes on."""
+    entered = []
+
+    @dbos.step(name="hold")
+    def hold(name):
+        if name == "first":
+            gate()
+        return name
+
+    @dbos.step(name="hold_async")
+    async def hold_async(name):
+        gate.reached.set()
+        while name == "first" and not gate.opened.is_set():
+            await asyncio.sleep(0.01)
+        return name
+
+    @dbos.workflow(name="work")
+    def work(name):
+        held = hold(name)
+        entered.append(name)
+        dbos.set_event("key", name)
+        return held
+
+    @dbos.workflow(name="work_async")
+    async def work_async(name):
+        held = await hold_async(name)
+        entered.append(name)
+        await dbos.set_event_async("key", name)
+        return held
+
+    chosen = work if colour == "blocking" else work_async
+    begin(dbos, chosen, "first")
+    gate.await_body()
+    dbos.delete_workflow("w")
+    second = begin(dbos, chosen, "second")
+    assert second.get_result() == "second"
+    before = witness.workflow("w"), steps(dbos, "w")
+    gate.open()
+    dbos.destroy(workflow_completion_timeout_sec=10)
+    dbos.launch()
+    assert (witness.workflow("w"), steps(dbos, "w")) == before
+    assert (entered, dbos.get_all_events("w"), result_of(dbos, "w")) == (["second"], {"key": "second"}, "second")
+
+
+def test_the_first_claim_is_no_guess(dbos, greet, witness):
+    """Each workflow's begins elsewhere, so that no late write of a deleted run fits its successor's fence."""
+    claims = set()
+    for _ in range(20):
+        with SetWorkflowID("w"):
+            greet()
+        claims.add(witness.workflow("w").claim)
+        dbos.delete_workflow("w")
+    assert len(claims) == 20
+
+
+def test_garbage_is_what_ended_before_the_cutoff(dbos, crowd, witness):
+    """Older workflows go with all their rows; unfinished ones stay, however old."""
+    witness.run("insert into durable.events (workflow_id, key, value, position) values ('a_1', 'key', '1', 1)")
+    dbos.garbage_collect(cutoff_epoch_timestamp_ms=int(MINUTE_3))
+    left = [each.workflow_id for each in dbos.list_workflows()]
+    assert left == ["failed", "parent", "child", "delayed", "forked", "stopped"]
+    assert rows_left(witness, "a_1") == {}
+    dbos.garbage_collect(cutoff_epoch_timestamp_ms=int(time.time() * 1000))
+    assert [each.workflow_id for each in dbos.list_workflows()] == ["delayed"]
+    assert witness.column("select distinct workflow_id from durable.steps") == []
+
+
+def test_garbage_is_what_is_more_than_enough(dbos, crowd, witness):
+    """With rows_threshold the newest so many stay; both limits together take the stricter one."""
+    dbos.garbage_collect()
+    assert [each.workflow_id for each in dbos.list_workflows()] == crowd
+    dbos.garbage_collect(rows_threshold=100)
+    assert [each.workflow_id for each in dbos.list_workflows()] == crowd
+    dbos.garbage_collect(cutoff_epoch_timestamp_ms=int(MINUTE_3), rows_threshold=2)
+    assert [each.workflow_id for each in dbos.list_workflows()] == ["delayed", "forked", "stopped"]
+
+
+def test_a_global_timeout_cancels_what_began_before_it(dbos, sleeper, witness, crowd):
+    """Unfinished workflows that are older; nothing that has ended, nothing that is younger."""
+    handle = begin(dbos, sleeper, id="young")
+    old = begin(dbos, sleeper, id="old")
+    witness.run("update durable.workflows set created_at = '2025-01-01Z' where id = 'old'")
+    dbos.global_timeout(int(MINUTE_3) + 4 * 60_000)
+    assert is_cancelled(old)
+    assert [each.workflow_id for each in dbos.list_workflows(status="CANCELLED")] == ["old", "delayed", "stopped"]
+    assert (handle.get_status().status, witness.status("a_1")) == ("PENDING", "SUCCESS")
+
+
+def test_wait_first_returns_the_first_that_ends(dbos, elsewhere, sleeper, gate):
+    """Whichever it is, however it ends, and wherever it runs."""
+
+    @dbos.workflow()
+    def fail():
+        gate()
+        raise ValueError
+
+    handles = [begin(dbos, workflow, id=name) for workflow, name in ((sleeper, "sleeper"), (fail, "fail"))]
+    remote = [elsewhere.retrieve_workflow(handle.workflow_id) for handle in handles]
+    with ThreadPoolExecutor(2) as pool:
+        first, remotely = pool.submit(dbos.wait_first, handles), pool.submit(elsewhere.wait_first, remote)
+        gate.await_body()
+        gate.open()
+        assert (first.result(PATIENCE_S), remotely.result(PATIENCE_S)) == (handles[1], remote[1])
+    for wrong in ([], [handles[0], handles[0]]):
+        with pytest.raises(ValueError, match="handle"):
+            dbos.wait_first(wrong)
+
+
+def test_wait_first_is_decided_once(dbos, greet, gate, witness):
+    """In a workflow it is a step, and a replay gets the same one though others have ended since."""
+
+    @dbos.workflow()
+    def slow():
+        gate()
+
+    @dbos.workflow()
+    def race():
+        handles = [dbos.start_workflow(slow), dbos.start_workflow(greet)]
+        return dbos.wait_first(handles).workflow_id
+
+    with SetWorkflowID("w"):
+        assert race() == "w-2"
+    assert [name for _, name in steps_of(dbos, "w")] == ["slow", "greet", "DBOS.waitFirst"]
+    gate.open()
+    result_of(dbos, "w-1")
+    witness.run("delete from durable.workflows where id = 'w-2'")
+    rewind(dbos, witness, "w", keep=3)
+    assert result_of(dbos, "w") == "w-2"
+
+
+@pytest.mark.parametrize("name", ["cancel_workflows", "resume_workflows", "delete_workflows"])
+def test_several_workflows_are_taken_in_one_order(dbos, sleeper, witness, url, name):
+    """By ID, in whatever order they were named: two operators at once do not deadlock."""
+    for workflow_id in "abc":
+        begin(dbos, sleeper, id=workflow_id)
+    with ThreadPoolExecutor(1) as pool:
+        with locked(witness, url, "durable.workflows where id = 'a'", "durable.workflows where id > 'a'"):
+            done = pool.submit(getattr(dbos, name), ["c", "b", "a"])
+        done.result(PATIENCE_S)
+    left = {"cancel_workflows": ["CANCELLED"] * 3, "delete_workflows": []}
+    if name in left:
+        assert witness.column("select status from durable.workflows") == left[name]
+
+
+def test_managing_workflows_inside_a_workflow_is_a_step(dbos, greet, sleeper, witness):
+    """Each takes a position under the library's name, and a replay repeats none of them."""
+    for workflow_id in ("done", "old"):
+        with SetWorkflowID(workflow_id):
+            greet()
+    begin(dbos, sleeper, id="asleep")
+
+    @dbos.workflow()
+    def manage():
+        dbos.cancel_workflow("asleep")
+        found = [each.workflow_id for each in dbos.list_workflows(name="sleeper")]
+        queued = dbos.list_queued_workflows()
+        fork = dbos.fork_workflow("done", 1).workflow_id
+        dbos.delete_workflow("old")
+        resumed = dbos.resume_workflow("done").workflow_id
+        return [found, queued, fork, resumed]
+
+    with SetWorkflowID("w"):
+        first = manage()
+    names = [name for _, name in steps_of(dbos, "w") if name != "DBOS.getStatus"]
+    assert names == [
+        *("DBOS.cancelWorkflow", "DBOS.listWorkflows", "DBOS.listQueuedWorkflows", "DBOS.forkWorkflow"),
+        *("DBOS.deleteWorkflow", "DBOS.resumeWorkflow"),
+    ]
+    assert first[:2] == [["asleep"], []]
+    result_of(dbos, first[2])
+    before = witness.column("select id from durable.workflows order by id")
+    rewind(dbos, witness, "w", keep=99)
+    assert result_of(dbos, "w") == first
+    assert witness.column("select id from durable.workflows order by id") == before
+
+
+def test_asynchronous_workflows_manage_alike(dbos, letters, sleeper, witness):
+    """The _async twins do the same, from a coroutine that is a workflow and from one that is not."""
+    with SetWorkflowID("done"):
+        letters()
+
+    async def manage():
+        with SetWorkflowID(f"asleep-{dbos.workflow_id}"):
+            asleep = await dbos.start_workflow_async(sleeper)
+        await dbos.cancel_workflow_async(asleep.workflow_id)
+        found = [each.workflow_id for each in await dbos.list_workflows_async(name="letters", status="SUCCESS")]
+        assert await dbos.list_queued_workflows_async() == []
+        with SetWorkflowID(f"fork-{dbos.workflow_id}"):
+            fork = await dbos.fork_workflow_async("done", 3)
+        first = await dbos.wait_first_async([fork, await dbos.resume_workflow_async("done")])
+        await dbos.delete_workflow_async(asleep.workflow_id)
+        return [found[0], (await fork.get_result())[:2], first.workflow_id in (fork.workflow_id, "done")]
+
+    async def main():
+        outside = await manage()
+        with SetWorkflowID("w"):
+            assert await dbos.workflow(name="manage")(manage)() == outside
+        assert isinstance(await dbos.resume_workflow_async("done"), WorkflowHandleAsync)
+
+    asyncio.run(main())
+    rewind(dbos, witness, "w", keep=99)
+    assert result_of(dbos, "w")[0] == "done"
+
+
+def test_our_own_errors_and_reports_survive_a_serializer_of_json_only(executor, witness):
+    """A workflow can catch them by type, and read how others stand, in the first run and in a replay."""
+    dbos = executor(serializer=JSONSerializer())
+
+    @dbos.workflow(name="child")
+    def child():
+        dbos.sleep(3600)
+
+    @dbos.workflow(name="work")
+    def work():
+        told = []
+        handle = dbos.start_workflow(child)
+        dbos.cancel_workflow(handle.workflow_id)
+        attempts = [lambda: dbos.send("nobody", 1), lambda: dbos.resume_workflow("nobody"), handle.get_result]
+        for attempt in attempts:
+            try:
+                attempt()
+            except (DBOSNonExistentWorkflowError, DBOSAwaitedWorkflowCancelledError) as error:
+                told.append(type(error).__name__)
+        told += [each.status for each in dbos.list_workflows(name="child")]
+        return [*told, dbos.retrieve_workflow(handle.workflow_id).get_status().name]
+
+    dbos.launch()
+    with SetWorkflowID("w"):
+        first = work()
+    nobody, cancelled = "DBOSNonExistentWorkflowError", "DBOSAwaitedWorkflowCancelledError"
+    assert first == [nobody, nobody, cancelled, "CANCELLED", "child"]
+    rewind(dbos, witness, "w", keep=99)
+    assert result_of(dbos, "w") == first
+
+
+BLOCKING = {
+    "sleep": (1,),
+    "send": ("w", 1),
+    "recv": (),
+    "set_event": ("key", 1),
+    "get_event": ("w", "key"),
+    "get_all_events": ("w",),
+    "write_stream": ("s", 1),
+    "close_stream": ("s",),
+    "list_workflows": (),
+    "list_queued_workflows": (),
+    "list_workflow_steps": ("w",),
+    "get_workflow_status": ("w",),
+    "retrieve_workflow": ("w",),
+    "get_result": ("w",),
+    "cancel_workflow": ("w",),
+    "cancel_workflows": (["w"],),
+    "resume_workflow": ("w",),
+    "resume_workflows": (["w"],),
+    "fork_workflow": ("w", 1),
+    "restart_workflow": ("w",),
+    "delete_workflow": ("w",),
+    "delete_workflows": (["w"],),
+    "wait_first": ([],),
+    "garbage_collect": (),
+    "global_timeout": (0,),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKING)
+def test_a_blocking_operation_on_an_event_loop_names_its_twin(dbos, name):
+    """Also within an asynchronous workflow, where it takes no position; its twin is there."""
+    assert inspect.iscoroutinefunction(getattr(dbos, f"{name}_async"))
+
+    @dbos.workflow()
+    async def work():
+        with pytest.raises(RuntimeError, match=f"{name}_async"):
+            getattr(dbos, name)(*BLOCKING[name])
+
+    with SetWorkflowID("w"):
+        asyncio.run(work())
+    assert steps(dbos, "w") == []
+
+
+def test_reading_a_stream_on_an_event_loop_names_the_twin(dbos, greet):
+    """A generator says so when it is asked for its first value."""
+    with SetWorkflowID("w"):
+        greet()
+
+    async def main():
+        with pytest.raises(RuntimeError, match="read_stream_async"):
+            list(dbos.read_stream("w", "s"))
+
+    asyncio.run(main())
+
+
+# --- Client -------------------------------------------------------------------------------------------
+#
+# A program without workflow code talks to those that have it.
+
+
+@pytest.fixture
+def client(url, witness):
+    client = DBOSClient(system_database_url=url)
+    yield client
+    client.destroy()
+
+
+def test_a_client_enqueues_by_name(dbos, client, queue, job, witness):
+    """Name and queue are all that it needs; whichever executor knows the function runs it."""
+    handle = client.enqueue({"workflow_name": "job", "queue_name": "line"}, "hello")
+    assert (handle.get_result(), handle.get_workflow_id(), job.ran) == ("hello", handle.workflow_id, ["hello"])
+    assert (handle.get_status().status, handle.get_status().app_version) == ("SUCCESS", "v1")
+    again = client.enqueue({"workflow_name": "job", "queue_name": "line", "workflow_id": handle.workflow_id}, "again")
+    assert (again.get_result(), client.retrieve_workflow(handle.workflow_id).get_result()) == ("hello", "hello")
+    with pytest.raises(DBOSNonExistentWorkflowError, match="nobody"):
+        client.retrieve_workflow("nobody")
+
+
+def test_a_client_has_the_options_of_an_enqueue(dbos, client, queue, job, gate, witness):
+    """ID, version, timeout, delay, deduplication and priority arrive in the row."""
+    client.enqueue({"workflow_name": "job", "queue_name": "line"}, "plug")
+    gate.await_body()
+    options = {"workflow_name": "job", "queue_name": "line", "workflow_id": "w", "app_version": "v7"}
+    options |= {"workflow_timeout": 60.0, "deduplication_id": "d", "priority": 5}
+    client.enqueue(options, "w")
+    row = witness.workflow("w")
+    assert (row.application_version, row.timeout_s, row.deduplication_id) == ("v7", 60, "d")
+    assert (row.priority, row.status, row.queue, row.deadline_at) == (5, "ENQUEUED", "line", None)
+    with pytest.raises(DBOSQueueDeduplicatedError, match="d"):
+        client.enqueue({**options, "workflow_id": "v"}, "v")
+    client.enqueue({"workflow_name": "job", "queue_name": "line", "workflow_id": "later", "delay_seconds": 3600}, 1)
+    assert witness.status("later") == "DELAYED"
+    with pytest.raises(DBOSConflictingWorkflowError, match="w"):
+        client.enqueue({"workflow_name": "another", "queue_name": "line", "workflow_id": "w"})
+
+
+def test_a_client_reaches_methods(dbos, client, shop, witness):
+    """A class and an instance are named by class_name and instance_name."""
+    with SetWorkflowID("w"):
+        shop("dear", 100).sell(3)
+    row = witness.workflow("w")
+    method = {"workflow_name": row.name, "class_name": row.class_name, "instance_name": row.config_name}
+    assert client.enqueue({**method, "queue_name": durable._INTERNAL_QUEUE}, 3).get_result() == 311
+
+
+@pytest.mark.parametrize("options", [{}, {"workflow_name": "job"}, {"queue_name": "line"}], ids=str)
+def test_a_client_says_what_an_enqueue_lacks(client, options):
+    """The error names the missing option."""
+    missing = {"workflow_name", "queue_name"} - options.keys()
+    with pytest.raises((DBOSException, KeyError, ValueError), match="|".join(missing)):
+        client.enqueue(options)
+
+
+def test_a_client_converses_with_workflows(no_polling, dbos, client):
+    """It sends, reads events and streams, and is woken by hints like everybody else."""
+
+    @dbos.workflow(name="echo")
+    def echo():
+        dbos.set_event("ready", True)
+        while (message := dbos.recv("topic", timeout_seconds=3600)) is not None:
+            dbos.write_stream("s", message)
+        return "done"
+
+    options = {"workflow_name": "echo", "queue_name": durable._INTERNAL_QUEUE, "workflow_id": "w"}
+    handle = client.enqueue(options)
+    assert client.get_event("w", "ready", timeout_seconds=3600) is True
+    assert client.get_all_events("w") == {"ready": True}
+    for n in (1, 1, 2):
+        client.send("w", n, "topic", idempotency_key=f"{n}")
+    values = client.read_stream("w", "s")
+    assert [next(values), next(values)] == [1, 2]
+    client.send("w", None, "topic")
+    assert (list(values), handle.get_result(), result_of(dbos, "w")) == ([], "done", "done")
+    with pytest.raises(DBOSNonExistentWorkflowError, match="nobody"):
+        client.send("nobody", 1)
+
+
+def test_a_client_manages_workflows(dbos, client, letters, sleeper):
+    """List, steps, cancel, resume, fork, delete and wait, as on DBOS itself."""
+    with SetWorkflowID("done"):
+        letters()
+    handle = begin(dbos, sleeper)
+    assert [each.workflow_id for each in client.list_workflows()] == ["done", "w"]
+    assert [step["output"] for step in client.list_workflow_steps("done")] == ["a1", "b1", "c1"]
+    client.cancel_workflow("w")
+    assert is_cancelled(handle)
+    resumed = client.resume_workflow("w")
+    assert resumed.get_status().status in ("ENQUEUED", "PENDING")
+    client.cancel_workflows(["w"])
+    fork = client.fork_workflow("done", 3)
+    assert client.wait_first([fork]).workflow_id == fork.workflow_id
+    assert fork.get_result() == ["a1", "b1", "c2"]
+    client.delete_workflow("done")
+    client.delete_workflows([fork.workflow_id])
+    assert [each.workflow_id for each in client.list_workflows()] == ["w"]
+    assert client.list_queued_workflows() == []
+
+
+def test_a_clients_twins_do_the_same(dbos, client, queue, job, witness):
+    """From a coroutine: enqueue, send, events, streams, list, cancel, resume, fork, delete."""
+
+    @dbos.workflow()
+    def echo():
+        message = dbos.recv(timeout_seconds=3600)
+        dbos.set_event("key", message)
+        dbos.write_stream("s", message)
+        return message
+
+    async def main():
+        first = await client.enqueue_async({"workflow_name": "job", "queue_name": "line"}, 1)
+        assert await first.get_result() == 1
+        with SetWorkflowID("w"):
+            await dbos.start_workflow_async(echo)
+        handle = await client.retrieve_workflow_async("w")
+        await client.send_async("w", "hello")
+        assert await client.get_event_async("w", "key") == "hello"
+        assert await client.get_all_events_async("w") == {"key": "hello"}
+        assert [value async for value in client.read_stream_async("w", "s")] == ["hello"]
+        assert (await handle.get_result(), (await handle.get_status()).status) == ("hello", "SUCCESS")
+        assert [each.workflow_id for each in await client.list_workflows_async(name="job")] == [first.workflow_id]
+        assert await client.list_queued_workflows_async() == []
+        assert len(await client.list_workflow_steps_async("w")) == 4
+        await client.cancel_workflow_async("w")
+        assert (await (await client.resume_workflow_async("w")).get_result()) == "hello"
+        fork = await client.fork_workflow_async(first.workflow_id, 1)
+        assert (await client.wait_first_async([fork])).workflow_id == fork.workflow_id
+        await client.delete_workflow_async("w")
+
+    asyncio.run(main())
+    assert rows_left(witness, "w") == {}
+
+
+def test_a_client_leaves_nothing_running(url, witness):
+    """After destroy(), which can be called twice, its threads and sessions are gone."""
+    before = set(threading.enumerate())
+    sessions = "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+    count = witness.one(sessions)
+    client = DBOSClient(system_database_url=url)
+    assert client.list_workflows() == []
+    client.destroy()
+    client.destroy()
+    eventually(lambda: not {thread for thread in set(threading.enumerate()) - before if thread.is_alive()})
+    eventually(lambda: witness.one(sessions) <= count)
+
+
+def test_a_forked_child_is_told_to_make_a_client_of_its_own(client):
+    """As it is told to launch for itself."""
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        try:
+            client.list_workflows()
+        except DBOSException as error:
+            os.write(writer, str(error).encode())
+        os._exit(0)
+    os.wait()
+    os.close(writer)
+    assert b"fork" in os.read(reader, 1000)
+    assert client.list_workflows() == []
+
+
+def test_a_client_without_a_database_says_so():
+    """A wrong URL is a clear error, as at a launch."""
+    with pytest.raises(DBOSInitializationError, match="connect"):
+        DBOSClient(system_database_url="postgresql://127.0.0.1:1/nowhere").list_workflows()
+
+
+def follower(workflow_id):
+    """Note each value of a stream, with a client and no workflow code."""
+    client = DBOSClient(system_database_url=os.environ["DBOS_SYSTEM_DATABASE_URL"])
+    for value in client.read_stream(workflow_id, "s"):
+        note("value", value)
+    note("end")
+    client.destroy()
+
+
+def test_a_stream_is_followed_from_another_process(dbos, programs):
+    """Each value is there while the workflow still writes, and the end is an end."""
+
+    @dbos.workflow()
+    def write():
+        while (message := dbos.recv(timeout_seconds=3600)) is not None:
+            dbos.write_stream("s", message)
+        dbos.close_stream("s")
+
+    begin(dbos, write)
+    reader = programs.start(follower, "w")
+    for n in range(3):
+        dbos.send("w", n)
+        eventually(lambda n=n: programs.count()[f"value {n}"])
+    dbos.send("w", None)
+    assert reader.wait() == 0, reader.errors()
+    assert programs.count() == {"value 0": 1, "value 1": 1, "value 2": 1, "end": 1}
+
+
+# --- Command line -------------------------------------------------------------------------------------
+#
+# `python durable.py` shows and steers workflows from a terminal, or from a script.
+
+
+@pytest.fixture
+def command(url):
+    """Run durable.py as a program, on a terminal of 80 columns."""
+    environment = {**os.environ, "COLUMNS": "80", "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def command(*arguments, at=url, **changed):
+        call = [sys.executable, str(HERE / "durable.py"), *(("--url", at) if at else ()), *arguments]
+        done = subprocess.run(
+            call, capture_output=True, text=True, timeout=PATIENCE_S, env={**environment, **changed}, check=False
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    return command
+
+
+@pytest.fixture
+def told(command):
+    """What a command that succeeds prints, as JSON."""
+
+    def told(*arguments):
+        done = command(*arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return told
+
+
+def test_workflows_are_listed_from_the_command_line(dbos, crowd, command, told):
+    """As a table for people, as JSON for programs, with filters, while an executor runs."""
+    table = command("list").stdout
+    assert all(workflow_id in table for workflow_id in crowd)
+    assert all(len(line) <= 80 for line in table.splitlines())
+    listed = told("list")
+    assert {each["workflow_id"] for each in listed} == set(crowd)
+    assert [each["workflow_id"] for each in told("list", "--status", "ERROR")] == ["failed"]
+    assert [each["workflow_id"] for each in told("list", "--name", "parent")] == ["parent"]
+    assert len(told("list", "--limit", "2")) == 2
+
+
+def test_a_workflow_is_shown_with_its_steps(dbos, letters, command, told):
+    """What it is, how it stands, and each step with its result."""
+    with SetWorkflowID("w"):
+        letters()
+    shown = command("show", "w")
+    assert shown.returncode == 0
+    for part in ("letters", "SUCCESS", "a1", "b1", "c1"):
+        assert part in shown.stdout
+    assert all(len(line) <= 80 for line in shown.stdout.splitlines())
+    whole = told("show", "w")
+    assert (whole["workflow"]["workflow_id"], whole["workflow"]["status"]) == ("w", "SUCCESS")
+    assert [step["function_id"] for step in whole["steps"]] == [1, 2, 3]
+
+
+def test_workflows_are_steered_from_the_command_line(dbos, letters, sleeper, command, told):
+    """cancel, resume, fork, restart and delete do what they do in Python; new IDs are told."""
+    with SetWorkflowID("w"):
+        letters()
+    handle = begin(dbos, sleeper, id="asleep")
+    assert told("cancel", "asleep") == [{"workflow_id": "asleep", "status": "CANCELLED"}]
+    assert is_cancelled(handle)
+    assert "asleep" in command("resume", "asleep").stdout
+    eventually(lambda: handle.get_status().status == "PENDING")
+    (forked,) = (each["workflow_id"] for each in told("fork", "w", "--step", "3"))
+    assert result_of(dbos, forked) == ["a1", "b1", "c2"]
+    (restarted,) = (each["workflow_id"] for each in told("restart", "w"))
+    assert result_of(dbos, restarted) == ["a2", "b2", "c3"]
+    assert command("delete", "w").returncode == 0
+    assert {each["workflow_id"] for each in told("list")} == {"asleep", forked, restarted}
+
+
+def test_a_recovery_is_asked_for_from_the_command_line(dbos, finished, witness, told):
+    """The work of the executors that are named is taken up by those that live."""
+    finished("w")
+    orphan(witness, "w", name="web-2")
+    told("recover", "web-2")
+    assert result_of(dbos, "w") == "hello w"
+
+
+def test_garbage_is_collected_from_the_command_line(dbos, crowd, command, told):
+    """What ended and is older than so many days goes."""
+    assert command("gc", "--older-than", "36500").returncode == 0
+    assert len(told("list")) == len(crowd)
+    assert command("gc", "--older-than", "1").returncode == 0
+    assert [each["workflow_id"] for each in told("list")] == ["delayed"]
+
+
+@pytest.mark.parametrize("report", ["executors", "versions", "why"])
+def test_the_reports_are_tables_and_json(dbos, queue, job, command, told, witness, report):
+    """Who runs, which versions have work, and why something waits."""
+    if report != "executors" and witness.one("select to_regclass(%s)", f"durable.{report}") is None:
+        pytest.skip(f"schema.sql has no view durable.{report}")
+    enqueue(queue, job, "later", delay_seconds=3600)
+    done = command(report)
+    assert done.returncode == 0, done.stderr
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())
+    shown = {"executors": "local", "versions": "v1", "why": "job"}[report]
+    assert shown in done.stdout
+    assert any(shown in map(str, row.values()) for row in told(report))
+
+
+def test_a_database_is_migrated_from_the_command_line(empty_url, command, executor):
+    """Once or again; afterwards an executor that may not migrate launches."""
+    for _ in range(2):
+        assert command("migrate", at=empty_url).returncode == 0
+    dbos = executor(system_database_url=empty_url, run_migrations=False)
+    dbos.launch()
+    assert dbos.list_workflows() == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("show", "nobody"),
+        ("resume", "nobody"),
+        ("fork", "nobody", "--step", "1"),
+        ("restart", "nobody"),
+        ("why", "nobody"),
+        ("list", "--status", "DONE"),
+        ("list", "--start-time", "yesterday"),
+    ],
+    ids=" ".join,
+)
+def test_a_command_that_fails_says_why_in_one_line(dbos, command, arguments):
+    """On standard error, with exit status 1, and nothing on standard output."""
+    done = command(*arguments)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    named = [word for word in arguments if word in ("nobody", "DONE", "yesterday")]
+    assert named[0] in done.stderr
+
+
+def test_a_database_that_is_not_there_is_one_line_without_the_password(command):
+    """Whatever command was given."""
+    done = command("list", at="postgresql://ada:sesame@127.0.0.1:1/nowhere")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "127.0.0.1" in done.stderr
+    assert "sesame" not in done.stderr
+
+
+def test_the_database_of_a_command_may_come_from_the_environment(dbos, url, greet, command):
+    """As for a program that uses the library."""
+    with SetWorkflowID("w"):
+        greet()
+    assert "greet" in command("list", at=None, DBOS_SYSTEM_DATABASE_URL=url).stdout
+
+
+def test_a_pipe_that_closes_early_is_no_error(url, witness):
+    """`durable.py list | head` ends when head has seen enough."""
+    witness.run(
+        """
+        insert into durable.workflows (id, name, inputs, status, claim, completed_at)
+        select 'w' || n, 'job', '{"args": [], "kwargs": {}}', 'SUCCESS', 1, now() from generate_series(1, 3000) as n
+        """
+    )
+    for form in ((), ("--json",)):
+        call = [sys.executable, str(HERE / "durable.py"), "--url", url, "list", "--limit", "3000", *form]
+        with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            process.stdout.readline()
+            process.stdout.close()
+            assert process.stderr.read() == ""
+
+
+def test_a_table_is_plain_text_whatever_a_workflow_is_called(dbos, greet, command, told):
+    """Neither line breaks nor a terminal's control sequences get through."""
+    odd = "line\nbreak\x1b[31mred\t"
+    with SetWorkflowID(odd):
+        greet()
+    table = command("list").stdout
+    assert "\x1b" not in table
+    assert sum("greet" in line for line in table.splitlines()) == 1
+    assert told("list")[0]["workflow_id"] == odd
+
+
 # --- Admin --------------------------------------------------------------------------------------------
 #
 # Endpoints for the operator and the orchestrator, and a refusal for everybody else.
@@ -4218,6 +6853,7 @@ def test_recovery_takes_nothing_that_this_executor_runs(served, gate, witness):
 
     with SetWorkflowID("w"):
         handle = served.start_workflow(slow)
+    claim = witness.workflow("w").claim
     gate.await_body()
     claim = witness.workflow("w").claim
     assert ask(served.admin_port, "POST", "/dbos-workflow-recovery", ["local"]).json == []
@@ -5930,12 +8566,13 @@ def test_two_processes_of_one_name_leave_each_others_live_work_alone(programs, w
     first = programs.start(patient, "local", True)
     first.await_ready()
     eventually(lambda: programs.count()["hold"])
+    claim = witness.workflow("watch").claim
     second = programs.start(patient, "local", False)
     second.await_ready()
     second.end()
     third = programs.start(patient, "local", False)
     third.await_ready()
-    assert (witness.workflow("watch").claim, programs.count()["hold"]) == (1, 1)
+    assert (witness.workflow("watch").claim, programs.count()["hold"]) == (claim, 1)
     tell(first)
     eventually(lambda: witness.status("watch") == "SUCCESS")
     for process in (first, third):
@@ -6057,6 +8694,218 @@ def test_a_restart_of_postgres_under_load_is_waited_out(second_server, tmp_path,
         witness.connection.close()
     finally:
         programs.end()
+
+
+def monologue():
+    """A workflow that sends, receives, sets events, writes to a stream and sleeps, all to itself."""
+
+    @DBOS.workflow(name="monologue")
+    def monologue():
+        me = DBOS.workflow_id
+        for n in (1, 2):
+            DBOS.send(me, n)
+        received = [DBOS.recv(timeout_seconds=60)]
+        DBOS.set_event("key", 1)
+        DBOS.write_stream("s", "a")
+        received.append(DBOS.recv(timeout_seconds=60))
+        DBOS.write_stream("s", "b")
+        DBOS.set_event("key", 2)
+        DBOS.sleep(0.01)
+        DBOS.close_stream("s")
+        return received
+
+    return monologue
+
+
+def mortals(most):
+    """Begin one monologue in each of many children; the nth dies before the nth statement of its workflow."""
+    for n in range(1, most + 1):
+        if os.fork() == 0:
+            DBOS(config={"executor_id": f"mortal-{n}", "admin_port": 0})
+            workflow = monologue()
+            DBOS.launch()
+            kill_at_statement(n)
+            with SetWorkflowID(f"w{n}"):
+                workflow()
+            os._exit(7)  # it was through before
+        _, status = os.wait()
+        note("died" if os.WIFSIGNALED(status) else "lived", n)
+
+
+def kill_at_statement(number):
+    """Let this process die, by SIGKILL, before the statement of this number that this thread makes from now on."""
+    left, execute = [number], psycopg.Cursor.execute
+    me = threading.get_ident()
+
+    def mortal(self, *args, **kwargs):
+        if threading.get_ident() == me:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return execute(self, *args, **kwargs)
+
+    psycopg.Cursor.execute = mortal
+
+
+def successor(names):
+    """Take over the work of executors that died, and stay."""
+    DBOS(config={"executor_id": "successor", "admin_port": 0})
+    monologue()
+    DBOS.launch()
+    durable._recover(DBOS._executor, names)
+    stay()
+
+
+def test_killed_between_any_two_statements_nothing_is_said_twice(programs, witness):
+    """Messages are received once and in order, events and streams are as the workflow wrote them, wherever it died."""
+    most = 40
+    assert programs.start(mortals, most).wait() == 0
+    died = programs.count("died").total()
+    assert 12 <= died < most
+    last = programs.start(successor, [f"mortal-{n}" for n in range(1, most + 1)])
+    last.await_ready()
+    ids = witness.column("select id from durable.workflows")
+    assert len(ids) >= most - 1  # the first may have died before it was there
+    eventually(lambda: set(witness.column("select status from durable.workflows")) == {"SUCCESS"})
+    assert set(witness.column("select output from durable.workflows")) == {"[1, 2]"}
+    for table, rows in (("messages", 2), ("streams", 3), ("events", 2)):
+        counts = f"select count(*) from durable.{table} group by workflow_id"
+        assert witness.column(counts) == [rows] * len(ids)
+    streams = "select array_agg(value order by \"offset\") from durable.streams group by workflow_id"
+    assert {tuple(values) for values in witness.column(streams)} == {('"a"', '"b"', None)}
+    last.end()
+
+
+@pytest.mark.parametrize("lost", ["request", "answer"])
+def test_any_one_message_to_postgres_may_be_lost_while_workflows_talk(executor, wire, witness, lost):
+    """Break the connection before or after each message in turn: everything is said and received once."""
+    dbos = executor(system_database_url=wire.url)
+
+    @dbos.workflow()
+    def work():
+        me = dbos.workflow_id
+        dbos.send(me, 1)
+        dbos.set_event("key", 1)
+        dbos.write_stream("s", "a")
+        dbos.send(me, 2, idempotency_key="k")
+        received = [dbos.recv(timeout_seconds=60), dbos.recv(timeout_seconds=60), dbos.recv(timeout_seconds=0)]
+        dbos.write_stream("s", "b")
+        dbos.close_stream("s")
+        return [received, dbos.get_event(me, "key", timeout_seconds=0), list(dbos.read_stream(me, "s"))]
+
+    dbos.launch()
+    for n in range(1, 31):
+        wire.lose(lost, after=n)
+        assert work() == [[1, 2, None], 1, ["a", "b"]]
+    wire.lose(None, 0)
+    assert set(witness.column("select status from durable.workflows")) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("lost", ["request", "answer"])
+def test_a_step_that_runs_once_says_everything_once(executor, wire, lost):
+    """A message to Postgres that is lost is no reason for a step to send, or to write to a stream, twice."""
+    dbos = executor(system_database_url=wire.url)
+
+    @dbos.step()
+    def say():
+        dbos.send(dbos.workflow_id, "hello")
+        dbos.write_stream("s", "hello")
+
+    @dbos.workflow()
+    def work():
+        say()
+        return [dbos.recv(timeout_seconds=0), dbos.recv(timeout_seconds=0)]
+
+    dbos.launch()
+    for n in range(1, 13):
+        wire.lose(lost, after=n)
+        handle = dbos.start_workflow(work)
+        assert (n, handle.get_result()) == (n, ["hello", None])
+        assert (n, list(dbos.read_stream(handle.workflow_id, "s"))) == (n, ["hello"])
+    wire.lose(None, 0)
+
+
+def test_terminated_sessions_lose_no_message(dbos, mailbox, witness):
+    """While every session is terminated again and again, all that is sent arrives, once and in order."""
+
+    @dbos.workflow()
+    def sender():
+        for n in range(150):
+            dbos.send("w", n)
+            dbos.write_stream("s", n)
+
+    receiving, sending = begin(dbos, mailbox, 150), begin(dbos, sender, id="s")
+    for n in range(1, 6):
+        eventually(lambda n=n: len(witness.steps("w")) >= 50 * n)
+        witness.run(
+            """
+            select pg_terminate_backend(pid) from pg_stat_activity
+             where datname = current_database() and pid <> pg_backend_pid()
+            """
+        )
+    sending.get_result()
+    assert receiving.get_result() == list(dbos.read_stream("s", "s")) == list(range(150))
+
+
+def listener(name, begin):
+    """Hold the workflow "ear" in recv: it collects three messages, noting each."""
+    DBOS(config={"executor_id": name, "admin_port": 0})
+
+    @DBOS.workflow()
+    def ear():
+        heard = []
+        for _ in range(3):
+            heard.append(DBOS.recv(timeout_seconds=3600))
+            note("heard", heard[-1])
+        return [name, *heard]
+
+    DBOS.launch()
+    if begin:
+        with SetWorkflowID("ear"):
+            DBOS.start_workflow(ear)
+    stay()
+
+
+def test_a_stopped_process_receives_nothing_once_its_work_was_taken_over(programs, client, witness):
+    """SIGSTOP in recv, takeover, SIGCONT: each message goes to the successor, and none is lost to the former."""
+    first, second = programs.start(listener, "first", True), programs.start(listener, "second", False)
+    first.await_ready()
+    port = second.await_ready()
+    client.send("ear", 1)
+    eventually(lambda: len(witness.steps("ear")) == 3)
+    first.signal(signal.SIGSTOP)
+    client.send("ear", 2)
+    assert ask(port, "POST", RECOVER, ["first"]).json == ["ear"]
+    eventually(lambda: programs.count()["heard 2"])
+    first.signal(signal.SIGCONT)
+    client.send("ear", 3)
+    eventually(lambda: witness.status("ear") == "SUCCESS")
+    for process in (first, second):
+        process.end()
+    assert json.loads(witness.workflow("ear").output) == ["second", 1, 2, 3]
+    assert witness.column("select message from durable.messages where received_at is null") == []
+    assert programs.count() == {"heard 1": 2, "heard 2": 1, "heard 3": 1}
+
+
+def test_a_stopped_process_whose_workflow_was_deleted_leaves_the_next_one_alone(programs, client, witness):
+    """SIGSTOP, deletion, a new workflow under the ID, SIGCONT: the late records of the old one do not land."""
+    first, second = programs.start(patient, "first", True), programs.start(patient, "second", False)
+    first.await_ready()
+    second.await_ready()
+    eventually(lambda: programs.count()["hold"])
+    first.signal(signal.SIGSTOP)
+    client.delete_workflow("watch")
+    begin_watch = {"workflow_name": "patient.<locals>.watch", "queue_name": durable._INTERNAL_QUEUE}
+    client.enqueue({**begin_watch, "workflow_id": "watch", "app_version": "v1"})
+    eventually(lambda: programs.count()["hold"] == 2)
+    tell(first)
+    first.signal(signal.SIGCONT)
+    first.end()
+    assert (witness.status("watch"), witness.steps("watch"), witness.ledger()) == ("PENDING", ["arrive"], {})
+    tell(second)
+    eventually(lambda: witness.status("watch") == "SUCCESS")
+    second.end()
+    assert (witness.workflow("watch").output, witness.ledger()) == ('"second"', {"second": 1})
 
 
 PASSING = {
@@ -6211,6 +9060,106 @@ def test_nothing_outlives_destroy_even_when_the_database_is_away(executor, wire)
     eventually(lambda: not {t for t in set(threading.enumerate()) - before if t.name.startswith("durable")})
 
 
+# --- The example --------------------------------------------------------------------------------------
+#
+# As a user meets it: in processes of their own, on a folder of small files, killed and stopped for real.
+
+
+@pytest.fixture
+def example(empty_url, tmp_path):
+    """Run example_app.py on a folder of 300 files; `example("index")` waits, `example.start` does not."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for number in range(300):
+        (folder / f"{number}.txt").write_text(f"note {number} on walnuts\n")
+    environment = {**os.environ, "DBOS_SYSTEM_DATABASE_URL": empty_url, "PYTHONUNBUFFERED": "1"}
+    started = []
+
+    def start(command, *arguments):
+        where = [str(folder)] if command == "index" else []
+        line = [sys.executable, str(HERE / "example_app.py"), command, *where, *arguments]
+        started.append(subprocess.Popen(
+            line, env=environment, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ))
+        return started[-1]
+
+    def run(command, *arguments):
+        process = start(command, *arguments)
+        output, _ = process.communicate(timeout=PATIENCE_S)
+        return process.returncode, output
+
+    run.start, run.folder = start, folder
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def all_is_well(output, **counts):
+    lines = {line.strip() for line in output.splitlines()}
+    expected = {f"{count}  {what.replace('_', ' ')}" for what, count in counts.items()}
+    return {"0  indexed twice", "0  left out", *expected} <= lines
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+def test_the_example_goes_on_where_it_was_killed(example):
+    """Every file is indexed once; `progress` tells that the process is dead, and later that all is done."""
+    status, output = example("index", "--crash-after", "150")
+    assert status == -signal.SIGKILL, output
+    status, output = example("progress")
+    assert status == 1 and "of 300 files" in output and "is dead" in output
+    status, output = example("index")
+    assert status == 0 and "goes on with an unfinished run" in output and all_is_well(output, indexed=300), output
+    assert output.count("  by process ") == 2
+    assert example("progress")[0] == 0
+    assert example("search", "walnuts")[0] == 0
+
+
+def test_the_example_indexes_what_has_changed_and_no_more(example):
+    """Unchanged files are left alone, gone ones leave the index."""
+    assert all_is_well(example("index")[1], indexed=300)
+    (example.folder / "0.txt").write_text("now on hazelnuts\n")
+    (example.folder / "new.txt").write_text("and one on hazelnuts\n")
+    (example.folder / "1.txt").unlink()
+    status, output = example("index")
+    assert status == 0 and all_is_well(output, indexed=2, unchanged=298, gone=1), output
+    assert example("search", "hazelnuts")[1].count("«hazelnuts»") == 2
+    assert example("search", "note 1")[1].splitlines()[0].split()[0] != "1.txt"
+
+
+def test_the_example_stops_and_resumes_in_a_later_process(example):
+    """A stop ends the indexing process; what was done before is not done again."""
+    indexing = example.start("index")
+    eventually(lambda: "100 of 300" in indexing.stdout.readline())
+    status, output = example("stop")
+    assert status == 0 and "Stopped" in output
+    assert indexing.wait(PATIENCE_S) == 1
+    assert example("progress")[0] == 1
+    status, output = example("resume")
+    assert status == 0 and all_is_well(output, indexed=300), output
+    assert "There was nothing to stop: SUCCESS" in example("stop")[1]
+
+
+def test_the_example_looks_for_changes_at_each_tick(example):
+    """With --every it stays, and indexes a file that was added."""
+    indexing = example.start("index", "--every", "* * * * * *")
+    eventually(lambda: "The next run" in indexing.stdout.readline())
+    (example.folder / "new.txt").write_text("one on hazelnuts\n")
+    eventually(lambda: "«hazelnuts»" in example("search", "hazelnuts")[1])
+    indexing.send_signal(signal.SIGINT)
+    indexing.communicate(timeout=PATIENCE_S)
+
+
+def test_the_example_says_what_is_wrong(example):
+    """A bad schedule or folder ends in one line, and begins nothing."""
+    status, output = example("index", "--every", "99 * * * *")
+    assert status == 1 and "minute" in output and "Traceback" not in output
+    assert example("progress") == (1, "Nothing has been indexed yet.\n")
+    example.folder.rename(example.folder.with_name("gone"))
+    status, output = example("index")
+    assert status == 1 and "No such file" in output and "Traceback" not in output
+
+
 # --- The benchmark ------------------------------------------------------------------------------------
 #
 # `python test_durable.py` prints how fast durable.py is, beside psycopg making the same commits with
@@ -6219,10 +9168,15 @@ def test_nothing_outlives_destroy_even_when_the_database_is_away(executor, wire)
 # Every figure is taken in a process of its own, so that nobody's background threads slow down somebody
 # else.  The sides take turns, and the best round counts: whatever else the machine does can only make a
 # round slower, never faster.  Nothing here asserts a time.
+#
+# Latencies are the medians of a round: two processes of one machine read the same clock.  The last
+# lines are about a crowd of workflows that wait in one process, seen once and by itself.
 
 ROUNDS = 3
 SIDES = ("durable", "plain", "dbos")
 THREADS = 32
+CROWD = 10_000
+PAUSE_S = 0.02  # between two tries of a latency: by then everything is idle again
 CONFIG = {"name": "bench", "application_version": "bench", "log_level": "ERROR", "run_admin_server": False}
 
 
@@ -6238,10 +9192,10 @@ class Figure:
     target: str
 
     def __post_init__(self) -> None:
-        assert self.unit in ("/s", "s", "ms each")
+        assert self.unit in ("/s", "s", "ms", "ms each")
 
     def value(self, count: int, seconds: float) -> float:
-        return {"/s": count / seconds, "s": seconds, "ms each": 1000 * seconds / count}[self.unit]
+        return {"/s": count / seconds, "s": seconds, "ms": 1000 * seconds, "ms each": 1000 * seconds / count}[self.unit]
 
 
 FIGURES = [
@@ -6251,7 +9205,31 @@ FIGURES = [
     Figure("recovery of {:,} workflows after kill -9", "recovery", 300, 300, "s", "0.5 s"),
     Figure("replay of {:,} recorded steps", "replay", 5_000, 500, "ms each", "0.02 ms"),
     Figure("a queue of {:,} one-step workflows", "queue", 3_000, 200, "/s", "0.5"),
+    Figure("from send there to recv here", "message", 100, 100, "ms", "3 ms"),
+    Figure("from set_event there to get_event here", "event", 100, 100, "ms", "3 ms"),
+    Figure("from enqueue there to start here, if idle", "idle_queue", 100, 5, "ms", "5 ms"),
 ]
+
+
+class Crowd(NamedTuple):
+    """What is seen of CROWD workflows that wait; None: it is not about those."""
+
+    begin: float
+    memory: float
+    statements: float
+    cpu: float
+    wake: float | None
+    end: float
+
+
+CROWD_LINES = {  # a field of Crowd: what it is, unit, target
+    "begin": ("from the first start until all wait", "s", "10 s"),
+    "memory": ("memory of their process", "MB", "400 MB"),
+    "statements": ("statements while all wait", "/s", "10 /s"),
+    "cpu": ("CPU while all wait", "%", "5 %"),
+    "wake": ("from send to the wake-up of one", "ms", "5 ms"),
+    "end": ("destroy", "s", "2 s"),
+}
 
 
 def benchmark() -> None:
@@ -6261,6 +9239,8 @@ def benchmark() -> None:
         urls = {side: _new_database(server, side) for side in SIDES}
         for figure in FIGURES:
             print(_line(figure, **_race(figure, urls)), flush=True)
+        for what in _CROWDS:
+            print(_crowd_lines(what, Crowd(*_said(what, "durable", _new_database(server, what), CROWD))), flush=True)
 
 
 def _race(figure: Figure, urls: dict[str, str]) -> dict[str, float]:
@@ -6292,7 +9272,7 @@ def _count(side: str, figure: Figure) -> int:
 def _line(figure: Figure, durable: float, plain: float | None = None, dbos: float | None = None) -> str:
     """Lay out one line; a ratio above 1 says that durable.py was the faster one."""
     digits = ",.0f" if figure.unit == "/s" else ".3f"
-    ratio = f"{durable / plain:.2f}" if plain else ""
+    ratio = f"{durable / plain if figure.unit == '/s' else plain / durable:.2f}" if plain else ""
     others = [format(number, digits) if number else "" for number in (plain, dbos)]
     return (
         f"{figure.title.format(figure.count):42}{durable:8{digits}} {figure.unit:8}"
@@ -6300,7 +9280,14 @@ def _line(figure: Figure, durable: float, plain: float | None = None, dbos: floa
     )
 
 
-# The processes: one for each figure of each side, and one more that dies where there is a kill.
+def _crowd_lines(what: str, crowd: Crowd) -> str:
+    values = [(value, CROWD_LINES[field]) for field, value in crowd._asdict().items() if value is not None]
+    lines = [f"  {title:40}{value:8,.1f} {unit:8}{'':15}{target:>9}" for value, (title, unit, target) in values]
+    return "\n".join([f"{CROWD:,} workflows in {what}:", *lines])
+
+
+# The processes: one for each figure of each side, and one more that dies where there is a kill, or that
+# acts from outside where something is waited for.
 
 
 def _measure(side: str, figure: Figure, url: str) -> float:
@@ -6311,11 +9298,16 @@ def _measure(side: str, figure: Figure, url: str) -> float:
         assert victim.stdout and victim.stdout.readline() == "now\n"
         victim.send_signal(signal.SIGKILL)
         victim.wait()
-    timed = _start(figure.what, side, url, count)
-    output, _ = timed.communicate()
-    if timed.returncode != 0:
-        raise SystemExit(f"the benchmark stopped: {figure.what} by {side} failed")
-    return float(output)
+    return float(_said(figure.what, side, url, _count(side, figure)))
+
+
+def _said(what: str, side: str, url: str, count: int) -> Any:
+    """What a process that measures has printed."""
+    process = _start(what, side, url, str(count))
+    output, _ = process.communicate()
+    if process.returncode != 0:
+        raise SystemExit(f"the benchmark stopped: {what} by {side} failed")
+    return json.loads(output)
 
 
 def _start(*arguments: str) -> subprocess.Popen[str]:
@@ -6325,15 +9317,19 @@ def _start(*arguments: str) -> subprocess.Popen[str]:
 def _measure_here(what: str, side: str, url: str, count: str) -> None:
     """Be the process that `_measure` started."""
     if side == "plain":
-        print(_PLAIN[what](url, int(count)))
+        print(json.dumps(_PLAIN[what](url, int(count))))
     else:
-        print(_LIBRARY[what](_Program(side, url), int(count)))
+        print(json.dumps((_LIBRARY | _CROWDS)[what](_Program(side, url), int(count))))
 
 
 def _timed(act: Callable[[], Any]) -> float:
     start = time.perf_counter()
     act()
     return time.perf_counter() - start
+
+
+def _median(numbers: list[float]) -> float:
+    return sorted(numbers)[len(numbers) // 2]
 
 
 def _share_out(acts: list[Callable[[], Any]], count: int) -> float:
@@ -6382,7 +9378,10 @@ def _new_database(server: str, side: str) -> str:
 
 
 class _Program:
-    """Workflows of any number of steps, one of which may be made to wait for a kill."""
+    """Workflows of any number of steps, one of which may be made to wait for a kill; and such as wait.
+
+    (Those read a clock, which a workflow should leave to its steps.)
+    """
 
     def __init__(self, side: str, url: str) -> None:
         self.library = importlib.import_module(side)
@@ -6393,8 +9392,10 @@ class _Program:
         )
         self.arrived = threading.Semaphore(0)  # released by each workflow at its `pause_at`
         self.doomed = False  # whether it then waits to be killed
+        self.late: list[float] = []  # the latencies seen by workflows
         self.queue = self.library.Queue("bench")
         self.work = self._declare()
+        self.listen, self.announce, self.sleep, self.wait = self._declare_waits()
 
     def _declare(self) -> Callable[..., int]:
         @self.DBOS.step()
@@ -6412,6 +9413,37 @@ class _Program:
             return steps
 
         return work
+
+    def _declare_waits(self) -> tuple[Any, ...]:
+        @self.DBOS.workflow(name="listen")
+        def listen(count: int) -> list[float]:
+            late = []
+            for _ in range(count):
+                sent_at = self.DBOS.recv()
+                late.append(time.perf_counter() - sent_at)
+            return late
+
+        @self.DBOS.workflow(name="announce")
+        def announce(count: int) -> None:
+            for number in range(count):
+                time.sleep(PAUSE_S)
+                self.DBOS.set_event(str(number), time.perf_counter())
+
+        @self.DBOS.workflow(name="begin")
+        def begin(sent_at: float) -> None:
+            self.late.append(time.perf_counter() - sent_at)
+            self.arrived.release()
+
+        @self.DBOS.workflow(name="sleep")
+        async def sleep() -> None:
+            await self.DBOS.sleep_async(3600)
+
+        @self.DBOS.workflow(name="wait")
+        async def wait() -> None:
+            sent_at = await self.DBOS.recv_async(timeout_seconds=3600)
+            self.late.append(time.perf_counter() - sent_at)
+
+        return listen, announce, sleep, wait
 
     def launch(self, **config: Any) -> None:
         self.DBOS(config={**CONFIG, "system_database_url": self.url, "admin_port": _free_port(), **config})
@@ -6517,6 +9549,63 @@ def _queue(program: _Program, count: int) -> float:
     return _timed(program.wait_until_finished)
 
 
+def _message(program: _Program, count: int) -> float:
+    """From the call of send in another process until recv has returned."""
+    program.launch()
+    with program.library.SetWorkflowID(f"message {os.getpid()}"):
+        handle = program.DBOS.start_workflow(program.listen, count)
+    with _partner("message", program, count):
+        return _median(handle.get_result())
+
+
+def _partner_of_message(program: _Program, count: int) -> None:
+    client = program.library.DBOSClient(system_database_url=program.url)
+    for _ in range(count):
+        time.sleep(PAUSE_S)
+        client.send(f"message {os.getppid()}", time.perf_counter())
+
+
+def _event(program: _Program, count: int) -> float:
+    """From the call of set_event in another process until get_event has returned."""
+    program.launch()
+    id, late = f"event {os.getpid()}", []
+    with _partner("event", program, count):
+        for number in range(count):
+            sent_at = program.DBOS.get_event(id, str(number))
+            late.append(time.perf_counter() - sent_at)
+    return _median(late)
+
+
+def _partner_of_event(program: _Program, count: int) -> None:
+    program.launch(executor_id="partner")
+    with program.library.SetWorkflowID(f"event {os.getppid()}"):
+        program.announce(count)
+
+
+def _idle_queue(program: _Program, count: int) -> float:
+    """From the call of enqueue in another process until the workflow's first line."""
+    program.launch()
+    with _partner("idle_queue", program, count):
+        program.wait_for_all(count)
+    return _median(program.late)
+
+
+def _partner_of_idle_queue(program: _Program, count: int) -> None:
+    client = program.library.DBOSClient(system_database_url=program.url)
+    options = {"queue_name": "bench", "workflow_name": "begin", "app_version": "bench"}
+    for _ in range(count):
+        time.sleep(PAUSE_S)
+        client.enqueue(options, time.perf_counter()).get_result()
+
+
+@contextmanager
+def _partner(what: str, program: _Program, count: int) -> Iterator[None]:
+    """A process that acts while this one waits; it knows this one as its parent."""
+    partner = _start("partner of " + what, program.library.__name__, program.url, str(count))
+    yield
+    assert partner.wait() == 0
+
+
 _LIBRARY: dict[str, Callable[[_Program, int], float | None]] = {
     "migrate": _migrate,
     "steps": _steps,
@@ -6527,7 +9616,59 @@ _LIBRARY: dict[str, Callable[[_Program, int], float | None]] = {
     "victim of replay": _victim_of_replay,
     "replay": _replay,
     "queue": _queue,
+    "message": _message,
+    "partner of message": _partner_of_message,
+    "event": _event,
+    "partner of event": _partner_of_event,
+    "idle_queue": _idle_queue,
+    "partner of idle_queue": _partner_of_idle_queue,
 }
+
+
+# Ten thousand coroutines that wait, in a process and a database of their own.
+
+
+def _asleep(program: _Program, count: int) -> Crowd:
+    return asyncio.run(_crowd(program, program.sleep, count))
+
+
+def _in_recv(program: _Program, count: int) -> Crowd:
+    return asyncio.run(_crowd(program, program.wait, count))
+
+
+_CROWDS: dict[str, Callable[[_Program, int], Any]] = {"sleep": _asleep, "recv": _in_recv}
+
+
+async def _crowd(program: _Program, function: Callable[..., Any], count: int) -> Crowd:
+    """Start them all at once, leave them alone, wake some, and leave."""
+    import resource  # which Windows has not
+
+    program.launch()
+    with psycopg.connect(program.url, autocommit=True) as conn:
+
+        def statements() -> int:  # of others; each is a transaction
+            row = conn.execute("select xact_commit from pg_stat_database where datname = current_database()").fetchone()
+            return int(row[0]) if row else 0
+
+        began = time.perf_counter()
+        handles = await asyncio.gather(*(program.DBOS.start_workflow_async(function) for _ in range(count)))
+        while conn.execute("select count(*) from durable.steps").fetchone() != (count,):
+            await asyncio.sleep(0.1)
+        begin = time.perf_counter() - began
+        await asyncio.sleep(12)  # a session of Postgres may keep its statistics to itself for ten seconds
+        began, cpu_s, before = time.perf_counter(), time.process_time(), statements()
+        await asyncio.sleep(10)
+        idle_s = time.perf_counter() - began
+        cpu, rate = (time.process_time() - cpu_s) / idle_s, (statements() - before) / idle_s
+    for handle in handles[:100] if function is program.wait else []:
+        await program.DBOS.send_async(handle.workflow_id, time.perf_counter())
+        await asyncio.sleep(PAUSE_S)
+    wake = 1000 * _median(program.late) if program.late else None
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+    began = time.perf_counter()
+    await asyncio.to_thread(lambda: program.DBOS.destroy(workflow_completion_timeout_sec=0))
+    end = time.perf_counter() - began
+    return Crowd(begin, memory, rate, 100 * cpu, wake, end)
 
 
 def _free_port() -> int:
@@ -6546,8 +9687,8 @@ _START = """
 """
 
 _ENQUEUE = """
-    insert into durable.workflows (id, name, inputs, status, application_version, queue)
-    select gen_random_uuid()::text, 'work', '[[1], {}]', 'ENQUEUED', 'bench', 'bench'
+    insert into durable.workflows (id, name, inputs, status, claim, application_version, queue)
+    select gen_random_uuid()::text, 'work', '[[1], {}]', 'ENQUEUED', 1, 'bench', 'bench'
       from generate_series(1, %s)
 """
 
@@ -6626,11 +9767,58 @@ def _plain_drain(url: str, count: int, connections: int) -> float:
         return _timed(lambda: list(pool.map(_Plain.drain, plains)))
 
 
-_PLAIN: dict[str, Callable[[str, int], float]] = {
+def _plain_notify(url: str, count: int) -> float:
+    """From NOTIFY in another process until the notification is here."""
+    return _plain_latency("notify", url, count, lambda conn: None)
+
+
+def _plain_idle_queue(url: str, count: int) -> float:
+    """The same, with a row inserted before and taken after it."""
+    return _plain_latency("idle_queue", url, count, lambda conn: conn.execute(_TAKE).fetchone())
+
+
+def _plain_latency(what: str, url: str, count: int, act: Callable[[psycopg.Connection[Any]], object]) -> float:
+    late = []
+    with (
+        psycopg.connect(url, autocommit=True, prepare_threshold=0) as listener,
+        psycopg.connect(url, autocommit=True, prepare_threshold=0) as conn,
+    ):
+        listener.execute("listen bench")
+        partner = _start("partner of " + what, "plain", url, str(count))
+        for note in itertools.islice(listener.notifies(), count):
+            act(conn)
+            late.append(time.perf_counter() - float(note.payload))
+        assert partner.wait() == 0
+    return _median(late)
+
+
+def _plain_partner_of_notify(url: str, count: int) -> None:
+    _plain_notifier(url, count, lambda conn: None)
+
+
+def _plain_partner_of_idle_queue(url: str, count: int) -> None:
+    _plain_notifier(url, count, lambda conn: conn.execute(_ENQUEUE, [1]))
+
+
+def _plain_notifier(url: str, count: int, act: Callable[[psycopg.Connection[Any]], object]) -> None:
+    with psycopg.connect(url, autocommit=True, prepare_threshold=0) as conn:
+        for _ in range(count):
+            time.sleep(PAUSE_S)
+            sent_at = time.perf_counter()
+            act(conn)
+            conn.execute("select pg_notify('bench', %s)", [str(sent_at)])
+
+
+_PLAIN: dict[str, Callable[[str, int], float | None]] = {
     "steps": _plain_steps,
     "one_by_one": _plain_one_by_one,
     "threads": _plain_from_threads,
     "queue": _plain_queue,
+    "message": _plain_notify,
+    "event": _plain_notify,
+    "partner of notify": _plain_partner_of_notify,
+    "idle_queue": _plain_idle_queue,
+    "partner of idle_queue": _plain_partner_of_idle_queue,
 }
 
 
