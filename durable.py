@@ -4063,7 +4063,8 @@ input, select, button { font: inherit; color: inherit; background: var(--fill); 
                         border-radius: 5px; padding: 4px 8px; min-width: 0; width: 11em } button { width: auto }
 table { border-collapse: collapse; width: 100% } .faint, th { color: var(--faint); font-weight: normal }
 td, th { text-align: left; vertical-align: top; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line) }
-.num { text-align: right; white-space: nowrap; padding-right: 0 } th, .wide { overflow-wrap: normal }
+th, td.wide { overflow-wrap: normal }
+.num { text-align: right; white-space: nowrap; padding-right: 0 } td.wide { min-width: 8em }
 pre { background: var(--fill); padding: 8px; border-radius: 5px; max-height: 20em; overflow: auto;
       white-space: pre-wrap } td.status { font-size: 12px } td.status, .key { width: 10em }
 .SUCCESS, .alive { color: var(--good) } .PENDING { color: var(--busy) } .ENQUEUED, .DELAYED { color: var(--wait) }
