@@ -77,6 +77,7 @@ import shutil
 import socket
 import socketserver
 import sys
+import textwrap
 import threading
 import time
 import types
@@ -1107,7 +1108,9 @@ def _expire(conn: Conn) -> tuple[list[list[str]], float | None, float]:
     return ids, due_s, now
 
 
-# Locks rows in the order that all statements keep, so that no two wait for each other.
+# Locks rows in the order of their IDs, so that no two of the statements below wait for each other.  With a
+# batch of the journal, which locks them by kinds of writes, they still may: Postgres ends that after a
+# second, and whoever lost tries again.
 _IN_ORDER = "select id from durable.workflows where id = any(%(ids)s) order by id for update"
 
 
@@ -1827,6 +1830,7 @@ class _Connection(psycopg.Connection[Any]):
     """The connection a transaction function sees: all psycopg, but committing is not the function's to do."""
 
     in_function = False
+    hints: Sequence[tuple[str, ...]] = ()  # to be given once the transaction is committed
 
     def commit(self) -> None:
         if self.in_function:
@@ -1877,7 +1881,7 @@ def _commit_together(
     try:
         conn.execute(f"begin isolation level {isolation}")  # so that `with connection.transaction()` is a savepoint
         try:
-            conn.in_function = True
+            conn.in_function, conn.hints = True, ()
             with _framed(_Frame(run, StepStatus(position), conn)):
                 value = call()
             if conn.info.transaction_status == pq.TransactionStatus.IDLE:
@@ -1895,6 +1899,8 @@ def _commit_together(
         with conn.pipeline():  # the record's lock on the workflow's row lives within this one round trip
             conn.execute(_RECORD_OR_FAIL, {**row, "took_s": time.monotonic() - began})
             conn.commit()
+        for key in conn.hints:
+            run.executor.hints.send(*key)
         return value, None
     finally:
         with suppress(psycopg.Error):
@@ -2164,20 +2170,18 @@ async def _begin(executor: "_Executor", function: _Function, start: _Start) -> t
     except BaseException:
         executor.forget(run)
         raise
-    finally:
-        run.begun.set()
-    if existing is None:
-        if row["timeout_s"] is not None:
-            executor.mind_deadlines()
-        return run.id, run
-    ours = existing["claim"] == row["claim"] or run.id in executor.interrupted
-    if ours and (existing["status"], existing["incarnation"]) == ("PENDING", executor.me["incarnation"]):
+    if existing is not None:
+        ours = existing["claim"] == row["claim"] or run.id in executor.interrupted
+        if not ours or (existing["status"], existing["incarnation"]) != ("PENDING", executor.me["incarnation"]):
+            executor.forget(run)
+            return run.id, None
         # Our own row, whose acknowledgement was lost, or that was interrupted: it has a history.
         run.claim, run.history_to = existing["claim"], 0
         executor.interrupted.discard(run.id)
-        return run.id, run
-    executor.forget(run)
-    return run.id, None
+    elif row["timeout_s"] is not None:
+        executor.mind_deadlines()
+    run.begun.set()
+    return run.id, run
 
 
 async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None:
@@ -2418,14 +2422,18 @@ async def _send_message(
             problem = await refusal()
             if problem is not None:
                 raise problem
-    executor.hints.send("m", destination, topic)
+    frame = _frame.get()
+    if frame is not None and frame.connection is not None:
+        frame.connection.hints = (*frame.connection.hints, ("m", destination, topic))
+    else:
+        executor.hints.send("m", destination, topic)
 
 
 def _text_for(what: str, executor: "_Executor", value: Any) -> str:
     try:
         return executor.serialize(value)
     except Exception as cause:
-        raise DBOSException(f"a {what} of type {_type_name(value)} cannot be stored: {cause}") from cause
+        raise DBOSException(f"the {what}, a {_type_name(value)}, cannot be stored: {cause}") from cause
 
 
 async def _write_step(
@@ -2745,7 +2753,7 @@ class _Cron:
     """A cron expression: minute, hour, day, month, weekday, with a field for seconds in front if there are six.
 
     As in Vixie's cron: where both day and weekday are limited, either will do; 0 and 7 are Sunday.  In a
-    time zone, what falls in the hour that is skipped runs after the gap; in the hour that comes twice,
+    time zone, what falls in the hour that is skipped runs as much later; in the hour that comes twice,
     fixed hours run once, and what runs every hour goes on running.
     """
 
@@ -2788,20 +2796,21 @@ class _Cron:
     def after(self, moment: datetime) -> datetime:
         """The first tick after a moment."""
         now = moment.astimezone(timezone.utc)
-        offsets = [(now + timedelta(hours=hours)).astimezone(self.zone).utcoffset() for hours in (-3, 3)]
-        twice = len(self.hours) == 24 and cast(timedelta, offsets[1]) < cast(timedelta, offsets[0])
-        clock = now.astimezone(self.zone).replace(tzinfo=None, microsecond=0, fold=0)
-        clock -= timedelta(hours=3 if twice else 0)
+        before, later = (
+            cast(timedelta, (now + timedelta(hours=hours)).astimezone(self.zone).utcoffset()) for hours in (-3, 3)
+        )
+        # Where clocks are put forward or back, readings are not in the order of their instants: see all around.
+        shift, passes = abs(later - before), (0, 1) if len(self.hours) == 24 and later < before else (0,)
+        clock = now.astimezone(self.zone).replace(tzinfo=None, microsecond=0, fold=0) - shift
         ticks: list[datetime] = []
         while True:
             following = self._next_on_clock(clock + timedelta(seconds=1))
             if following is None:
                 raise OverflowError(f"cron {self.expression!r}: no tick comes after {moment}")
             clock = following
-            passes = [clock.replace(tzinfo=self.zone, fold=fold) for fold in ((0, 1) if twice else (0,))]
-            instants = [each.astimezone(timezone.utc) for each in passes]
+            instants = [clock.replace(tzinfo=self.zone, fold=fold).astimezone(timezone.utc) for fold in passes]
             ticks += [instant for instant in instants if instant > now]
-            if min(instants) > now:
+            if ticks and min(instants) >= min(ticks) + shift:
                 return min(ticks).astimezone(self.zone)
 
     def _next_on_clock(self, start: datetime) -> datetime | None:
@@ -2840,7 +2849,9 @@ def _tick(executor: "_Executor") -> float:
         tick = executor.next_ticks.get(cron) or cron.after(now)
         if tick < now - _CATCH_UP:
             tick = cron.after(now - _CATCH_UP)
-        while tick <= now:
+        for _ in range(_DEQUEUE_BATCH):  # then see to other things, and come again
+            if tick > now:
+                break
             try:
                 with SetWorkflowID(f"sched-{name}-{tick.isoformat()}"):
                     _block(_enqueue(executor, _INTERNAL_QUEUE, [(func, (tick, now), {})]))
@@ -5494,7 +5505,7 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    """Print rows in columns; empty columns are left out, those too wide for the terminal are cut, reasons are not."""
+    """Print rows in columns: empty ones are left out, and for the terminal's sake all but IDs cut, reasons wrapped."""
     if not rows:
         return print("nothing")
     filled = [name for name in rows[0] if any(row[name] not in (None, "") for row in rows)]
@@ -5502,11 +5513,15 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     table = [list(rows[0]), *([_cell(name, value) for name, value in row.items()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     room = shutil.get_terminal_size(fallback=(1 << 30, 24)).columns - 2 * (len(widths) - 1)
-    while sum(widths) > room and max(widths) > 3 and "why" not in filled:
-        widths[widths.index(max(widths))] -= 1
+    while sum(widths) > room and max(widths[1:], default=0) > 8:
+        widths[widths.index(max(widths[1:]), 1)] -= 1
     for line in table:
-        cells = zip(line, widths, strict=True)
-        print("  ".join((cell if len(cell) <= w else cell[: w - 1] + "…").ljust(w) for cell, w in cells).rstrip())
+        columns = [
+            textwrap.wrap(cell, width) if name == "why" else [cell if len(cell) <= width else cell[: width - 1] + "…"]
+            for name, cell, width in zip(filled, line, widths, strict=True)
+        ]
+        for parts in itertools.zip_longest(*columns, fillvalue=""):
+            print("  ".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip())
 
 
 def _cell(name: str, value: Any) -> str:
