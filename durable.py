@@ -1830,7 +1830,7 @@ class _Connection(psycopg.Connection[Any]):
     """The connection a transaction function sees: all psycopg, but committing is not the function's to do."""
 
     in_function = False
-    hints: Sequence[tuple[str, ...]] = ()  # to be given once the transaction is committed
+    hints: list[tuple[str, ...]]  # to be given once the transaction is committed
 
     def commit(self) -> None:
         if self.in_function:
@@ -1881,7 +1881,7 @@ def _commit_together(
     try:
         conn.execute(f"begin isolation level {isolation}")  # so that `with connection.transaction()` is a savepoint
         try:
-            conn.in_function, conn.hints = True, ()
+            conn.in_function, conn.hints = True, []
             with _framed(_Frame(run, StepStatus(position), conn)):
                 value = call()
             if conn.info.transaction_status == pq.TransactionStatus.IDLE:
@@ -2424,7 +2424,7 @@ async def _send_message(
                 raise problem
     frame = _frame.get()
     if frame is not None and frame.connection is not None:
-        frame.connection.hints = (*frame.connection.hints, ("m", destination, topic))
+        frame.connection.hints.append(("m", destination, topic))
     else:
         executor.hints.send("m", destination, topic)
 
