@@ -6691,7 +6691,7 @@ def test_garbage_is_collected_from_the_command_line(dbos, crowd, command, told):
 
 @pytest.mark.parametrize(("report", "shown"), [("executors", "local"), ("versions", "v1"), ("why", "delayed until")])
 def test_the_reports_are_tables_and_json(dbos, queue, job, command, told, report, shown):
-    """Who runs, which versions have work, and why something waits: all fits, and a reason is told whole, on more lines."""
+    """Who runs, which versions have work, and why something waits: all fits, and a reason is told whole."""
     enqueue(queue, job, "later", delay_seconds=3600)
     done, rows = command(report), told(report)
     assert done.returncode == 0, done.stderr
