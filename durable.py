@@ -24,7 +24,9 @@ The words:
     step        a call whose result is recorded, once, at a position
     position    1, 2, 3...: the order in which a workflow calls its steps
     checkpoint  the record of a step; writing it is what finishes the step
-    executor    a process that runs workflows, by name and by incarnation
+    executor    a process that runs workflows, under a name that outlives it
+    incarnation one launch of an executor
+    run         one execution of a workflow's function by an executor, under a claim
     claim       the number under which one run may write a workflow's history
     sweep       the search for workflows that nobody runs
     hint        a message that says "look at the table now"; losing one costs time, nothing else
@@ -51,6 +53,7 @@ import ast
 import asyncio
 import atexit
 import base64
+import bisect
 import builtins
 import contextvars
 import functools
@@ -2761,7 +2764,8 @@ class _Cron:
         fields = fields if len(fields) == 6 else ["0", *fields]
         self.expression, self.zone = expression, _zone(zone)
         numbers = [self._numbers(*what, field) for what, field in zip(_CRON_FIELDS, fields, strict=True)]
-        self.seconds, self.minutes, self.hours, self.days, self.months, weekdays = map(sorted, numbers)
+        seconds, minutes, self.hours, self.days, self.months, weekdays = map(sorted, numbers)
+        self.times = [(h * 60 + m) * 60 + s for h in self.hours for m in minutes for s in seconds]  # in seconds
         self.weekdays = {day % 7 for day in weekdays}
         if self._next_on_clock(datetime(2000, 1, 1)) is None:
             raise ValueError(f"cron {expression!r}: no such day ever comes")
@@ -2811,16 +2815,13 @@ class _Cron:
 
     def _next_on_clock(self, start: datetime) -> datetime | None:
         """The first fitting reading of a clock from `start` on; a leap day may be eight years away."""
-        since = (start.hour, start.minute, start.second)
+        midnight = start.replace(hour=0, minute=0, second=0)
+        since = (start - midnight).seconds
         for days in range(366 * 9):
-            day = start.date() + timedelta(days=days)
-            if self._fits(day):
-                for hour in self.hours:
-                    for minute in self.minutes if hour >= since[0] else ():
-                        for second in self.seconds if (hour, minute, 59) >= since else ():
-                            if (hour, minute, second) >= since:
-                                return datetime(day.year, day.month, day.day, hour, minute, second)
-            since = (0, 0, 0)
+            day = midnight + timedelta(days=days)
+            if self._fits(day) and since <= self.times[-1]:
+                return day + timedelta(seconds=self.times[bisect.bisect_left(self.times, since)])
+            since = 0
         return None
 
     def _fits(self, day: date) -> bool:
