@@ -74,6 +74,7 @@ import shutil
 import socket
 import socketserver
 import sys
+import textwrap
 import threading
 import time
 import types
@@ -3815,7 +3816,7 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
 
     def _named(self) -> str:
         """The ID in the path, if it is that of a workflow."""
-        if not _storable(self.id) or not self.executor.now(_claims, [self.id]):
+        if not _storable(self.id) or self.executor.now(_claims, [self.id])[self.id][0] is None:
             raise _Refusal(404, f"there is no workflow {self.id}")
         return self.id
 
@@ -5492,19 +5493,20 @@ def _plain(row: dict[str, Any], columns: Iterable[str]) -> dict[str, Any]:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    """Print rows in columns; empty columns are left out, those too wide for the terminal are cut, reasons are not."""
+    """Print rows in columns; empty columns are left out, those too wide for the terminal are cut, reasons wrapped."""
     if not rows:
         return print("nothing")
-    filled = [name for name in rows[0] if any(row[name] not in (None, "") for row in rows)]
-    rows = [{name: row[name] for name in filled} for row in rows]
-    table = [list(rows[0]), *([_cell(name, value) for name, value in row.items()] for row in rows)]
+    filled = [name for name in rows[0] if name != "why" and any(row[name] not in (None, "") for row in rows)]
+    table = [filled, *([_cell(name, row[name]) for name in filled] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    room = shutil.get_terminal_size(fallback=(1 << 30, 24)).columns - 2 * (len(widths) - 1)
-    while sum(widths) > room and max(widths) > 3 and "why" not in filled:
+    columns = shutil.get_terminal_size(fallback=(1 << 30, 24)).columns
+    while sum(widths) > columns - 2 * (len(widths) - 1) and max(widths) > 3:
         widths[widths.index(max(widths))] -= 1
-    for line in table:
+    for line, row in zip(table, [{}, *rows], strict=True):
         cells = zip(line, widths, strict=True)
         print("  ".join((cell if len(cell) <= w else cell[: w - 1] + "…").ljust(w) for cell, w in cells).rstrip())
+        for reason in textwrap.wrap(_cell("why", row.get("why")), columns - 4):
+            print("   ", reason)
 
 
 def _cell(name: str, value: Any) -> str:
