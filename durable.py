@@ -84,17 +84,7 @@ import warnings
 import zoneinfo
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import (
-    AsyncGenerator,
-    Awaitable,
-    Callable,
-    Coroutine,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -784,14 +774,17 @@ _STATUS_COLUMNS = f"""
 """
 
 
-def _find(conn: Conn, id: str, holder_in: str | None = None) -> dict[str, Any] | None:
-    """Read a workflow's row, under the names of WorkflowStatus.
+def _find(conn: Conn, id: str) -> dict[str, Any] | None:
+    """Read a workflow's row, under the names of WorkflowStatus."""
+    query = f"select {_STATUS_COLUMNS} from durable.workflows where id = %s"
+    return conn.cursor(row_factory=dict_row).execute(query, (id,)).fetchone()
 
-    With `holder_in`, a queue, the ID is a deduplication ID, and the row that of its unfinished holder.
-    """
-    where = f"deduplication_id = %s and queue = %s and status in {_UNFINISHED}" if holder_in else "id = %s"
-    query = f"select {_STATUS_COLUMNS} from durable.workflows where {where}"
-    return conn.cursor(row_factory=dict_row).execute(query, (id, holder_in) if holder_in else (id,)).fetchone()
+
+def _holder_of(conn: Conn, deduplication_id: str, queue: str) -> str | None:
+    """Find the unfinished workflow of a queue that has a deduplication ID."""
+    query = f"select id from durable.workflows where queue = %s and deduplication_id = %s and status in {_UNFINISHED}"
+    found = conn.execute(query, (queue, deduplication_id)).fetchone()
+    return found and found[0]
 
 
 def _steps_of(conn: Conn, id: str) -> list[dict[str, Any]]:
@@ -824,14 +817,13 @@ def _list(
 
 # What `where` may say, and in which words: an array for most, epoch seconds for times.
 _CONDITIONS = {
-    **{
-        name: f"{column} = any(%({name})s::text[])"
-        for name, column in {
-            "workflow_ids": "id", "status": "status", "name": "name", "app_version": "application_version",
-            "forked_from": "forked_from", "parent_workflow_id": "parent_workflow_id",
-            "executor_id": "executor_id", "queue_name": "queue",
-        }.items()
-    },
+    name: f"{column} = any(%({name})s::text[])"
+    for name, column in {
+        "workflow_ids": "id", "status": "status", "name": "name", "app_version": "application_version",
+        "forked_from": "forked_from", "parent_workflow_id": "parent_workflow_id",
+        "executor_id": "executor_id", "queue_name": "queue",
+    }.items()
+} | {
     "start_time": "created_at >= to_timestamp(%(start_time)s)",
     "end_time": "created_at <= to_timestamp(%(end_time)s)",
     "workflow_id_prefix": "exists (select from unnest(%(workflow_id_prefix)s::text[]) as p where starts_with(id, p))",
@@ -1113,7 +1105,9 @@ def _expire(conn: Conn) -> tuple[list[list[str]], float | None, float]:
     return ids, due_s, now
 
 
-# Locks rows in the order that all statements keep, so that no two wait for each other.
+# Locks rows in the order of their IDs, so that no two of the statements below wait for each other.  With a
+# batch of the journal, which locks them by kinds of writes, they still may: Postgres ends that after a
+# second, and whoever lost tries again.
 _IN_ORDER = "select id from durable.workflows where id = any(%(ids)s) order by id for update"
 
 
@@ -1833,6 +1827,7 @@ class _Connection(psycopg.Connection[Any]):
     """The connection a transaction function sees: all psycopg, but committing is not the function's to do."""
 
     in_function = False
+    hints: Sequence[tuple[str, ...]] = ()  # to be given once the transaction is committed
 
     def commit(self) -> None:
         if self.in_function:
@@ -1883,7 +1878,7 @@ def _commit_together(
     try:
         conn.execute(f"begin isolation level {isolation}")  # so that `with connection.transaction()` is a savepoint
         try:
-            conn.in_function = True
+            conn.in_function, conn.hints = True, []
             with _framed(_Frame(run, StepStatus(position), conn)):
                 value = call()
             if conn.info.transaction_status == pq.TransactionStatus.IDLE:
@@ -1901,6 +1896,8 @@ def _commit_together(
         with conn.pipeline():  # the record's lock on the workflow's row lives within this one round trip
             conn.execute(_RECORD_OR_FAIL, {**row, "took_s": time.monotonic() - began})
             conn.commit()
+        for key in conn.hints:
+            run.executor.hints.send(*key)
         return value, None
     finally:
         with suppress(psycopg.Error):
@@ -2131,12 +2128,12 @@ def _first_claim() -> int:
 
 async def _has_begun(start: _Start) -> bool:
     """Whether the parent's history has this start: then take the ID from there, or raise what refused it."""
-    past = None
-    if start.parent is not None:
-        past = await start.parent.recall(start.row["position"], start.row["name"])
-        if past is not None:
-            start.parent.outcome(past)
-            start.row["id"] = past.child_workflow_id
+    if start.parent is None:
+        return False
+    past = await start.parent.recall(start.row["position"], start.row["name"])
+    if past is not None:
+        start.parent.outcome(past)
+        start.row["id"] = past.child_workflow_id
     return past is not None
 
 
@@ -2156,7 +2153,8 @@ async def _begin(executor: "_Executor", function: _Function, start: _Start) -> t
         return row["id"], None
     claimed = _Claimed(**{name: row[name] for name in _Claimed._fields if name in row}, has_history=False)
     run = _Run(executor, function, claimed)
-    # It is entered before the row is there: a sweep must not take it for lost.
+    # It is entered before the row is there: a sweep must not take it for lost.  Where another call of this
+    # ID was entered first, what comes of that one's insert tells whether we have anything to begin.
     while (other := executor.running.setdefault(run.id, run)) is not run:
         await _for_any(other.begun)
         if await executor.ask(_find, run.id) is not None:
@@ -2169,20 +2167,18 @@ async def _begin(executor: "_Executor", function: _Function, start: _Start) -> t
     except BaseException:
         executor.forget(run)
         raise
-    finally:
-        run.begun.set()
-    if existing is None:
-        if row["timeout_s"] is not None:
-            executor.mind_deadlines()
-        return run.id, run
-    ours = existing["claim"] == row["claim"] or run.id in executor.interrupted
-    if ours and (existing["status"], existing["incarnation"]) == ("PENDING", executor.me["incarnation"]):
+    if existing is not None:
+        ours = existing["claim"] == row["claim"] or run.id in executor.interrupted
+        if not ours or (existing["status"], existing["incarnation"]) != ("PENDING", executor.me["incarnation"]):
+            executor.forget(run)
+            return run.id, None
         # Our own row, whose acknowledgement was lost, or that was interrupted: it has a history.
         run.claim, run.history_to = existing["claim"], 0
         executor.interrupted.discard(run.id)
-        return run.id, run
-    executor.forget(run)
-    return run.id, None
+    elif row["timeout_s"] is not None:
+        executor.mind_deadlines()
+    run.begun.set()
+    return run.id, run
 
 
 async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None:
@@ -2196,11 +2192,11 @@ async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None
                 await parent.record(row["position"], row["name"], None, None, 0.0, child=row["id"])
             return existing
         if row["deduplication_id"] is not None:
-            holder = await executor.ask(_find, row["deduplication_id"], row["queue"])
+            holder = await executor.ask(_holder_of, row["deduplication_id"], row["queue"])
             if holder is not None:
                 refusal = DBOSQueueDeduplicatedError(
-                    f"workflow {row['id']} was not enqueued on {row['queue']}: unfinished workflow "
-                    f"{holder['workflow_id']} has the deduplication ID {row['deduplication_id']!r}",
+                    f"workflow {row['id']} was not enqueued on {row['queue']}: unfinished workflow {holder} has the "
+                    f"deduplication ID {row['deduplication_id']!r}",
                     workflow_id=row["id"], queue_name=row["queue"], deduplication_id=row["deduplication_id"],
                 )
                 if parent is not None:
@@ -2423,14 +2419,18 @@ async def _send_message(
             problem = await refusal()
             if problem is not None:
                 raise problem
-    executor.hints.send("m", destination, topic)
+    frame = _frame.get()
+    if frame is not None and frame.connection is not None:
+        frame.connection.hints = (*frame.connection.hints, ("m", destination, topic))
+    else:
+        executor.hints.send("m", destination, topic)
 
 
 def _text_for(what: str, executor: "_Executor", value: Any) -> str:
     try:
         return executor.serialize(value)
     except Exception as cause:
-        raise DBOSException(f"a {what} of type {_type_name(value)} cannot be stored: {cause}") from cause
+        raise DBOSException(f"the {what}, a {_type_name(value)}, cannot be stored: {cause}") from cause
 
 
 async def _write_step(
@@ -2635,16 +2635,19 @@ class Queue:
         priority_enabled: bool = False, polling_interval_sec: float = _POLL_S, durable: "Durable | None" = None,
     ) -> None:
         self.name, self._durable = _valid_name("queue", name), DBOS if durable is None else durable
-        limit = global_concurrency if concurrency is None else concurrency  # two names for one thing
-        self.set_limits(limit, limiter, worker_concurrency, polling_interval_sec)
-        self.priority_enabled = priority_enabled
+        self.set_limits(
+            concurrency, limiter, worker_concurrency=worker_concurrency, global_concurrency=global_concurrency,
+            priority_enabled=priority_enabled, polling_interval_sec=polling_interval_sec,
+        )
         self._durable._add_queue(self)
 
     def set_limits(
-        self, concurrency: int | None = None, limiter: QueueRateLimit | None = None,
-        worker_concurrency: int | None = None, polling_interval_sec: float = _POLL_S,
+        self, concurrency: int | None = None, limiter: QueueRateLimit | None = None, *,
+        worker_concurrency: int | None = None, global_concurrency: int | None = None,
+        priority_enabled: bool = False, polling_interval_sec: float = _POLL_S,
     ) -> None:
         """Set all limits anew, in this process; they hold from the next dequeue on."""
+        concurrency = global_concurrency if concurrency is None else concurrency  # two names for one thing
         for what, value in (("concurrency", concurrency), ("worker_concurrency", worker_concurrency)):
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"queue {self.name}: {what} is {value!r}; it must be a whole number from 1, or None")
@@ -2660,7 +2663,7 @@ class Queue:
         if not polling_interval_sec > 0:
             raise ValueError(f"queue {self.name}: polling_interval_sec is {polling_interval_sec}; it must be above 0")
         self.concurrency, self.worker_concurrency, self.limiter = concurrency, worker_concurrency, limiter
-        self.polling_interval_sec = polling_interval_sec
+        self.priority_enabled, self.polling_interval_sec = priority_enabled, polling_interval_sec
 
     def _describe(self) -> dict[str, Any]:
         """Name this queue and the limits that are set, in the words of the admin API."""
@@ -2747,7 +2750,7 @@ class _Cron:
     """A cron expression: minute, hour, day, month, weekday, with a field for seconds in front if there are six.
 
     As in Vixie's cron: where both day and weekday are limited, either will do; 0 and 7 are Sunday.  In a
-    time zone, what falls in the hour that is skipped runs after the gap; in the hour that comes twice,
+    time zone, what falls in the hour that is skipped runs as much later; in the hour that comes twice,
     fixed hours run once, and what runs every hour goes on running.
     """
 
@@ -2789,20 +2792,21 @@ class _Cron:
     def after(self, moment: datetime) -> datetime:
         """The first tick after a moment."""
         now = moment.astimezone(timezone.utc)
-        offsets = [(now + timedelta(hours=hours)).astimezone(self.zone).utcoffset() for hours in (-3, 3)]
-        twice = len(self.hours) == 24 and cast(timedelta, offsets[1]) < cast(timedelta, offsets[0])
-        clock = now.astimezone(self.zone).replace(tzinfo=None, microsecond=0, fold=0)
-        clock -= timedelta(hours=3 if twice else 0)
+        before, later = (
+            cast(timedelta, (now + timedelta(hours=hours)).astimezone(self.zone).utcoffset()) for hours in (-3, 3)
+        )
+        # Where clocks are put forward or back, readings are not in the order of their instants: see all around.
+        shift, passes = abs(later - before), (0, 1) if len(self.hours) == 24 and later < before else (0,)
+        clock = now.astimezone(self.zone).replace(tzinfo=None, microsecond=0, fold=0) - shift
         ticks: list[datetime] = []
         while True:
             following = self._next_on_clock(clock + timedelta(seconds=1))
             if following is None:
                 raise OverflowError(f"cron {self.expression!r}: no tick comes after {moment}")
             clock = following
-            passes = [clock.replace(tzinfo=self.zone, fold=fold) for fold in ((0, 1) if twice else (0,))]
-            instants = [each.astimezone(timezone.utc) for each in passes]
+            instants = [clock.replace(tzinfo=self.zone, fold=fold).astimezone(timezone.utc) for fold in passes]
             ticks += [instant for instant in instants if instant > now]
-            if min(instants) > now:
+            if ticks and min(instants) >= min(ticks) + shift:
                 return min(ticks).astimezone(self.zone)
 
     def _next_on_clock(self, start: datetime) -> datetime | None:
@@ -2844,7 +2848,9 @@ def _tick(executor: "_Executor") -> float:
         tick = executor.next_ticks.get(cron) or cron.after(now)
         if tick < now - _CATCH_UP:
             tick = cron.after(now - _CATCH_UP)
-        while tick <= now:
+        for _ in range(_DEQUEUE_BATCH):  # then see to other things, and come again
+            if tick > now:
+                break
             try:
                 with SetWorkflowID(f"sched-{name}-{tick.isoformat()}"):
                     _block(_enqueue(executor, _INTERNAL_QUEUE, [(func, (tick, now), {})]))
@@ -3022,7 +3028,7 @@ class _Executor:
         self._loop_lock = threading.Lock()
         self._own_threads: list[threading.Thread] = []  # which go on from launch to close
         self._held = False  # the lock that says we live
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()  # on loops of callers, which would not keep them
         self.launched_at, self.pid = time.monotonic(), os.getpid()
         self.trouble_since = self.trouble_until = 0.0  # when the database last gave trouble
         self.complained = False
@@ -4011,12 +4017,12 @@ _TOLD = {
 }
 
 
-def _told(names: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, str | None]:
+def _told(names: dict[str, str], values: dict[str, Any]) -> dict[str, str | None]:
     """Say values as strings, under other names."""
     return {name: None if values[ours] is None else _text_of(values[ours]) for name, ours in names.items()}
 
 
-def _family(name: str, kind: str, about: str, labels: Sequence[str], samples: Mapping[Any, float]) -> str:
+def _family(name: str, kind: str, about: str, labels: Sequence[str], samples: dict[Any, Any]) -> str:
     """A metric as Prometheus reads it."""
 
     def line(values: tuple[str, ...], number: float) -> str:
@@ -4323,13 +4329,15 @@ def _postgres_url(url: str | None) -> str:
 class _Management:
     """What one can do to workflows without having their code; `DBOS` and `DBOSClient` share it.
 
-    In a workflow, each of these is a step.
+    In a workflow each of these is a step, but for `garbage_collect` and `global_timeout`, which a replay may
+    do again.
     """
 
     def _launched(self) -> _Executor:
         raise NotImplementedError
 
     def _for(self, workflow_id: str) -> _Executor:
+        """The executor, for an operation on a workflow; refused is an ID that none can have."""
         _valid_name("workflow ID", workflow_id)
         return self._launched()
 
@@ -4419,7 +4427,10 @@ class _Management:
     def wait_first(
         self, handles: "Sequence[WorkflowHandle[R]]", *, polling_interval_sec: float = _POLL_S
     ) -> "WorkflowHandle[R]":
-        """Wait until one of several workflows has ended, however, and return its handle."""
+        """Wait until one of several workflows has ended, however, and return its handle.
+
+        Raises ValueError for none, or for two handles of one workflow.
+        """
         _refuse_to_block_a_loop("wait_first")
         return handles[_block(self._first_of(handles))]
 
@@ -4584,7 +4595,7 @@ class _Management:
 
         The steps before it are copied, with the events and streams as of then.  The new ID is that of the
         surrounding `SetWorkflowID`, or random.  Without `application_version`, executors of any may run it.
-        Raises DBOSNonExistentWorkflowError.
+        Raises DBOSNonExistentWorkflowError, and DBOSConflictingWorkflowError for an ID that is taken.
         """
         if type(start_step) is not int:
             raise ValueError(f"start_step is {start_step!r}; it must be a whole number")
@@ -4637,7 +4648,8 @@ class _Management:
     ) -> int:
         """Delete finished workflows that were created before a time, or are not among the youngest so many rows.
 
-        Returns how many.  Unfinished ones are never deleted, but count as rows.
+        Returns how many.  Unfinished ones are never deleted, but count as rows.  A batch at a time: a crash in
+        between leaves some for the next call, and no workflow by halves.
         """
         executor = self._launched()
         cutoffs = [] if cutoff_epoch_timestamp_ms is None else [cutoff_epoch_timestamp_ms / 1000]
@@ -4656,7 +4668,7 @@ class _Management:
     garbage_collect, garbage_collect_async = _twins(_garbage_collect)
 
     async def _global_timeout(self, cutoff_epoch_timestamp_ms: float) -> None:
-        """Cancel the unfinished workflows that were created before a time."""
+        """Cancel the unfinished workflows that were created before a time, in milliseconds since 1970."""
         executor = self._launched()
         ids = await executor.ask(_begun_before, cutoff_epoch_timestamp_ms / 1000, False)
         for id, queue in await executor.ask(_cancel, ids):
@@ -4755,8 +4767,9 @@ class Durable(_Management):
         """Make a function, plain or async, a step: in a workflow it is recorded, elsewhere it is a plain call.
 
         With `retries_allowed` it is tried up to `max_attempts` times in all, `interval_seconds` apart at
-        first and `backoff_rate` times longer after each; an error for which `should_retry` says False is
-        raised at once.  In the end DBOSMaxStepRetriesExceeded is raised, with every error.
+        first and `backoff_rate` times longer after each (an hour at most); an error for which
+        `should_retry` says False is raised at once.  In the end DBOSMaxStepRetriesExceeded is raised, with
+        every error.
         """
         retries = _Retries(retries_allowed, interval_seconds, max_attempts, backoff_rate, should_retry)
 
@@ -4780,7 +4793,8 @@ class Durable(_Management):
 
         It happens exactly once.  It is run again, from its begin, on a serialization failure, a deadlock
         or a lost connection, so everything but its SQL may happen more than once.  Left idle within the
-        transaction for five minutes, Postgres cuts it off.  Called outside a workflow, it is one.
+        transaction for five minutes, Postgres cuts it off.  Called outside a workflow, it is one; inside a
+        step it raises DBOSException, for a step must be free to run again as a whole.
         """
         if isolation_level not in ("SERIALIZABLE", "REPEATABLE READ", "READ COMMITTED"):
             raise DBOSException(f"isolation_level is {isolation_level!r}; it must be 'SERIALIZABLE' or a lower level")
@@ -4913,20 +4927,16 @@ class Durable(_Management):
                 raise DBOSConflictingRegistrationError(f"queue {queue.name} is declared twice")
             self._queues[queue.name] = queue
 
-    def register_queue(
-        self, name: str, *, on_conflict: str = "always_update", global_concurrency: int | None = None, **limits: Any
-    ) -> Queue:
+    def register_queue(self, name: str, *, on_conflict: str = "always_update", **limits: Any) -> Queue:
         """Declare a queue of this instance, or set its limits anew; the keywords are those of `Queue`.
 
         With `on_conflict` "never_update", a queue that is declared already stays as it is.
         """
-        limits.setdefault("concurrency", global_concurrency)
         with self._lock:
             known = self._queues.get(name)
             if known is None:
                 return Queue(name, **limits, durable=self)
             if on_conflict != "never_update":
-                limits.pop("priority_enabled", None)
                 known.set_limits(**limits)
             return known
 
@@ -5448,12 +5458,13 @@ def _run_command(client: DBOSClient, options: argparse.Namespace) -> Any:
     match options.command:
         case "list":
             filters: dict[str, Any] = {key: given[key] for key in _LIST_FILTERS if given[key] is not None}
-            filters |= {"limit": options.limit, "sort_desc": True, "load_input": False, "load_output": False}
-            found = client.list_workflows(**filters)
-            return [_plain(vars(status), _LIST_COLUMNS) for status in found]
+            found = client.list_workflows(
+                **filters, limit=options.limit, sort_desc=True, load_input=False, load_output=False
+            )
+            return [_plain({name: vars(status)[name] for name in _LIST_COLUMNS}) for status in found]
         case "show":
-            workflow, steps = executor.now(_find, options.ID) or {}, executor.now(_steps_of, options.ID)
-            return {"workflow": _plain(workflow, workflow), "steps": [_plain(step, step) for step in steps]}
+            workflow, steps = executor.now(_find, options.ID), executor.now(_steps_of, options.ID)
+            return {"workflow": _plain(workflow or {}), "steps": list(map(_plain, steps))}
         case "cancel":
             client.cancel_workflows(ids)
         case "resume":
@@ -5474,9 +5485,9 @@ def _run_command(client: DBOSClient, options: argparse.Namespace) -> Any:
                 raise ValueError(f"--older-than is {options.older_than}; it must be a number of days from 0")
             return [{"deleted": client.garbage_collect((executor.now(_clock) - options.older_than * 86400) * 1000)}]
         case "executors":
-            return [_plain(row, row) for row in executor.now(_executors, 1000)]
+            return list(map(_plain, executor.now(_executors, 1000)))
         case view:
-            return [_plain(row, row) for row in executor.now(_view, view, ids)]
+            return list(map(_plain, executor.now(_view, view, ids)))
     return [{"workflow_id": id, "status": status} for id, (_, status) in executor.now(_claims, ids).items()]
 
 
@@ -5484,29 +5495,32 @@ _LIST_COLUMNS = ("workflow_id", "status", "name", "queue_name", "app_version", "
 _LIST_FILTERS = ("status", "name", "queue_name", "app_version", "workflow_id_prefix", "start_time", "end_time")
 
 
-def _plain(row: dict[str, Any], columns: Iterable[str]) -> dict[str, Any]:
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
     """A row for JSON: values as they are where they are stored as JSON, else their text; times in ISO 8601."""
-    values = {name: row[name] for name in columns}
-    for name in ("input", "output", "error"):
-        values |= {name: _readable(JSONSerializer(), row[name])} if name in values else {}
-    return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in values.items()}
+    plain = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in row.items()}
+    for name in {"input", "output", "error"} & row.keys():
+        plain[name] = _readable(JSONSerializer(), row[name])
+    return plain
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    """Print rows in columns; empty columns are left out, those too wide for the terminal are cut, reasons wrapped."""
+    """Print rows in columns: empty ones are left out, and for the terminal's sake all but IDs cut, reasons wrapped."""
     if not rows:
         return print("nothing")
-    filled = [name for name in rows[0] if name != "why" and any(row[name] not in (None, "") for row in rows)]
-    table = [filled, *([_cell(name, row[name]) for name in filled] for row in rows)]
+    filled = [name for name in rows[0] if any(row[name] not in (None, "") for row in rows)]
+    rows = [{name: row[name] for name in filled} for row in rows]
+    table = [list(rows[0]), *([_cell(name, value) for name, value in row.items()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    columns = shutil.get_terminal_size(fallback=(1 << 30, 24)).columns
-    while sum(widths) > columns - 2 * (len(widths) - 1) and max(widths) > 3:
-        widths[widths.index(max(widths))] -= 1
-    for line, row in zip(table, [{}, *rows], strict=True):
-        cells = zip(line, widths, strict=True)
-        print("  ".join((cell if len(cell) <= w else cell[: w - 1] + "…").ljust(w) for cell, w in cells).rstrip())
-        for reason in textwrap.wrap(_cell("why", row.get("why")), columns - 4):
-            print("   ", reason)
+    room = shutil.get_terminal_size(fallback=(1 << 30, 24)).columns - 2 * (len(widths) - 1)
+    while sum(widths) > room and max(widths[1:], default=0) > 8:
+        widths[widths.index(max(widths[1:]), 1)] -= 1
+    for line in table:
+        columns = [
+            textwrap.wrap(cell, width) if name == "why" else [cell if len(cell) <= width else cell[: width - 1] + "…"]
+            for name, cell, width in zip(filled, line, widths, strict=True)
+        ]
+        for parts in itertools.zip_longest(*columns, fillvalue=""):
+            print("  ".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip())
 
 
 def _cell(name: str, value: Any) -> str:

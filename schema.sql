@@ -161,6 +161,7 @@ create table if not exists durable.messages (
 create index if not exists messages_waiting on durable.messages (workflow_id, topic, number)
     where received_at is null;
 
+-- For _SEND and _post: an idempotency key that a workflow has had is not taken again.
 create unique index if not exists messages_idempotency on durable.messages (workflow_id, idempotency_key);
 
 -- One row per value and the position at which it was set, so that a fork finds the values as of then.
