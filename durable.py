@@ -5505,23 +5505,23 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    """Print rows in columns: empty ones are left out, and for the terminal's sake all but IDs cut, reasons wrapped."""
+    """Print rows in columns: empty ones are left out, and all but the first cut where they do not fit the terminal.
+
+    A reason goes below its row, whole.
+    """
     if not rows:
         return print("nothing")
-    filled = [name for name in rows[0] if any(row[name] not in (None, "") for row in rows)]
-    rows = [{name: row[name] for name in filled} for row in rows]
-    table = [list(rows[0]), *([_cell(name, value) for name, value in row.items()] for row in rows)]
+    filled = [name for name in rows[0] if name != "why" and any(row[name] not in (None, "") for row in rows)]
+    table = [filled, *([_cell(name, row[name]) for name in filled] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    room = shutil.get_terminal_size(fallback=(1 << 30, 24)).columns - 2 * (len(widths) - 1)
-    while sum(widths) > room and max(widths[1:], default=0) > 8:
+    room = shutil.get_terminal_size(fallback=(1 << 30, 24)).columns
+    while sum(widths) + 2 * (len(widths) - 1) > room and max(widths[1:], default=0) > 3:
         widths[widths.index(max(widths[1:]), 1)] -= 1
-    for line in table:
-        columns = [
-            textwrap.wrap(cell, width) if name == "why" else [cell if len(cell) <= width else cell[: width - 1] + "…"]
-            for name, cell, width in zip(filled, line, widths, strict=True)
-        ]
-        for parts in itertools.zip_longest(*columns, fillvalue=""):
-            print("  ".join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip())
+    for line, row in zip(table, [{}, *rows], strict=True):
+        cells = zip(line, widths, strict=True)
+        print("  ".join((cell if len(cell) <= w else cell[: w - 1] + "…").ljust(w) for cell, w in cells).rstrip())
+        for part in textwrap.wrap(_cell("why", row.get("why")), max(20, room - 4), break_on_hyphens=False):
+            print("    " + part)
 
 
 def _cell(name: str, value: Any) -> str:

@@ -6691,17 +6691,16 @@ def test_garbage_is_collected_from_the_command_line(dbos, crowd, command, told):
 
 @pytest.mark.parametrize(("report", "shown"), [("executors", "local"), ("versions", "v1"), ("why", "delayed until")])
 def test_the_reports_are_tables_and_json(dbos, queue, job, command, told, report, shown):
-    """Who runs, which versions have work, and why something waits: a reason is told whole, the rest fits."""
+    """Who runs, which versions have work, and why something waits: all fits, and a reason is told whole."""
     enqueue(queue, job, "later", delay_seconds=3600)
     done, rows = command(report), told(report)
     assert done.returncode == 0, done.stderr
-    assert shown in done.stdout
+    assert set(shown.split()) <= set(done.stdout.split())
     assert any(shown in str(value) for row in rows for value in row.values())
     if report == "why":
-        assert rows[0]["why"] in done.stdout
+        assert set(rows[0]["why"].split()) <= set(done.stdout.split())
         assert rows == told("why", rows[0]["workflow_id"])
-    else:
-        assert all(len(line) <= 80 for line in done.stdout.splitlines())
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())
 
 
 def test_a_database_is_migrated_from_the_command_line(empty_url, command, executor):
@@ -8017,11 +8016,13 @@ def test_the_command_line_shows_the_views(dbos, line, command):
     with SetEnqueueOptions(app_version="v0"):
         line.put("old")
     call = [sys.executable, durable.__file__, "--url", dbos.database_url, command]
-    (as_json, as_table) = (subprocess.check_output([*call, *more], text=True) for more in (["--json"], []))
+    wide = {**os.environ, "COLUMNS": "1000"}
+    (as_json, as_table) = (subprocess.check_output([*call, *more], text=True, env=wide) for more in (["--json"], []))
     told = {"why": ("old", "launch one"), "versions": ("v0", "v1"), "executors": ("local", "alive")}[command]
     for text in (as_json, as_table):
         assert all(word in text for word in told), text
-    assert len(as_table.splitlines()) == len(json.loads(as_json)) + 1
+    lines = [line for line in as_table.splitlines() if not line.startswith("    ")]
+    assert len(lines) == len(json.loads(as_json)) + 1
 
 
 def test_the_views_read_no_finished_workflow(dbos, witness):
