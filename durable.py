@@ -2311,7 +2311,7 @@ async def _result(executor: "_Executor", id: str, existing: bool = True) -> Any:
     while True:
         run = executor.running.get(id)
         if run is not None:
-            await _pause_run(executor, run.done)
+            await _pause_run(executor, run.done, run.stop)
             if run.result is not None:
                 return run.result[0]
         with executor.hints.expected("w", id) as hint:  # before the look, so that none falls in between
@@ -2576,9 +2576,11 @@ class _Hints:
     def hear(self, payload: str) -> None:
         """Pass on what came from another process; anybody may write to the channel, so it may be anything."""
         sender, _, text = payload.partition(" ")
+        if sender == str(self._executor.me["incarnation"]):
+            return
         with suppress(ValueError):
             key = json.loads(text)
-            if sender != str(self._executor.me["incarnation"]) and isinstance(key, list) and key[1:]:
+            if isinstance(key, list) and key[1:]:
                 self.arrive(*map(str, key))
 
     def send(self, *key: str) -> None:
@@ -4309,11 +4311,6 @@ def _resolved(config: DBOSConfig) -> DBOSConfig:
     for key, value in filled.items():
         if isinstance(value, str) and not _storable(value):
             raise DBOSInitializationError(f"the setting {key!r} is {value!r}: no NUL characters or lone surrogates")
-    if filled["admin_token"] is None and not _is_loopback(filled["admin_host"]):
-        raise DBOSInitializationError(
-            f"the admin server may listen on {filled['admin_host']} only with an admin_token: "
-            f"set one (DBOS__ADMIN_TOKEN), or keep to 127.0.0.1"
-        )
     return cast(DBOSConfig, filled)
 
 
@@ -4956,6 +4953,12 @@ class Durable(_Management):
             if self._executor is not None:
                 return
             config = _resolved(self._config)
+            guarded = config.get("admin_token") or _is_loopback(config["admin_host"])
+            if config.get("run_admin_server", True) and not guarded:
+                raise DBOSInitializationError(
+                    f"the admin server may listen on {config['admin_host']} only with an admin_token: "
+                    f"set one (DBOS__ADMIN_TOKEN), or keep to 127.0.0.1"
+                )
             _set_up_logging(config.get("log_level", "INFO"))
             executor = _Executor(self, _postgres_url(config["system_database_url"]), config)
             self._executor = executor
