@@ -3884,15 +3884,15 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
             finished = dict(executor.finished)
         work = ("status", "name", "queue")
         return _Text("".join([
-            _family("durable_workflows", "gauge", "Unfinished workflows in the database.", work,
+            _metric("durable_workflows", "gauge", "Unfinished workflows in the database.", work,
                     {(status, name, queue): number for status, name, queue, number, _ in unfinished}),
-            _family("durable_workflows_finished_total", "counter", "Workflows that this executor finished.", work,
+            _metric("durable_workflows_finished_total", "counter", "Workflows that this executor finished.", work,
                     finished),
-            _family("durable_queue_depth", "gauge", "Workflows that are due in a queue.", ("queue",),
+            _metric("durable_queue_depth", "gauge", "Workflows that are due in a queue.", ("queue",),
                     {(name,): depth for name, (depth, _) in queues.items()}),
-            _family("durable_queue_oldest_seconds", "gauge", "How long the first of them has waited.", ("queue",),
+            _metric("durable_queue_oldest_seconds", "gauge", "How long the first of them has waited.", ("queue",),
                     {(name,): age for name, (_, age) in queues.items()}),
-            _family("durable_executors", "gauge", "Executors that live.",
+            _metric("durable_executors", "gauge", "Executors that live.",
                     ("application", "executor_id", "application_version"), living),
         ]), "text/plain; version=0.0.4; charset=utf-8")
 
@@ -4025,7 +4025,7 @@ def _told(names: dict[str, str], values: dict[str, Any]) -> dict[str, str | None
     return {name: None if values[ours] is None else _text_of(values[ours]) for name, ours in names.items()}
 
 
-def _family(name: str, kind: str, about: str, labels: Sequence[str], samples: dict[Any, Any]) -> str:
+def _metric(name: str, kind: str, about: str, labels: Sequence[str], samples: dict[Any, Any]) -> str:
     """A metric as Prometheus reads it."""
 
     def line(values: tuple[str, ...], number: float) -> str:
@@ -5156,7 +5156,9 @@ class Durable(_Management):
         unknown = given.keys() - StepOptions.__annotations__.keys()
         if unknown:
             raise DBOSException(f"run_step: unknown step option {min(unknown)!r} for {name}")
-        return _step(str(name), _Retries(**given), call)  # type: ignore[arg-type]
+        retries = _Retries(**given)  # type: ignore[arg-type]
+        retries.check(str(name), call)
+        return _step(str(name), retries, call)
 
     # What a workflow says and waits for.
 
