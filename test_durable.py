@@ -374,13 +374,13 @@ class Wire:
         self.url = f"postgresql://{user}:{password}@127.0.0.1:{self.port}/{self.target['dbname']}?{options}"
         self.lock, self.pairs = threading.Lock(), set()
         self.down = self.closed = False
-        self.losing, self.countdown = None, 0
+        self.losing, self.countdown, self.of = None, 0, b""
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def lose(self, what, after):
-        """Break the connection at the message number `after` from now: lose it, or Postgres's answer."""
+    def lose(self, what, after, of=b""):
+        """Break the connection at the message number `after` from now that has `of` in it: lose that, or its answer."""
         with self.lock:
-            self.losing, self.countdown = what, after
+            self.losing, self.countdown, self.of = what, after, of
 
     def cut(self):
         """Break every connection, and refuse new ones until `mend`."""
@@ -420,7 +420,7 @@ class Wire:
     def _requests(self, pair, muted):
         with contextlib.suppress(OSError):
             while data := pair[0].recv(1 << 16):
-                if lost := self._is_to_lose():
+                if lost := self._is_to_lose(data):
                     if lost == "request":
                         break
                     muted.set()
@@ -436,7 +436,9 @@ class Wire:
                 pair[0].sendall(data)
         self._break(pair)
 
-    def _is_to_lose(self):
+    def _is_to_lose(self, message):
+        if self.of not in message:  # another thread's
+            return None
         with self.lock:
             if self.losing is None:
                 return None
@@ -2085,7 +2087,7 @@ def test_a_commit_whose_answer_was_lost_is_not_made_again(executor, wire, witnes
         seen.append(1)
         dbos.connection.execute("insert into ledger values ('x')")
         if len(seen) == 1:
-            wire.lose(lost, after=1)
+            wire.lose(lost, after=1, of=b"durable.steps")
 
     @dbos.workflow()
     def work():
