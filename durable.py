@@ -4339,6 +4339,11 @@ class _Management:
         _valid_name("workflow ID", workflow_id)
         return self._launched()
 
+    @property
+    def database_url(self) -> str:
+        """The URL of the database, the embedded one too, for connections of your own."""
+        return self._launched().url
+
     async def _send(
         self, destination_id: str, message: Any, topic: str | None = None, idempotency_key: str | None = None
     ) -> None:
@@ -5033,11 +5038,6 @@ class Durable(_Management):
     def _hashes(self) -> dict[str, str]:
         """The code of each workflow; steps may change within a version."""
         return {f.name: f.hash for f in self._functions.values() if not f.name.startswith("<temp>.")}
-
-    @property
-    def database_url(self) -> str:
-        """The URL of the database, the embedded one too, for connections of your own."""
-        return self._launched().url
 
     @property
     def incarnation(self) -> int:
