@@ -41,8 +41,8 @@ results it must call the same steps in the same order; clocks, random numbers, f
 belong in steps.
 
 Contents: Errors, Values, Colours, Statements, Journal, Steps, Workflows, Waiting, Queues and schedules,
-Executors, Admin, Page, the public face, and the command line.  Names and behaviour follow the DBOS Python
-library 2.x, so that code moves to `dbos` and back by one import line.
+Executors, Management, Admin, Page, the public face, and the command line.  Names and behaviour follow
+the DBOS Python library 2.x, so that code moves to `dbos` and back by one import line.
 
 Needs Python 3.10+, psycopg 3 with psycopg_pool, PostgreSQL 13+, and schema.sql beside this file.
 Licence: MIT.  Made to be copied into your project and read.
@@ -3589,6 +3589,501 @@ def _embedded_url() -> str:
         raise DBOSInitializationError(f"the embedded Postgres in {folder} does not start: {error!r}") from error
 
 
+# --- Management ---------------------------------------------------------------------------------------
+#
+# What one can do to workflows from anywhere, with or without their code: send, wait, look, cancel, resume,
+# fork, delete.  A method checks what it is given and hands it to the sections above; in a workflow, that
+# is a step.  `name` and `name_async` are made of one body, `_name`.
+
+
+class _Management:
+    """What one can do to workflows without having their code; `DBOS` and `DBOSClient` share it.
+
+    In a workflow each of these is a step, but for `garbage_collect` and `global_timeout`, which a replay may
+    do again.
+    """
+
+    def _launched(self) -> _Executor:
+        raise NotImplementedError
+
+    def _for(self, workflow_id: str) -> _Executor:
+        """The executor, for an operation on a workflow; refused is an ID that none can have."""
+        _valid_name("workflow ID", workflow_id)
+        return self._launched()
+
+    @property
+    def database_url(self) -> str:
+        """The URL of the database, the embedded one too, for connections of your own."""
+        return self._launched().url
+
+    async def _send(
+        self, destination_id: str, message: Any, topic: str | None = None, idempotency_key: str | None = None
+    ) -> None:
+        """Leave a message for a workflow, which gets it by `recv` on the same topic, once and in order.
+
+        A second message with an `idempotency_key` that this workflow has had is dropped.  Raises
+        DBOSNonExistentWorkflowError.
+        """
+        topic = _NO_TOPIC if topic is None else _valid_key("topic", topic)
+        if idempotency_key is not None:
+            _valid_key("idempotency key", idempotency_key)
+        await _send_message(self._for(destination_id), destination_id, message, topic, idempotency_key)
+
+    send, send_async = _twins(_send)
+
+    async def _get_event(self, workflow_id: str, key: str, timeout_seconds: float = 60) -> Any:
+        """Wait until a workflow has set an event, and return its value; None once the time is up."""
+        executor, wait_s = self._for(workflow_id), _checked_seconds("timeout_seconds", timeout_seconds)
+        return await _event(executor, workflow_id, _valid_key("event key", key), wait_s)
+
+    get_event, get_event_async = _twins(_get_event)
+
+    async def _get_all_events(self, workflow_id: str) -> dict[str, Any]:
+        """Read all that a workflow has set so far."""
+        executor = self._for(workflow_id)
+
+        async def look() -> dict[str, Any]:
+            events = await executor.ask(_events_of, workflow_id)
+            return {key: executor.serializer.deserialize(value) for key, value in events.items()}
+
+        return await _recorded("DBOS.get_events", look)
+
+    get_all_events, get_all_events_async = _twins(_get_all_events)
+
+    def read_stream(
+        self, workflow_id: str, key: str, *, offset: int = 0, polling_interval_sec: float | None = None
+    ) -> Generator[Any, None, None]:
+        """Yield the values of a workflow's stream, and wait for more, until it is closed or the workflow has ended.
+
+        Raises DBOSNonExistentWorkflowError.  `polling_interval_sec` is accepted as in DBOS; hints tell of values.
+        """
+        _refuse_to_block_a_loop("read_stream")
+        while values := _block(self._next_values(workflow_id, key, offset)):
+            offset += len(values)
+            yield from values
+
+    async def read_stream_async(
+        self, workflow_id: str, key: str, *, offset: int = 0, polling_interval_sec: float | None = None
+    ) -> AsyncGenerator[Any, None]:
+        """Do as `read_stream`, without blocking the event loop."""
+        while values := await _suspend(self._next_values(workflow_id, key, offset)):
+            offset += len(values)
+            for value in values:
+                yield value
+
+    def _next_values(self, workflow_id: str, key: str, offset: int) -> Coroutine[Any, Any, list[Any]]:
+        # In a workflow each value is a step: what it has seen when it dies is what it sees again.
+        if type(offset) is not int or offset < 0:
+            raise ValueError(f"offset is {offset!r}; it must be a whole number from 0")
+        executor, key = self._for(workflow_id), _valid_key("stream key", key)
+        most = _HISTORY_CHUNK if _current_run() is None else 1
+        return _recorded("DBOS.readStream", lambda: _read_values(executor, workflow_id, key, offset, most))
+
+    async def _get_result(self, workflow_id: str) -> Any:
+        """Wait for a workflow to end, wherever it runs, and return or raise its outcome.
+
+        Raises DBOSAwaitedWorkflowCancelledError, DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded and
+        DBOSNonExistentWorkflowError.
+        """
+        return await self._result_of(workflow_id, existing=True)
+
+    get_result, get_result_async = _twins(_get_result)
+
+    def _result_of(self, workflow_id: str, existing: bool) -> Coroutine[Any, Any, Any]:
+        executor = self._for(workflow_id)
+        return _recorded("DBOS.getResult", lambda: _result(executor, workflow_id, existing), child=workflow_id)
+
+    async def _first_of(self, handles: "Sequence[_Handle[Any]]") -> int:
+        ids = [handle.workflow_id for handle in handles]
+        if not ids or len(set(ids)) < len(ids):
+            raise ValueError(f"wait_first takes one handle or more, each of another workflow, and got {ids}")
+        return ids.index(await _recorded("DBOS.waitFirst", lambda: _first_ended(self._launched(), ids)))
+
+    def wait_first(
+        self, handles: "Sequence[WorkflowHandle[R]]", *, polling_interval_sec: float = _POLL_S
+    ) -> "WorkflowHandle[R]":
+        """Wait until one of several workflows has ended, however, and return its handle.
+
+        Raises ValueError for none, or for two handles of one workflow.
+        """
+        _refuse_to_block_a_loop("wait_first")
+        return handles[_block(self._first_of(handles))]
+
+    async def wait_first_async(
+        self, handles: "Sequence[WorkflowHandleAsync[R]]", *, polling_interval_sec: float = _POLL_S
+    ) -> "WorkflowHandleAsync[R]":
+        """Do as `wait_first`, without blocking the event loop."""
+        return handles[await _suspend(self._first_of(handles))]
+
+    # Looking at workflows.
+
+    async def _get_workflow_status(self, workflow_id: str) -> "WorkflowStatus | None":
+        """Read how a workflow stands; None if there is none."""
+        executor = self._for(workflow_id)
+        row = await _recorded("DBOS.getStatus", lambda: executor.ask(_find, workflow_id))
+        return None if row is None else _status_of(executor.serializer, row)
+
+    get_workflow_status, get_workflow_status_async = _twins(_get_workflow_status)
+
+    async def _list_workflow_steps(self, workflow_id: str) -> "list[StepInfo]":
+        """Read a workflow's recorded steps, in order."""
+        executor = self._for(workflow_id)
+        rows = await _recorded("DBOS.listWorkflowSteps", lambda: executor.ask(_steps_of, workflow_id))
+        return [cast(StepInfo, _read_outcome(executor.serializer, row)) for row in rows]
+
+    list_workflow_steps, list_workflow_steps_async = _twins(_list_workflow_steps)
+
+    async def _list_workflows(
+        self, *, workflow_ids: list[str] | None = None, status: str | list[str] | None = None,
+        start_time: "_Time | None" = None, end_time: "_Time | None" = None, name: str | list[str] | None = None,
+        app_version: str | list[str] | None = None, forked_from: str | list[str] | None = None,
+        parent_workflow_id: str | list[str] | None = None, executor_id: str | list[str] | None = None,
+        queue_name: str | list[str] | None = None, workflow_id_prefix: str | list[str] | None = None,
+        queues_only: bool = False, limit: int | None = None, offset: int | None = None, sort_desc: bool = False,
+        load_input: bool = True, load_output: bool = True,
+    ) -> "list[WorkflowStatus]":
+        """Read how the workflows stand that meet all conditions, the oldest first (or last, with `sort_desc`).
+
+        A condition takes one value or a list of alternatives; a time is ISO 8601, a datetime, or seconds or
+        milliseconds since 1970, and means the creation.  Raises ValueError for what is none of that.
+        """
+        filters = {
+            "workflow_ids": workflow_ids, "status": status, "name": name, "app_version": app_version,
+            "forked_from": forked_from, "parent_workflow_id": parent_workflow_id, "executor_id": executor_id,
+            "queue_name": queue_name, "workflow_id_prefix": workflow_id_prefix,
+        }
+        where: dict[str, Any] = {key: _alternatives(key, value) for key, value in filters.items() if value is not None}
+        for key, moment in (("start_time", start_time), ("end_time", end_time)):
+            if moment is not None:
+                where[key] = _epoch_s(key, moment)
+        where |= {"queues_only": True} if queues_only else {}
+        for key, number in (("limit", limit), ("offset", offset)):
+            if number is not None and (type(number) is not int or not 0 <= number < 1 << 62):
+                raise ValueError(f"{key} is {number!r}; it must be a whole number from 0")
+        executor, step = self._launched(), "DBOS.listQueuedWorkflows" if queues_only else "DBOS.listWorkflows"
+        read = (where, limit, offset, sort_desc, load_input, load_output)
+        rows = await _recorded(step, lambda: executor.ask(_list, *read))
+        return [_status_of(executor.serializer, row) for row in rows]
+
+    list_workflows, list_workflows_async = _twins(_list_workflows)
+
+    async def _list_queued_workflows(self, **filters: Any) -> "list[WorkflowStatus]":
+        """List the workflows that wait in queues or were taken from one and have not ended; see `list_workflows`."""
+        filters = {"status": list(_UNFINISHED), **{key: value for key, value in filters.items() if value is not None}}
+        return await self._list_workflows(**filters, queues_only=True)
+
+    list_queued_workflows, list_queued_workflows_async = _twins(_list_queued_workflows)
+
+    async def _existing_workflow(self, workflow_id: str) -> "WorkflowStatus":
+        status = await self._get_workflow_status(workflow_id)
+        if status is None:
+            raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id}")
+        return status
+
+    def retrieve_workflow(self, workflow_id: str, existing_workflow: bool = True) -> "WorkflowHandle[Any]":
+        """Return a handle; DBOSNonExistentWorkflowError if there is no such workflow (and there should be)."""
+        _refuse_to_block_a_loop("retrieve_workflow")
+        if existing_workflow:
+            _block(self._existing_workflow(workflow_id))
+        return WorkflowHandle(self, workflow_id, existing_workflow)
+
+    async def retrieve_workflow_async(
+        self, workflow_id: str, existing_workflow: bool = True
+    ) -> "WorkflowHandleAsync[Any]":
+        """Do as `retrieve_workflow`, without blocking the event loop."""
+        if existing_workflow:
+            await _suspend(self._existing_workflow(workflow_id))
+        return WorkflowHandleAsync(self, workflow_id, existing_workflow)
+
+    # Changing the course of workflows.
+
+    async def _cancel_workflows(self, workflow_ids: list[str], *, cancel_children: bool = False) -> None:
+        """Cancel workflows that have not ended: at once where they wait, elsewhere at their next step.
+
+        Their places in queues and their deduplication IDs are free with that.  IDs that do not exist are
+        passed over, as in DBOS.
+        """
+        await self._end("DBOS.cancelWorkflow", _cancel, workflow_ids, cancel_children)
+
+    cancel_workflows, cancel_workflows_async = _twins(_cancel_workflows)
+
+    async def _cancel_workflow(self, workflow_id: str, *, cancel_children: bool = False) -> None:
+        """Cancel a workflow; see `cancel_workflows`."""
+        await self._cancel_workflows([workflow_id], cancel_children=cancel_children)
+
+    cancel_workflow, cancel_workflow_async = _twins(_cancel_workflow)
+
+    async def _end(
+        self, name: str, statement: "Callable[[Conn, list[str]], list[tuple[str, str | None]]]",
+        workflow_ids: list[str], with_children: bool,
+    ) -> None:
+        executor = self._launched()
+
+        async def end() -> None:
+            ids = _alternatives("workflow_ids", workflow_ids)
+            ids += await executor.ask(_children_of, ids) if with_children else []
+            for id, queue in await executor.ask(statement, ids):
+                executor.ended(id, queue)
+
+        await _recorded(name, end)
+
+    async def _resume_all(self, workflow_ids: list[str]) -> None:
+        executor = self._launched()
+
+        async def resume() -> None:
+            ids = _alternatives("workflow_ids", workflow_ids)
+            missing = set(ids) - set(await executor.ask(_resume, ids, _INTERNAL_QUEUE))
+            if missing:
+                raise DBOSNonExistentWorkflowError(f"there is no workflow {', '.join(sorted(missing))} to resume")
+            for id in ids:
+                executor.hints.send("c", id)
+            executor.hints.send("q", _INTERNAL_QUEUE)
+
+        await _recorded("DBOS.resumeWorkflow", resume)
+
+    def resume_workflows(self, workflow_ids: list[str]) -> "list[WorkflowHandle[Any]]":
+        """Have workflows go on; see `resume_workflow`."""
+        _refuse_to_block_a_loop("resume_workflows")
+        _block(self._resume_all(workflow_ids))
+        return [WorkflowHandle(self, id) for id in workflow_ids]
+
+    async def resume_workflows_async(self, workflow_ids: list[str]) -> "list[WorkflowHandleAsync[Any]]":
+        """Do as `resume_workflows`, without blocking the event loop."""
+        await _suspend(self._resume_all(workflow_ids))
+        return [WorkflowHandleAsync(self, id) for id in workflow_ids]
+
+    async def _resume_workflow(self, workflow_id: str) -> str:
+        """Have a workflow go on that was cancelled or dead-lettered, from its last step; with new attempts.
+
+        One that has succeeded or failed stays so.  One that still runs is begun anew, and its former run
+        can write no more.  Deadline and deduplication ID are gone.  Raises DBOSNonExistentWorkflowError.
+        """
+        await self._resume_all([workflow_id])
+        return workflow_id
+
+    resume_workflow, resume_workflow_async = _handle_twins(_resume_workflow)
+
+    async def _fork_workflow(
+        self, workflow_id: str, start_step: int, *, application_version: str | None = None
+    ) -> str:
+        """Run a workflow again under another ID, from the step at position `start_step` on.
+
+        The steps before it are copied, with the events and streams as of then.  The new ID is that of the
+        surrounding `SetWorkflowID`, or random.  Without `application_version`, executors of any may run it.
+        Raises DBOSNonExistentWorkflowError, and DBOSConflictingWorkflowError for an ID that is taken.
+        """
+        if type(start_step) is not int:
+            raise ValueError(f"start_step is {start_step!r}; it must be a whole number")
+        if application_version is not None:
+            _valid_name("application version", application_version)
+        executor, run = self._for(workflow_id), _current_run()
+        position = run.advance() if run else 0
+        row = {
+            "id": workflow_id, "new_id": _next_id(run, position), "start_step": max(1, start_step),
+            "version": application_version, "queue": _INTERNAL_QUEUE, "claim": _first_claim(),
+        }
+
+        async def fork() -> str:
+            while (origin := await executor.ask(_fork, row)) is None:
+                if await executor.ask(_find, workflow_id) is None:
+                    raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id} to fork")
+            if origin != (workflow_id,):
+                raise DBOSConflictingWorkflowError(f"{row['new_id']} is taken, and not by a fork of {workflow_id}")
+            executor.hints.send("q", _INTERNAL_QUEUE)
+            return str(row["new_id"])
+
+        forked = await self._existing_workflow(await _checkpointed(run, position, "DBOS.forkWorkflow", fork))
+        return forked.workflow_id
+
+    fork_workflow, fork_workflow_async = _handle_twins(_fork_workflow)
+
+    async def _restart_workflow(self, workflow_id: str) -> str:
+        """Run a workflow again under another ID, from its beginning; see `fork_workflow`."""
+        return await self._fork_workflow(workflow_id, 1)
+
+    restart_workflow, restart_workflow_async = _handle_twins(_restart_workflow)
+
+    async def _delete_workflows(self, workflow_ids: list[str], *, delete_children: bool = False) -> None:
+        """Delete workflows with their steps, messages, events and streams, in one transaction.
+
+        One that runs is stopped, as by a cancel.  IDs that do not exist are passed over, as in DBOS.
+        """
+        await self._end("DBOS.deleteWorkflow", _delete, workflow_ids, delete_children)
+
+    delete_workflows, delete_workflows_async = _twins(_delete_workflows)
+
+    async def _delete_workflow(self, workflow_id: str, *, delete_children: bool = False) -> None:
+        """Delete a workflow; see `delete_workflows`."""
+        await self._delete_workflows([workflow_id], delete_children=delete_children)
+
+    delete_workflow, delete_workflow_async = _twins(_delete_workflow)
+
+    async def _garbage_collect(
+        self, cutoff_epoch_timestamp_ms: float | None = None, rows_threshold: int | None = None
+    ) -> int:
+        """Delete finished workflows that were created before a time, or are not among the youngest so many rows.
+
+        Returns how many.  Unfinished ones are never deleted, but count as rows.  A batch at a time: a crash in
+        between leaves some for the next call, and no workflow by halves.
+        """
+        executor = self._launched()
+        cutoffs = [] if cutoff_epoch_timestamp_ms is None else [cutoff_epoch_timestamp_ms / 1000]
+        if rows_threshold is not None:
+            if type(rows_threshold) is not int or rows_threshold < 1:
+                raise ValueError(f"rows_threshold is {rows_threshold!r}; it must be a whole number from 1")
+            youngest = await executor.ask(_youngest_since, rows_threshold)
+            cutoffs += [] if youngest is None else [youngest]
+        count = 0
+        while cutoffs and (ids := await executor.ask(_begun_before, max(cutoffs), True, _DELETE_BATCH)):
+            count += len(await executor.ask(_delete, ids, False))
+        if cutoffs:
+            await executor.ask(_forget_executors, max(cutoffs))
+        return count
+
+    garbage_collect, garbage_collect_async = _twins(_garbage_collect)
+
+    async def _global_timeout(self, cutoff_epoch_timestamp_ms: float) -> None:
+        """Cancel the unfinished workflows that were created before a time, in milliseconds since 1970."""
+        executor = self._launched()
+        ids = await executor.ask(_begun_before, cutoff_epoch_timestamp_ms / 1000, False)
+        for id, queue in await executor.ask(_cancel, ids):
+            executor.ended(id, queue)
+
+    global_timeout, global_timeout_async = _twins(_global_timeout)
+
+
+def _alternatives(what: str, value: Any) -> list[str]:
+    """One string or several, as a list; ValueError for anything else."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple, set)) or not all(isinstance(each, str) for each in values):
+        raise ValueError(f"{what} is {value!r}; it must be a string or a list of strings")
+    known = (*_UNFINISHED, "SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
+    if what == "status" and not set(values) <= set(known):
+        raise ValueError(f"status is {value!r}; there are {', '.join(known)}")
+    return [each for each in values if _storable(each)]  # of what cannot be stored, none is there
+
+
+_Time = str | float | datetime
+
+
+def _epoch_s(what: str, moment: _Time) -> float:
+    """Seconds since 1970; a number above 1e11 is milliseconds (as seconds it would be the year 5138)."""
+    try:
+        if isinstance(moment, str):
+            moment = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", moment.strip()))
+        if isinstance(moment, datetime):
+            return moment.timestamp()
+        if not isinstance(moment, bool) and abs(moment) < 1e14:
+            return moment / 1000 if abs(moment) > 1e11 else moment
+    except (ValueError, TypeError, OverflowError):
+        pass
+    raise ValueError(f"{what} is {moment!r}; it must be ISO 8601, such as 2030-01-31T12:00:00Z, or seconds since 1970")
+
+
+class _Handle(Generic[R]):
+    """A workflow that was started, enqueued or retrieved."""
+
+    def __init__(self, durable: _Management, workflow_id: str, existing: bool = True) -> None:
+        self._durable, self.workflow_id, self._exists = durable, workflow_id, existing
+
+    def get_workflow_id(self) -> str:
+        """Return the workflow's ID."""
+        return self.workflow_id
+
+
+class WorkflowHandle(_Handle[R]):
+    """A workflow that was started, enqueued or retrieved."""
+
+    def get_result(self, *, polling_interval_sec: float = _POLL_S) -> R:
+        """Wait for the workflow to end and return or raise its outcome; see `DBOS.get_result`.
+
+        `polling_interval_sec` is accepted as in DBOS; here hints wake who waits, and one look a second
+        serves them all.
+        """
+        _refuse_to_block_a_loop("DBOS.get_result")
+        return cast(R, _block(self._durable._result_of(self.workflow_id, self._exists)))
+
+    def get_status(self) -> "WorkflowStatus":
+        """Read how the workflow stands; raises DBOSNonExistentWorkflowError if it was deleted."""
+        _refuse_to_block_a_loop("DBOS.get_workflow_status")
+        return _block(self._durable._existing_workflow(self.workflow_id))
+
+
+class WorkflowHandleAsync(_Handle[R]):
+    """A workflow that was started, enqueued or retrieved; its methods are awaited."""
+
+    async def get_result(self, *, polling_interval_sec: float = _POLL_S) -> R:
+        """Wait for the workflow to end and return or raise its outcome; see `DBOS.get_result`."""
+        return cast(R, await _suspend(self._durable._result_of(self.workflow_id, self._exists)))
+
+    async def get_status(self) -> "WorkflowStatus":
+        """Read how the workflow stands; raises DBOSNonExistentWorkflowError if it was deleted."""
+        return await _suspend(self._durable._existing_workflow(self.workflow_id))
+
+
+@dataclass
+class WorkflowStatus:
+    """How a workflow stands.  Instants and durations are in milliseconds, instants since 1970."""
+
+    workflow_id: str
+    status: str
+    name: str
+    class_name: str | None
+    config_name: str | None
+    input: Any  # {"args": ..., "kwargs": ...}
+    output: Any
+    error: Exception | None
+    created_at: int
+    updated_at: int
+    completed_at: int | None
+    queue_name: str | None
+    executor_id: str | None
+    app_version: str | None
+    workflow_timeout_ms: int | None
+    workflow_deadline_epoch_ms: int | None
+    deduplication_id: str | None
+    priority: int
+    forked_from: str | None
+    parent_workflow_id: str | None
+    dequeued_at: int | None
+    delay_until_epoch_ms: int | None
+    recovery_attempts: int
+
+
+class StepInfo(TypedDict):
+    """A recorded step; instants in milliseconds since 1970."""
+
+    function_id: int
+    function_name: str
+    output: Any
+    error: Exception | None
+    child_workflow_id: str | None
+    started_at_epoch_ms: int
+    completed_at_epoch_ms: int
+
+
+def _status_of(serializer: Serializer, row: dict[str, Any]) -> WorkflowStatus:
+    inputs = _readable(serializer, row["input"])
+    row["input"] = {**inputs, "args": tuple(inputs["args"])} if isinstance(inputs, dict) else inputs
+    read = _read_outcome(serializer, row)
+    return WorkflowStatus(**{name: read[name] for name in WorkflowStatus.__dataclass_fields__})
+
+
+def _read_outcome(serializer: Serializer, row: dict[str, Any]) -> dict[str, Any]:
+    error = row["error"] and _load_error(serializer, row["error"])
+    return {**row, "output": _readable(serializer, row["output"]), "error": error}
+
+
+def _readable(serializer: Serializer, text: str | None) -> Any:
+    """The value, or the text itself where this process has not the classes to rebuild it."""
+    if text is None:
+        return None
+    try:
+        return serializer.deserialize(text)
+    except Exception:
+        return text
+
+
 # --- Admin --------------------------------------------------------------------------------------------
 #
 # The HTTP server for operators, load balancers, Prometheus and people.  It listens on loopback unless a
@@ -4235,9 +4730,8 @@ _ALWAYS = {  # headers of every answer
 
 # --- The public face ----------------------------------------------------------------------------------
 #
-# What a program imports: the config, `DBOS` with its decorators and operations, handles, the client.  A
-# method checks what it is given and hands it to the sections above.  `name` and `name_async` are made of
-# one body, `_name`, except where a type must go from the argument to the handle.
+# What a program imports: the config, `DBOS` with its decorators, and the client.  Where a type must go from
+# a function to its handle, `name` and `name_async` are written out.
 
 
 class DBOSConfig(TypedDict, total=False):
@@ -4322,390 +4816,6 @@ def _postgres_url(url: str | None) -> str:
     if sep and scheme.partition("+")[0] not in ("postgresql", "postgres"):
         raise DBOSInitializationError(f"system_database_url begins with {scheme}://; it must be a postgresql:// URL")
     return f"postgresql://{rest}" if sep else url
-
-
-class _Management:
-    """What one can do to workflows without having their code; `DBOS` and `DBOSClient` share it.
-
-    In a workflow each of these is a step, but for `garbage_collect` and `global_timeout`, which a replay may
-    do again.
-    """
-
-    def _launched(self) -> _Executor:
-        raise NotImplementedError
-
-    def _for(self, workflow_id: str) -> _Executor:
-        """The executor, for an operation on a workflow; refused is an ID that none can have."""
-        _valid_name("workflow ID", workflow_id)
-        return self._launched()
-
-    @property
-    def database_url(self) -> str:
-        """The URL of the database, the embedded one too, for connections of your own."""
-        return self._launched().url
-
-    async def _send(
-        self, destination_id: str, message: Any, topic: str | None = None, idempotency_key: str | None = None
-    ) -> None:
-        """Leave a message for a workflow, which gets it by `recv` on the same topic, once and in order.
-
-        A second message with an `idempotency_key` that this workflow has had is dropped.  Raises
-        DBOSNonExistentWorkflowError.
-        """
-        topic = _NO_TOPIC if topic is None else _valid_key("topic", topic)
-        if idempotency_key is not None:
-            _valid_key("idempotency key", idempotency_key)
-        await _send_message(self._for(destination_id), destination_id, message, topic, idempotency_key)
-
-    send, send_async = _twins(_send)
-
-    async def _get_event(self, workflow_id: str, key: str, timeout_seconds: float = 60) -> Any:
-        """Wait until a workflow has set an event, and return its value; None once the time is up."""
-        executor, wait_s = self._for(workflow_id), _checked_seconds("timeout_seconds", timeout_seconds)
-        return await _event(executor, workflow_id, _valid_key("event key", key), wait_s)
-
-    get_event, get_event_async = _twins(_get_event)
-
-    async def _get_all_events(self, workflow_id: str) -> dict[str, Any]:
-        """Read all that a workflow has set so far."""
-        executor = self._for(workflow_id)
-
-        async def look() -> dict[str, Any]:
-            events = await executor.ask(_events_of, workflow_id)
-            return {key: executor.serializer.deserialize(value) for key, value in events.items()}
-
-        return await _recorded("DBOS.get_events", look)
-
-    get_all_events, get_all_events_async = _twins(_get_all_events)
-
-    def read_stream(
-        self, workflow_id: str, key: str, *, offset: int = 0, polling_interval_sec: float | None = None
-    ) -> Generator[Any, None, None]:
-        """Yield the values of a workflow's stream, and wait for more, until it is closed or the workflow has ended.
-
-        Raises DBOSNonExistentWorkflowError.  `polling_interval_sec` is accepted as in DBOS; hints tell of values.
-        """
-        _refuse_to_block_a_loop("read_stream")
-        while values := _block(self._next_values(workflow_id, key, offset)):
-            offset += len(values)
-            yield from values
-
-    async def read_stream_async(
-        self, workflow_id: str, key: str, *, offset: int = 0, polling_interval_sec: float | None = None
-    ) -> AsyncGenerator[Any, None]:
-        """Do as `read_stream`, without blocking the event loop."""
-        while values := await _suspend(self._next_values(workflow_id, key, offset)):
-            offset += len(values)
-            for value in values:
-                yield value
-
-    def _next_values(self, workflow_id: str, key: str, offset: int) -> Coroutine[Any, Any, list[Any]]:
-        # In a workflow each value is a step: what it has seen when it dies is what it sees again.
-        if type(offset) is not int or offset < 0:
-            raise ValueError(f"offset is {offset!r}; it must be a whole number from 0")
-        executor, key = self._for(workflow_id), _valid_key("stream key", key)
-        most = _HISTORY_CHUNK if _current_run() is None else 1
-        return _recorded("DBOS.readStream", lambda: _read_values(executor, workflow_id, key, offset, most))
-
-    async def _get_result(self, workflow_id: str) -> Any:
-        """Wait for a workflow to end, wherever it runs, and return or raise its outcome.
-
-        Raises DBOSAwaitedWorkflowCancelledError, DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded and
-        DBOSNonExistentWorkflowError.
-        """
-        return await self._result_of(workflow_id, existing=True)
-
-    get_result, get_result_async = _twins(_get_result)
-
-    def _result_of(self, workflow_id: str, existing: bool) -> Coroutine[Any, Any, Any]:
-        executor = self._for(workflow_id)
-        return _recorded("DBOS.getResult", lambda: _result(executor, workflow_id, existing), child=workflow_id)
-
-    async def _first_of(self, handles: "Sequence[_Handle[Any]]") -> int:
-        ids = [handle.workflow_id for handle in handles]
-        if not ids or len(set(ids)) < len(ids):
-            raise ValueError(f"wait_first takes one handle or more, each of another workflow, and got {ids}")
-        return ids.index(await _recorded("DBOS.waitFirst", lambda: _first_ended(self._launched(), ids)))
-
-    def wait_first(
-        self, handles: "Sequence[WorkflowHandle[R]]", *, polling_interval_sec: float = _POLL_S
-    ) -> "WorkflowHandle[R]":
-        """Wait until one of several workflows has ended, however, and return its handle.
-
-        Raises ValueError for none, or for two handles of one workflow.
-        """
-        _refuse_to_block_a_loop("wait_first")
-        return handles[_block(self._first_of(handles))]
-
-    async def wait_first_async(
-        self, handles: "Sequence[WorkflowHandleAsync[R]]", *, polling_interval_sec: float = _POLL_S
-    ) -> "WorkflowHandleAsync[R]":
-        """Do as `wait_first`, without blocking the event loop."""
-        return handles[await _suspend(self._first_of(handles))]
-
-    # Looking at workflows.
-
-    async def _get_workflow_status(self, workflow_id: str) -> "WorkflowStatus | None":
-        """Read how a workflow stands; None if there is none."""
-        executor = self._for(workflow_id)
-        row = await _recorded("DBOS.getStatus", lambda: executor.ask(_find, workflow_id))
-        return None if row is None else _status_of(executor.serializer, row)
-
-    get_workflow_status, get_workflow_status_async = _twins(_get_workflow_status)
-
-    async def _list_workflow_steps(self, workflow_id: str) -> "list[StepInfo]":
-        """Read a workflow's recorded steps, in order."""
-        executor = self._for(workflow_id)
-        rows = await _recorded("DBOS.listWorkflowSteps", lambda: executor.ask(_steps_of, workflow_id))
-        return [cast(StepInfo, _read_outcome(executor.serializer, row)) for row in rows]
-
-    list_workflow_steps, list_workflow_steps_async = _twins(_list_workflow_steps)
-
-    async def _list_workflows(
-        self, *, workflow_ids: list[str] | None = None, status: str | list[str] | None = None,
-        start_time: "_Time | None" = None, end_time: "_Time | None" = None, name: str | list[str] | None = None,
-        app_version: str | list[str] | None = None, forked_from: str | list[str] | None = None,
-        parent_workflow_id: str | list[str] | None = None, executor_id: str | list[str] | None = None,
-        queue_name: str | list[str] | None = None, workflow_id_prefix: str | list[str] | None = None,
-        queues_only: bool = False, limit: int | None = None, offset: int | None = None, sort_desc: bool = False,
-        load_input: bool = True, load_output: bool = True,
-    ) -> "list[WorkflowStatus]":
-        """Read how the workflows stand that meet all conditions, the oldest first (or last, with `sort_desc`).
-
-        A condition takes one value or a list of alternatives; a time is ISO 8601, a datetime, or seconds or
-        milliseconds since 1970, and means the creation.  Raises ValueError for what is none of that.
-        """
-        filters = {
-            "workflow_ids": workflow_ids, "status": status, "name": name, "app_version": app_version,
-            "forked_from": forked_from, "parent_workflow_id": parent_workflow_id, "executor_id": executor_id,
-            "queue_name": queue_name, "workflow_id_prefix": workflow_id_prefix,
-        }
-        where: dict[str, Any] = {key: _alternatives(key, value) for key, value in filters.items() if value is not None}
-        for key, moment in (("start_time", start_time), ("end_time", end_time)):
-            if moment is not None:
-                where[key] = _epoch_s(key, moment)
-        where |= {"queues_only": True} if queues_only else {}
-        for key, number in (("limit", limit), ("offset", offset)):
-            if number is not None and (type(number) is not int or not 0 <= number < 1 << 62):
-                raise ValueError(f"{key} is {number!r}; it must be a whole number from 0")
-        executor, step = self._launched(), "DBOS.listQueuedWorkflows" if queues_only else "DBOS.listWorkflows"
-        read = (where, limit, offset, sort_desc, load_input, load_output)
-        rows = await _recorded(step, lambda: executor.ask(_list, *read))
-        return [_status_of(executor.serializer, row) for row in rows]
-
-    list_workflows, list_workflows_async = _twins(_list_workflows)
-
-    async def _list_queued_workflows(self, **filters: Any) -> "list[WorkflowStatus]":
-        """List the workflows that wait in queues or were taken from one and have not ended; see `list_workflows`."""
-        filters = {"status": list(_UNFINISHED), **{key: value for key, value in filters.items() if value is not None}}
-        return await self._list_workflows(**filters, queues_only=True)
-
-    list_queued_workflows, list_queued_workflows_async = _twins(_list_queued_workflows)
-
-    async def _existing_workflow(self, workflow_id: str) -> "WorkflowStatus":
-        status = await self._get_workflow_status(workflow_id)
-        if status is None:
-            raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id}")
-        return status
-
-    def retrieve_workflow(self, workflow_id: str, existing_workflow: bool = True) -> "WorkflowHandle[Any]":
-        """Return a handle; DBOSNonExistentWorkflowError if there is no such workflow (and there should be)."""
-        _refuse_to_block_a_loop("retrieve_workflow")
-        if existing_workflow:
-            _block(self._existing_workflow(workflow_id))
-        return WorkflowHandle(self, workflow_id, existing_workflow)
-
-    async def retrieve_workflow_async(
-        self, workflow_id: str, existing_workflow: bool = True
-    ) -> "WorkflowHandleAsync[Any]":
-        """Do as `retrieve_workflow`, without blocking the event loop."""
-        if existing_workflow:
-            await _suspend(self._existing_workflow(workflow_id))
-        return WorkflowHandleAsync(self, workflow_id, existing_workflow)
-
-    # Changing the course of workflows.
-
-    async def _cancel_workflows(self, workflow_ids: list[str], *, cancel_children: bool = False) -> None:
-        """Cancel workflows that have not ended: at once where they wait, elsewhere at their next step.
-
-        Their places in queues and their deduplication IDs are free with that.  IDs that do not exist are
-        passed over, as in DBOS.
-        """
-        await self._end("DBOS.cancelWorkflow", _cancel, workflow_ids, cancel_children)
-
-    cancel_workflows, cancel_workflows_async = _twins(_cancel_workflows)
-
-    async def _cancel_workflow(self, workflow_id: str, *, cancel_children: bool = False) -> None:
-        """Cancel a workflow; see `cancel_workflows`."""
-        await self._cancel_workflows([workflow_id], cancel_children=cancel_children)
-
-    cancel_workflow, cancel_workflow_async = _twins(_cancel_workflow)
-
-    async def _end(
-        self, name: str, statement: "Callable[[Conn, list[str]], list[tuple[str, str | None]]]",
-        workflow_ids: list[str], with_children: bool,
-    ) -> None:
-        executor = self._launched()
-
-        async def end() -> None:
-            ids = _alternatives("workflow_ids", workflow_ids)
-            ids += await executor.ask(_children_of, ids) if with_children else []
-            for id, queue in await executor.ask(statement, ids):
-                executor.ended(id, queue)
-
-        await _recorded(name, end)
-
-    async def _resume_all(self, workflow_ids: list[str]) -> None:
-        executor = self._launched()
-
-        async def resume() -> None:
-            ids = _alternatives("workflow_ids", workflow_ids)
-            missing = set(ids) - set(await executor.ask(_resume, ids, _INTERNAL_QUEUE))
-            if missing:
-                raise DBOSNonExistentWorkflowError(f"there is no workflow {', '.join(sorted(missing))} to resume")
-            for id in ids:
-                executor.hints.send("c", id)
-            executor.hints.send("q", _INTERNAL_QUEUE)
-
-        await _recorded("DBOS.resumeWorkflow", resume)
-
-    def resume_workflows(self, workflow_ids: list[str]) -> "list[WorkflowHandle[Any]]":
-        """Have workflows go on; see `resume_workflow`."""
-        _refuse_to_block_a_loop("resume_workflows")
-        _block(self._resume_all(workflow_ids))
-        return [WorkflowHandle(self, id) for id in workflow_ids]
-
-    async def resume_workflows_async(self, workflow_ids: list[str]) -> "list[WorkflowHandleAsync[Any]]":
-        """Do as `resume_workflows`, without blocking the event loop."""
-        await _suspend(self._resume_all(workflow_ids))
-        return [WorkflowHandleAsync(self, id) for id in workflow_ids]
-
-    async def _resume_workflow(self, workflow_id: str) -> str:
-        """Have a workflow go on that was cancelled or dead-lettered, from its last step; with new attempts.
-
-        One that has succeeded or failed stays so.  One that still runs is begun anew, and its former run
-        can write no more.  Deadline and deduplication ID are gone.  Raises DBOSNonExistentWorkflowError.
-        """
-        await self._resume_all([workflow_id])
-        return workflow_id
-
-    resume_workflow, resume_workflow_async = _handle_twins(_resume_workflow)
-
-    async def _fork_workflow(
-        self, workflow_id: str, start_step: int, *, application_version: str | None = None
-    ) -> str:
-        """Run a workflow again under another ID, from the step at position `start_step` on.
-
-        The steps before it are copied, with the events and streams as of then.  The new ID is that of the
-        surrounding `SetWorkflowID`, or random.  Without `application_version`, executors of any may run it.
-        Raises DBOSNonExistentWorkflowError, and DBOSConflictingWorkflowError for an ID that is taken.
-        """
-        if type(start_step) is not int:
-            raise ValueError(f"start_step is {start_step!r}; it must be a whole number")
-        if application_version is not None:
-            _valid_name("application version", application_version)
-        executor, run = self._for(workflow_id), _current_run()
-        position = run.advance() if run else 0
-        row = {
-            "id": workflow_id, "new_id": _next_id(run, position), "start_step": max(1, start_step),
-            "version": application_version, "queue": _INTERNAL_QUEUE, "claim": _first_claim(),
-        }
-
-        async def fork() -> str:
-            while (origin := await executor.ask(_fork, row)) is None:
-                if await executor.ask(_find, workflow_id) is None:
-                    raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id} to fork")
-            if origin != (workflow_id,):
-                raise DBOSConflictingWorkflowError(f"{row['new_id']} is taken, and not by a fork of {workflow_id}")
-            executor.hints.send("q", _INTERNAL_QUEUE)
-            return str(row["new_id"])
-
-        forked = await self._existing_workflow(await _checkpointed(run, position, "DBOS.forkWorkflow", fork))
-        return forked.workflow_id
-
-    fork_workflow, fork_workflow_async = _handle_twins(_fork_workflow)
-
-    async def _restart_workflow(self, workflow_id: str) -> str:
-        """Run a workflow again under another ID, from its beginning; see `fork_workflow`."""
-        return await self._fork_workflow(workflow_id, 1)
-
-    restart_workflow, restart_workflow_async = _handle_twins(_restart_workflow)
-
-    async def _delete_workflows(self, workflow_ids: list[str], *, delete_children: bool = False) -> None:
-        """Delete workflows with their steps, messages, events and streams, in one transaction.
-
-        One that runs is stopped, as by a cancel.  IDs that do not exist are passed over, as in DBOS.
-        """
-        await self._end("DBOS.deleteWorkflow", _delete, workflow_ids, delete_children)
-
-    delete_workflows, delete_workflows_async = _twins(_delete_workflows)
-
-    async def _delete_workflow(self, workflow_id: str, *, delete_children: bool = False) -> None:
-        """Delete a workflow; see `delete_workflows`."""
-        await self._delete_workflows([workflow_id], delete_children=delete_children)
-
-    delete_workflow, delete_workflow_async = _twins(_delete_workflow)
-
-    async def _garbage_collect(
-        self, cutoff_epoch_timestamp_ms: float | None = None, rows_threshold: int | None = None
-    ) -> int:
-        """Delete finished workflows that were created before a time, or are not among the youngest so many rows.
-
-        Returns how many.  Unfinished ones are never deleted, but count as rows.  A batch at a time: a crash in
-        between leaves some for the next call, and no workflow by halves.
-        """
-        executor = self._launched()
-        cutoffs = [] if cutoff_epoch_timestamp_ms is None else [cutoff_epoch_timestamp_ms / 1000]
-        if rows_threshold is not None:
-            if type(rows_threshold) is not int or rows_threshold < 1:
-                raise ValueError(f"rows_threshold is {rows_threshold!r}; it must be a whole number from 1")
-            youngest = await executor.ask(_youngest_since, rows_threshold)
-            cutoffs += [] if youngest is None else [youngest]
-        count = 0
-        while cutoffs and (ids := await executor.ask(_begun_before, max(cutoffs), True, _DELETE_BATCH)):
-            count += len(await executor.ask(_delete, ids, False))
-        if cutoffs:
-            await executor.ask(_forget_executors, max(cutoffs))
-        return count
-
-    garbage_collect, garbage_collect_async = _twins(_garbage_collect)
-
-    async def _global_timeout(self, cutoff_epoch_timestamp_ms: float) -> None:
-        """Cancel the unfinished workflows that were created before a time, in milliseconds since 1970."""
-        executor = self._launched()
-        ids = await executor.ask(_begun_before, cutoff_epoch_timestamp_ms / 1000, False)
-        for id, queue in await executor.ask(_cancel, ids):
-            executor.ended(id, queue)
-
-    global_timeout, global_timeout_async = _twins(_global_timeout)
-
-
-def _alternatives(what: str, value: Any) -> list[str]:
-    """One string or several, as a list; ValueError for anything else."""
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, (list, tuple, set)) or not all(isinstance(each, str) for each in values):
-        raise ValueError(f"{what} is {value!r}; it must be a string or a list of strings")
-    known = (*_UNFINISHED, "SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
-    if what == "status" and not set(values) <= set(known):
-        raise ValueError(f"status is {value!r}; there are {', '.join(known)}")
-    return [each for each in values if _storable(each)]  # of what cannot be stored, none is there
-
-
-_Time = str | float | datetime
-
-
-def _epoch_s(what: str, moment: _Time) -> float:
-    """Seconds since 1970; a number above 1e11 is milliseconds (as seconds it would be the year 5138)."""
-    try:
-        if isinstance(moment, str):
-            moment = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", moment.strip()))
-        if isinstance(moment, datetime):
-            return moment.timestamp()
-        if not isinstance(moment, bool) and abs(moment) < 1e14:
-            return moment / 1000 if abs(moment) > 1e11 else moment
-    except (ValueError, TypeError, OverflowError):
-        pass
-    raise ValueError(f"{what} is {moment!r}; it must be ISO 8601, such as 2030-01-31T12:00:00Z, or seconds since 1970")
 
 
 class Durable(_Management):
@@ -5207,110 +5317,6 @@ class Durable(_Management):
         await _write_to_stream("DBOS.closeStream", _valid_key("stream key", key), None)
 
     close_stream, close_stream_async = _twins(_close_stream)
-
-
-class _Handle(Generic[R]):
-    """A workflow that was started, enqueued or retrieved."""
-
-    def __init__(self, durable: _Management, workflow_id: str, existing: bool = True) -> None:
-        self._durable, self.workflow_id, self._exists = durable, workflow_id, existing
-
-    def get_workflow_id(self) -> str:
-        """Return the workflow's ID."""
-        return self.workflow_id
-
-
-class WorkflowHandle(_Handle[R]):
-    """A workflow that was started, enqueued or retrieved."""
-
-    def get_result(self, *, polling_interval_sec: float = _POLL_S) -> R:
-        """Wait for the workflow to end and return or raise its outcome; see `DBOS.get_result`.
-
-        `polling_interval_sec` is accepted as in DBOS; here hints wake who waits, and one look a second
-        serves them all.
-        """
-        _refuse_to_block_a_loop("DBOS.get_result")
-        return cast(R, _block(self._durable._result_of(self.workflow_id, self._exists)))
-
-    def get_status(self) -> "WorkflowStatus":
-        """Read how the workflow stands; raises DBOSNonExistentWorkflowError if it was deleted."""
-        _refuse_to_block_a_loop("DBOS.get_workflow_status")
-        return _block(self._durable._existing_workflow(self.workflow_id))
-
-
-class WorkflowHandleAsync(_Handle[R]):
-    """A workflow that was started, enqueued or retrieved; its methods are awaited."""
-
-    async def get_result(self, *, polling_interval_sec: float = _POLL_S) -> R:
-        """Wait for the workflow to end and return or raise its outcome; see `DBOS.get_result`."""
-        return cast(R, await _suspend(self._durable._result_of(self.workflow_id, self._exists)))
-
-    async def get_status(self) -> "WorkflowStatus":
-        """Read how the workflow stands; raises DBOSNonExistentWorkflowError if it was deleted."""
-        return await _suspend(self._durable._existing_workflow(self.workflow_id))
-
-
-@dataclass
-class WorkflowStatus:
-    """How a workflow stands.  Instants and durations are in milliseconds, instants since 1970."""
-
-    workflow_id: str
-    status: str
-    name: str
-    class_name: str | None
-    config_name: str | None
-    input: Any  # {"args": ..., "kwargs": ...}
-    output: Any
-    error: Exception | None
-    created_at: int
-    updated_at: int
-    completed_at: int | None
-    queue_name: str | None
-    executor_id: str | None
-    app_version: str | None
-    workflow_timeout_ms: int | None
-    workflow_deadline_epoch_ms: int | None
-    deduplication_id: str | None
-    priority: int
-    forked_from: str | None
-    parent_workflow_id: str | None
-    dequeued_at: int | None
-    delay_until_epoch_ms: int | None
-    recovery_attempts: int
-
-
-class StepInfo(TypedDict):
-    """A recorded step; instants in milliseconds since 1970."""
-
-    function_id: int
-    function_name: str
-    output: Any
-    error: Exception | None
-    child_workflow_id: str | None
-    started_at_epoch_ms: int
-    completed_at_epoch_ms: int
-
-
-def _status_of(serializer: Serializer, row: dict[str, Any]) -> WorkflowStatus:
-    inputs = _readable(serializer, row["input"])
-    row["input"] = {**inputs, "args": tuple(inputs["args"])} if isinstance(inputs, dict) else inputs
-    read = _read_outcome(serializer, row)
-    return WorkflowStatus(**{name: read[name] for name in WorkflowStatus.__dataclass_fields__})
-
-
-def _read_outcome(serializer: Serializer, row: dict[str, Any]) -> dict[str, Any]:
-    error = row["error"] and _load_error(serializer, row["error"])
-    return {**row, "output": _readable(serializer, row["output"]), "error": error}
-
-
-def _readable(serializer: Serializer, text: str | None) -> Any:
-    """The value, or the text itself where this process has not the classes to rebuild it."""
-    if text is None:
-        return None
-    try:
-        return serializer.deserialize(text)
-    except Exception:
-        return text
 
 
 class DBOSConfiguredInstance:
