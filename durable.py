@@ -3567,9 +3567,14 @@ def _without_password(url: str) -> str:
     return f"database {psycopg.conninfo.make_conninfo(**told)}"
 
 
-def _embedded_url() -> str:
-    """Start (or find running) the embedded Postgres of this folder."""
+def _embedded_url(create: bool) -> str:
+    """Start (or find running) the embedded Postgres of this folder; without `create`, only where there was one."""
     folder = Path(".durable", "postgres").absolute()
+    if not (create or folder.exists()):
+        raise DBOSInitializationError(
+            f"no database: give its URL, set DBOS_SYSTEM_DATABASE_URL, or come where the application runs ({folder} "
+            f"is not there)"
+        )
     handles = folder / ".handle_pids.json"  # who uses the server: it forgets nobody who was killed, and never stops
     try:
         with warnings.catch_warnings():
@@ -4808,10 +4813,10 @@ def _resolved(config: DBOSConfig) -> DBOSConfig:
     return cast(DBOSConfig, filled)
 
 
-def _postgres_url(url: str | None) -> str:
+def _postgres_url(url: str | None, create: bool = True) -> str:
     """The URL for psycopg: SQLAlchemy's way of naming the driver is cut out, other databases are refused."""
     if not url:
-        return _embedded_url()
+        return _embedded_url(create)
     scheme, sep, rest = url.partition("://")
     if sep and scheme.partition("+")[0] not in ("postgresql", "postgres"):
         raise DBOSInitializationError(f"system_database_url begins with {scheme}://; it must be a postgresql:// URL")
@@ -5367,7 +5372,9 @@ class DBOSClient(_Management):
             "run_migrations": False,
         })
         resolved = _resolved(config)
-        self._executor = _Executor(Durable(), _postgres_url(resolved["system_database_url"]), resolved, serves=False)
+        self._executor = _Executor(
+            Durable(), _postgres_url(resolved["system_database_url"], create=False), resolved, serves=False
+        )
         self._executor.launch()
 
     def destroy(self) -> None:

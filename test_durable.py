@@ -6705,6 +6705,18 @@ def test_the_reports_are_tables_and_json(dbos, queue, job, command, told, report
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
 
 
+def test_a_client_makes_no_database_of_its_own(tmp_path):
+    """Where no URL is given and no application has run, there is nothing to look at, and nothing is left behind."""
+    environment = {key: value for key, value in os.environ.items() if "DATABASE_URL" not in key}
+    done = subprocess.run(
+        [sys.executable, durable.__file__, "list"], env=environment, cwd=tmp_path, capture_output=True, text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "DBOS_SYSTEM_DATABASE_URL" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_database_is_migrated_from_the_command_line(empty_url, command, executor):
     """Once or again; afterwards an executor that may not migrate launches."""
     for _ in range(2):
