@@ -1186,6 +1186,39 @@ def test_ten_executors_may_launch_at_once_on_an_empty_database(programs, empty_u
         assert connection.execute("select count(*) from durable.executors").fetchone() == (10,)
 
 
+EDITION_1 = """
+    drop view durable.why, durable.versions, durable.unfinished, durable.living;
+    drop table durable.messages, durable.events, durable.streams;
+    alter table durable.executors drop lost_at, drop known, drop queues, drop deactivated, drop failover,
+                                  drop interrupted;
+    alter table durable.steps drop tries;
+    update durable.version set number = 1;
+"""
+
+
+def test_a_database_of_an_earlier_edition_is_brought_up_in_place(executor, empty_url):
+    """What was there stays, and everything works."""
+
+    def greet(name):
+        return f"{dbos.recv(timeout_seconds=PATIENCE_S)} {name}"
+
+    dbos = executor(system_database_url=empty_url)
+    dbos.workflow()(greet)
+    dbos.launch()
+    dbos.destroy()
+    with contextlib.closing(Witness(empty_url).connection) as connection:
+        connection.execute(EDITION_1)
+        dbos = executor(system_database_url=empty_url)
+        workflow = dbos.workflow()(greet)
+        dbos.launch()
+        with SetWorkflowID("w"):
+            handle = dbos.start_workflow(workflow, "ada")
+        dbos.send("w", "hello")
+        assert handle.get_result() == "hello ada"
+        assert connection.execute("select count(*) from durable.executors").fetchone() == (2,)
+        assert connection.execute("select max(number) > 1 from durable.version").fetchone() == (True,)
+
+
 def test_a_newer_schema_than_the_code_is_an_error(executor, empty_url):
     """Old code refuses a database that newer code has migrated, and says so; the data stays."""
     executor(system_database_url=empty_url).launch()
