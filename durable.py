@@ -979,8 +979,8 @@ def _dequeue(conn: Conn, queue: "Queue", room: int, me: dict[str, Any]) -> list[
     the limits that are null.
 
     Written so that the planner walks workflows_due in order and stops at the limit, however long the queue:
-    `lateral` instead of a join before the limit, few rows expected (`|| ''`) behind it, and a
-    statement_timestamp() where clock_timestamp() could use no index.
+    `lateral` instead of a join before the limit, few rows expected (`|| ''`) behind it, and one
+    statement_timestamp(), behind the lock, where clock_timestamp() would use no index.
     """
     query = f"""
         with {_KNOWN},
@@ -1007,9 +1007,9 @@ def _dequeue(conn: Conn, queue: "Queue", room: int, me: dict[str, Any]) -> list[
                    claim = w.claim + 1, recovery_attempts = w.recovery_attempts + 1,
                    executor_id = %(executor_id)s, incarnation = %(incarnation)s,
                    application_version = %(version)s,
-                   dequeued_at = clock_timestamp(), updated_at = clock_timestamp(),
+                   dequeued_at = statement_timestamp(), updated_at = statement_timestamp(),
                    deadline_at = coalesce(w.deadline_at,
-                                          clock_timestamp() + make_interval(secs => w.timeout_s))
+                                          statement_timestamp() + make_interval(secs => w.timeout_s))
               from due where w.id = due.id and due.id = due.id || '' returning w.*, due.has_history)
         select {_CLAIMED}, w.has_history, w.deadline_at is not null as has_deadline
           from taken as w order by w.priority, w.number
