@@ -2453,8 +2453,10 @@ async def _write_step(
     past = await run.recall(position, name) if step else None
     row |= {"id": run.id, "claim": run.claim, "position": position, "step": step}
     while past is None and not await _was_taken(run, write, row):
-        await run.standing()
-        past = await run.settle(position, name) if step else None
+        if step:
+            past = await run.settle(position, name)
+        else:
+            await run.standing()
         problem = await refusal(run) if refusal is not None and past is None else None
         if problem is not None:
             if step:
@@ -4377,8 +4379,7 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
                 depth, oldest = queues.get(queue, (0, 0.0))
                 queues[queue] = (depth + number, max(oldest, age))
         living = Counter(
-            (e["application"], e["executor_id"], e["application_version"])
-            for e in executor.now(_executors, 10_000) if e["alive"]
+            (e["application"], e["executor_id"], e["application_version"]) for e in executor.now(_view, "living", [])
         )
         with executor.counting:
             finished = dict(executor.finished)
@@ -5502,7 +5503,7 @@ def _run_command(client: DBOSClient, options: argparse.Namespace) -> Any:
         case "gc":
             if not options.older_than >= 0:
                 raise ValueError(f"--older-than is {options.older_than}; it must be a number of days from 0")
-            return [{"deleted": client.garbage_collect((executor.now(_clock) - options.older_than * 86400) * 1000)}]
+            return [{"deleted": client.garbage_collect((executor.clock() - options.older_than * 86400) * 1000)}]
         case "executors":
             return list(map(_plain, executor.now(_executors, 1000)))
         case view:
