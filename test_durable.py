@@ -555,7 +555,8 @@ class Programs:
         """The notes so far that begin with these words."""
         if not self.notes_file.exists():
             return []
-        lines = [line.split(" ", 2) for line in self.notes_file.read_text().splitlines()]
+        whole, _, _ = self.notes_file.read_text().rpartition("\n")  # behind it, a line that is being written right now
+        lines = [line.split(" ", 2) for line in whole.splitlines()]
         return [Note(float(at), int(pid), text) for at, pid, text in lines if (text + " ").startswith(beginning)]
 
     def count(self, beginning=""):
