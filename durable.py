@@ -1055,24 +1055,33 @@ def _pending(conn: Conn, me: dict[str, Any]) -> list[_Pending]:
     return conn.cursor(row_factory=class_row(_Pending)).execute(query, {**me, "grace_s": _RESTART_GRACE_S}).fetchall()
 
 
+def _own_claims(conn: Conn, me: dict[str, Any]) -> list[tuple[str, int]]:
+    """Read what is PENDING under this incarnation: which workflows, and under which claims."""
+    query = """
+        select id, claim from durable.workflows
+         where status = 'PENDING' and incarnation = %(incarnation)s and application_version = %(version)s
+    """
+    return conn.execute(query, me).fetchall()
+
+
 def _sweep(
-    conn: Conn, me: dict[str, Any], running: list[str], dead: list[int], listed: list[str]
+    conn: Conn, me: dict[str, Any], lost: list[tuple[str, int]], dead: list[int], listed: list[str]
 ) -> list[_Claimed]:
     """Take the PENDING workflows of this version that nobody runs.
 
-    They are our own that we do not run (an acknowledgement was lost), those of dead incarnations, and
-    those of the executors that an operator listed.  What came from a queue goes back to its place
-    there, so that the queue's limits hold.  Raising the claim that was read, and no other, is what
-    keeps two sweeps from taking the same row: the second waits for the first, and misses.
+    They are our own that are `lost` (an acknowledgement was), those of dead incarnations, and those of
+    the executors that an operator listed.  What came from a queue goes back to its place there, so
+    that the queue's limits hold.  Raising the claim that was read, and no other, is what keeps two
+    sweeps from taking the same row: the second waits for the first, and misses.
     """
     query = f"""
         with {_KNOWN},
         lost as (
             select w.id, w.claim, known.most from durable.workflows as w join known on {_IS_KNOWN}
              where w.status = 'PENDING' and w.incarnation is not null and w.application_version = %(version)s
-               and (w.incarnation = %(incarnation)s or w.incarnation = any(%(dead)s)
-                    or w.executor_id = any(%(listed)s))
-               and not (w.incarnation = %(incarnation)s and w.id in (select unnest(%(running)s::text[]))))
+               and case when w.incarnation = %(incarnation)s
+                        then (w.id, w.claim) in (select * from unnest(%(ids)s::text[], %(claims)s::bigint[]))
+                        else w.incarnation = any(%(dead)s) or w.executor_id = any(%(listed)s) end)
         update durable.workflows as w
            set status = case when w.recovery_attempts > lost.most then 'MAX_RECOVERY_ATTEMPTS_EXCEEDED'
                              when w.queue is null then 'PENDING' else 'ENQUEUED' end,
@@ -1083,7 +1092,8 @@ def _sweep(
         returning {_CLAIMED}
     """
     cur = conn.cursor(row_factory=class_row(_Claimed))
-    return cur.execute(query, {**me, "running": running, "dead": dead, "listed": listed}).fetchall()
+    ids, claims = [id for id, _ in lost], [claim for _, claim in lost]
+    return cur.execute(query, {**me, "ids": ids, "claims": claims, "dead": dead, "listed": listed}).fetchall()
 
 
 def _expire(conn: Conn) -> tuple[list[list[str]], float | None, float]:
@@ -2507,8 +2517,8 @@ async def _event(executor: "_Executor", id: str, key: str, timeout_s: float) -> 
         end = await _wait_until(executor, run, position + 1, timeout_s)
         while True:
             with executor.hints.expected("e", id, key) as hint:
+                left = end - time.monotonic()  # before the look: what is set in time is seen, however long that takes
                 value = (await executor.ask(_events_of, id, key)).get(key)
-                left = end - time.monotonic()
                 if value is not None:
                     return executor.serializer.deserialize(value)
                 if left <= 0:
@@ -2727,21 +2737,33 @@ async def _enqueue(
 
 def _dequeue_round(executor: "_Executor", queue: Queue) -> None:
     """Take and start what this queue, this process and its threads have room for."""
-    while not executor.deactivated and not executor.stopping.is_set():
+
+    def take(conn: Conn) -> tuple[int, list[_Claimed]]:
+        room = _room_for(executor, queue)  # again, now that there is a connection: it may have taken long
+        return room, _dequeue(conn, queue, room, executor.me) if room > 0 else []
+
+    while True:
         with executor.claiming:
-            room = min(_DEQUEUE_BATCH, executor.threads.room())
-            if queue.worker_concurrency is not None:
-                runs = tuple(executor.running.values())
-                ours = sum(run.queue == queue.name and run.stopped is None for run in runs)
-                room = min(room, queue.worker_concurrency - ours)
             executor.cramped.add(queue.name)  # before we know: a run that ends now must not be missed
-            if room <= 0:
+            if _room_for(executor, queue) <= 0:
                 return
-            claimed = executor.now(_dequeue, queue, room, executor.me)
+            room, claimed = executor.now(take)
             executor.take_up(claimed)
             if len(claimed) < room:
                 executor.cramped.discard(queue.name)
                 return
+
+
+def _room_for(executor: "_Executor", queue: Queue) -> int:
+    """How many more workflows of this queue may begin here: none once it is deactivated, or closes."""
+    if executor.deactivated or executor.stopping.is_set():
+        return 0
+    room = min(_DEQUEUE_BATCH, executor.threads.room())
+    if queue.worker_concurrency is not None:
+        runs = tuple(executor.running.values())
+        ours = sum(run.queue == queue.name and run.stopped is None for run in runs)
+        room = min(room, queue.worker_concurrency - ours)
+    return room
 
 
 _CRON_FIELDS = (
@@ -3499,12 +3521,20 @@ def _recover(executor: _Executor, listed: Sequence[str] = ()) -> list[str]:
 
     Also see to it that what we do run is still ours.
     """
+
+    def take(conn: Conn) -> tuple[list[_Pending], list[int], list[_Claimed]]:
+        """Look first, and compare with memory then: what begins while a statement waits is not in what it read.
+
+        In one attempt, so that after trouble all is looked at anew: who lives, and what an unanswered try took.
+        """
+        pending = _pending(conn, executor.me)
+        dead = _dead(executor, pending)
+        lost = [claim for claim in _own_claims(conn, executor.me) if not _at_hand(executor, claim[0], listed)]
+        return pending, dead, _sweep(conn, executor.me, lost, dead, list(listed))
+
     with executor.claiming:
         _reconsider(executor, tuple(executor.running.values()))
-        pending = executor.now(_pending, executor.me)
-        dead = _dead(executor, pending)
-        ours = [*executor.running, *(() if executor.me["executor_id"] in listed else executor.interrupted)]
-        claimed = executor.now(_sweep, executor.me, ours, dead, list(listed))
+        pending, dead, claimed = executor.now(take)
         taken = executor.take_up(claimed)
     known = executor.registry._known()
     for p in pending:
@@ -3515,6 +3545,15 @@ def _recover(executor: _Executor, listed: Sequence[str] = ()) -> list[str]:
             what = "/".join(part for part in target if part)
             _log.warning("%d workflows of %s wait: this process has no such function or instance", p.number, what)
     return taken
+
+
+def _at_hand(executor: _Executor, id: str, listed: Sequence[str]) -> bool:
+    """Whether we run this workflow, or leave it alone because it was interrupted and no operator asked for it.
+
+    Looked at twice, since a run that is interrupted, or begun again, is on its way from one to the other.
+    """
+    left = executor.me["executor_id"] not in listed and id in executor.interrupted
+    return id in executor.running or left or id in executor.running
 
 
 def _reconsider(executor: _Executor, runs: Iterable[_Run]) -> None:

@@ -3612,6 +3612,29 @@ def test_a_replay_sets_no_event_again(dbos, witness, gate):
     assert dbos.get_event("w", "key") == 2
 
 
+def test_an_event_that_is_set_in_time_is_seen_however_long_the_look_takes(dbos, witness, monkeypatch):
+    """A look that began in time and found nothing does not say that there was nothing in time: the last one does."""
+    looks = []
+
+    def slow(conn, *args, read=durable._events_of):
+        looks.append(read(conn, *args))
+        if len(looks) == 1:
+            witness.run("insert into durable.events (workflow_id, key, position, value) values ('w', 'k', 1, '7')")
+            eventually(lambda: time.monotonic() > began + 0.1)
+        return looks[-1]
+
+    @dbos.workflow()
+    def work():
+        dbos.recv()
+
+    monkeypatch.setattr(durable, "_events_of", slow)
+    with SetWorkflowID("w"):
+        dbos.start_workflow(work)
+    began = time.monotonic()
+    assert dbos.get_event("w", "k", timeout_seconds=0.1) == 7
+    dbos.cancel_workflow("w")
+
+
 def test_the_deadline_of_get_event_survives_a_restart(dbos, witness):
     """It is on record before the wait begins."""
 
@@ -4263,6 +4286,25 @@ def test_limits_that_make_no_sense_are_refused(dbos, limits):
     """The error names a limit that is wrong."""
     with pytest.raises((ValueError, DBOSException), match="|".join(limits)):
         dbos.register_queue("odd", **limits)
+
+
+def test_a_dequeue_that_waits_takes_nothing_once_deactivated(dbos, job, witness, monkeypatch):
+    """Whether anything may begin here is asked when there is a connection, not before one is waited for."""
+    dbos._executor.deactivated = True
+    line = dbos.register_queue("line")
+    handle = line.enqueue(job, "late")
+    dbos._executor.claiming.acquire()  # the dispatcher stays out
+
+    def late(*args, lend=dbos._executor.pool.connection, **kwargs):
+        dbos._executor.deactivated = True
+        return lend(*args, **kwargs)
+
+    monkeypatch.setattr(dbos._executor.pool, "connection", late)
+    dbos._executor.deactivated = False
+    dbos._executor.claiming.release()
+    durable._dequeue_round(dbos._executor, line)
+    assert dbos._executor.deactivated
+    assert (witness.status(handle.workflow_id), job.ran) == ("ENQUEUED", [])
 
 
 def test_a_deduplication_id_is_held_until_its_workflow_ends(queue, job, gate):
@@ -4989,6 +5031,55 @@ def test_live_work_is_never_taken(dbos, executor, finished, gate, witness, fast_
     gate.open()
     handle.get_result()
     assert runs == [1]
+
+
+@pytest.mark.parametrize("statement", ["_pending", "_own_claims", "_sweep"])
+def test_a_workflow_that_begins_while_a_sweep_waits_is_not_taken(dbos, gate, witness, monkeypatch, statement):
+    """Whichever of its statements is late (no connection, a restart of Postgres), the sweep leaves alone what runs."""
+    steps = []
+
+    @dbos.step()
+    def step():
+        steps.append(1)
+        gate()
+
+    @dbos.workflow()
+    def slow():
+        step()
+
+    began, made = [], getattr(durable, statement)
+
+    def late(conn, *args):
+        began.append(dbos.start_workflow(slow))
+        gate.await_body()
+        return made(conn, *args)
+
+    monkeypatch.setattr(durable, "_SWEEP_S", 1e6)  # no sweeps but ours
+    dbos.destroy()
+    dbos.launch()
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, statement, late)
+        assert durable._recover(dbos._executor) == []
+    gate.open()
+    (handle,) = began
+    handle.get_result()
+    assert steps == [1]
+    assert witness.workflow(handle.workflow_id).recovery_attempts == 1
+
+
+def test_a_sweep_whose_answer_is_lost_looks_again(wire, executor, witness, monkeypatch):
+    """What it took without knowing is neither running nor forgotten: the same sweep finds it."""
+    monkeypatch.setattr(durable, "_SWEEP_S", 1e6)  # no sweeps but ours
+    dbos = executor(system_database_url=wire.url)
+    greet = dbos.workflow(name="greet")(lambda name: f"hello {name}")
+    dbos.launch()
+    with SetWorkflowID("w"):
+        greet("w")
+    witness.run("update durable.workflows set status = 'PENDING', output = null, completed_at = null where id = 'w'")
+    wire.lose("answer", 1, of=b"lost as")
+    assert durable._recover(dbos._executor) == ["w"]
+    assert witness.workflow("w").recovery_attempts == 3
+    assert result_of(dbos, "w") == "hello w"
 
 
 def test_a_workflow_whose_acknowledgement_was_lost_is_found(dbos, finished, witness, fast_sweeps):
