@@ -128,6 +128,7 @@ _SWEEP_S = 3.0  # a lock that stays free from one sweep to the next is a death: 
 _POLL_S = 1.0  # how late we may be when a hint was lost
 _RESTART_GRACE_S = 3.0  # after Postgres starts, time for the living to take their locks again
 _HINT_PAUSE_S = 0.002  # hints that come closer together than this travel together
+_AGAIN_S = 0.005  # between a write that was refused without a reason, and the next try
 _LONGEST_PAUSE_S = 1.0  # between two tries to reach a database that is away
 _LANES = 2  # connections that write the journal; two keep a slow disk busy, more make small batches
 _HISTORY_CHUNK = 1000  # recorded steps, or values of a stream, read at a time
@@ -1759,6 +1760,7 @@ class _Run:
         if (claim, status) == (self.claim, finished):
             return False
         self.check(claim, status)
+        await _breathe(self.executor)
         return True
 
     def check(self, claim: int | None, status: str) -> None:
@@ -2082,6 +2084,10 @@ class _Start(NamedTuple):
 
     row: dict[str, Any]
     parent: _Run | None
+    abroad: bool = False  # the parent's history is in another database, which only its start is recorded in
+
+    def kind(self) -> _Write:
+        return _START if self.parent is None or self.abroad else _START_CHILD
 
 
 def _prepare_start(
@@ -2108,9 +2114,11 @@ def _prepare_start(
         types = ", ".join(sorted({_type_name(each) for each in (*inputs["args"], *kwargs.values())}))
         raise DBOSException(f"the arguments of {function.name} ({types}) cannot be stored: {cause}") from cause
     names = {"name": function.name, "class_name": class_name, "config_name": config_name}
-    origin = {"parent_workflow_id": parent and parent.id, "parent_claim": parent and parent.claim, "position": position}
+    abroad = parent is not None and not executor.hosts(parent)
+    kin = None if abroad else parent
+    origin = {"parent_workflow_id": kin and kin.id, "parent_claim": kin and kin.claim, "position": position}
     row = {"id": _next_id(parent, position), **names, "inputs": text, **origin, **_terms(executor, queue)}
-    return _Start(row, parent)
+    return _Start(row, parent, abroad)
 
 
 def _terms(executor: "_Executor", queue: str | None) -> dict[str, Any]:
@@ -2196,8 +2204,8 @@ async def _begin(executor: "_Executor", function: _Function, start: _Start) -> t
 
 async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None:
     """Insert the row and, in the parent's history, its start; return the row that was there before, if any."""
-    row, parent = start
-    while not (await executor.journal.write(_START_CHILD if parent else _START, row))[0]:
+    row, parent = start.row, start.parent
+    while not (await executor.journal.write(start.kind(), row))[0]:
         existing = await executor.ask(_find, row["id"])
         if existing is not None:
             _same_workflow(existing, row)
@@ -2217,6 +2225,9 @@ async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None
                 raise refusal
         if parent is not None:
             await parent.settle(row["position"], row["name"])
+        await _breathe(executor)
+    if parent is not None and start.abroad:
+        await parent.record(row["position"], row["name"], None, None, 0.0, child=row["id"])
     return None
 
 
@@ -2306,7 +2317,7 @@ async def _pause_run(executor: "_Executor", *signals: _Signal, timeout: float | 
     if frame is not None and frame.connection is not None:
         raise DBOSException("a wait in a DBOS.transaction would hold it open, and see nothing new: wait outside of it")
     signals += (executor.closed,) if run is None else (executor.closed, run.stop)
-    await executor.lent(_for_any(*signals, timeout=timeout))
+    await (frame.run.executor if frame else executor).lent(_for_any(*signals, timeout=timeout))
     if run is not None and run.stopped is not None:
         raise run.stopped
     if executor.closed.is_set:
@@ -2423,15 +2434,21 @@ async def _send_message(
             return None
         return DBOSNonExistentWorkflowError(f"there is no workflow {destination} to send a message to")
 
-    row = {"destination": destination, "topic": topic, "message": _text_for("message", executor, message)}
-    if _current_run() is not None:
-        await _write_step(_SEND, "DBOS.send", refusal, **row, idempotency_key=idempotency_key)
-    else:  # with a key in any case: should the answer be lost, the next try must not send it again
-        row["idempotency_key"] = idempotency_key or str(uuid.uuid4())
+    async def post() -> None:
         while not await executor.ask(_post, row):
             problem = await refusal()
             if problem is not None:
                 raise problem
+            await _breathe(executor)
+
+    row = {"destination": destination, "topic": topic, "message": _text_for("message", executor, message)}
+    run = _current_run()
+    if run is not None and executor.hosts(run):
+        await _write_step(_SEND, "DBOS.send", refusal, **row, idempotency_key=idempotency_key)
+    else:  # with a key in any case: should the answer be lost, the next try must not send it again
+        position = run.advance() if run else 0
+        row["idempotency_key"] = idempotency_key or (f"{run.id}-{position}" if run else str(uuid.uuid4()))
+        await _checkpointed(run, position, "DBOS.send", post)
     frame = _frame.get()
     if frame is not None and frame.connection is not None:
         frame.connection.hints.append(("m", destination, topic))
@@ -2526,6 +2543,11 @@ async def _event(executor: "_Executor", id: str, key: str, timeout_s: float) -> 
                 await _pause_run(executor, hint, timeout=left)
 
     return await _checkpointed(run, position, "DBOS.getEvent", wait)
+
+
+async def _breathe(executor: "_Executor") -> None:
+    """Pause before a write is made again that was refused without a reason: whatever it is, nothing spins."""
+    await _for_any(executor.closed, timeout=_AGAIN_S)
 
 
 class _Hints:
@@ -2726,10 +2748,9 @@ async def _enqueue(
         starts.append(_prepare_start(executor, function, bound, kwargs, queue))
     new = [start for start in starts if not await _has_begun(start)]
     if new:
-        kind = _START_CHILD if new[0].parent else _START
-        taken = await executor.journal.write(kind, *(start.row for start in new))
+        taken = await executor.journal.write(new[0].kind(), *(start.row for start in new))
         for start, was_taken in zip(new, taken, strict=True):
-            if not was_taken:  # the ID was there, or is refused: find out which
+            if not was_taken or start.abroad:  # the ID was there, or is refused: find out which; or record it
                 await _insert(executor, start)
         executor.hints.send("q", queue)
     return [start.row["id"] for start in starts]
@@ -3047,6 +3068,7 @@ class _Executor:
         self.missed: dict[int, float] = {}  # incarnations whose lock is free, and since when we know
         self.reported: set[tuple[str, str | None, str | None]] = set()  # what was logged as unknown
         self.me: dict[str, Any] = {}  # who we are, once launched
+        self.place: tuple[Any, ...] = ()  # where the database is, however the URL puts it
         self.offered: dict[str, Any] = {}  # what the others were told that we would take
         self.counting = threading.Lock()
         self.finished: Counter[tuple[str, str, str]] = Counter()  # workflows, by status, name and queue
@@ -3089,6 +3111,14 @@ class _Executor:
             raise DBOSException("launched before a fork, which no connection survives: launch in the child instead")
         return self
 
+    def hosts(self, run: _Run) -> bool:
+        """Whether a run's history is in this database, so that what it does here commits with the record of it.
+
+        Where it is not, the effect belongs here and the record there: at least once, so under a key or an
+        ID made of the workflow's ID and the position, which a second try finds taken.
+        """
+        return self.place == run.executor.place
+
     def serialize(self, value: Any) -> str:
         """Turn a value into text; ValueError if Postgres would break the connection over its size."""
         text = self.serializer.serialize(value)
@@ -3100,6 +3130,11 @@ class _Executor:
         """Make a statement, waiting out whatever keeps the database from answering."""
         frame = _frame.get()
         if frame is not None and frame.connection is not None:  # in a transaction: to want a second one could deadlock
+            if not self.hosts(frame.run):
+                raise DBOSException(
+                    f"the {_without_password(self.url)} is another than that of the DBOS.transaction, and would not "
+                    f"commit with it: call this from the workflow itself"
+                )
             return statement(frame.connection, *args, **kwargs)
 
         def attempt() -> T:
@@ -3358,7 +3393,9 @@ class _Executor:
     def _first_connection(self) -> Conn:
         """Connect, or say in one sentence why not; later on, a database that is away is waited for."""
         try:
-            return self.connect()
+            conn = self.connect()
+            self.place = (conn.info.host, conn.info.port, conn.info.dbname)
+            return conn
         except psycopg.Error as error:
             raise DBOSInitializationError(
                 f"cannot connect to the {_without_password(self.url)}: {str(error).strip()}"
@@ -3743,7 +3780,10 @@ class _Management:
         ids = [handle.workflow_id for handle in handles]
         if not ids or len(set(ids)) < len(ids):
             raise ValueError(f"wait_first takes one handle or more, each of another workflow, and got {ids}")
-        return ids.index(await _recorded("DBOS.waitFirst", lambda: _first_ended(self._launched(), ids)))
+        executor = self._launched()
+        if any(handle._durable._launched().place != executor.place for handle in handles):
+            raise ValueError(f"wait_first waits for workflows of one database, and got handles of several: {ids}")
+        return ids.index(await _recorded("DBOS.waitFirst", lambda: _first_ended(executor, ids)))
 
     def wait_first(
         self, handles: "Sequence[WorkflowHandle[R]]", *, polling_interval_sec: float = _POLL_S
@@ -3933,6 +3973,7 @@ class _Management:
             while (origin := await executor.ask(_fork, row)) is None:
                 if await executor.ask(_find, workflow_id) is None:
                     raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id} to fork")
+                await _breathe(executor)
             if origin != (workflow_id,):
                 raise DBOSConflictingWorkflowError(f"{row['new_id']} is taken, and not by a fork of {workflow_id}")
             executor.hints.send("q", _INTERNAL_QUEUE)
@@ -4970,6 +5011,11 @@ class Durable(_Management):
                 frame = _frame.get()
                 if frame is None:
                     return cast(R, _block(_call(self._launched(), alone, args, kwargs)))
+                if self._executor is not None and not self._executor.hosts(frame.run):
+                    raise DBOSException(
+                        f"transaction {known_as} is for another database than that of workflow {frame.run.id}, and "
+                        f"cannot commit with its record there: start it as a workflow of its own, by start_workflow"
+                    )
                 if frame.connection is not None:
                     return fn(*args, **kwargs)  # a transaction within a transaction is part of it
                 return cast(R, _transaction(known_as, isolation_level, functools.partial(fn, *args, **kwargs)))
@@ -5150,6 +5196,11 @@ class Durable(_Management):
             raise DBOSException("not launched: call DBOS.launch() first")
         return self._executor.here()
 
+    def _own(self) -> _Executor:
+        """The executor of the workflow that calls: what it says of itself is for its own database."""
+        frame = _frame.get()
+        return self._launched() if frame is None else frame.run.executor.here()
+
     def _identity(self) -> dict[str, Any]:
         """What this executor is called, which version it has and what it can run."""
         return {
@@ -5319,7 +5370,7 @@ class Durable(_Management):
 
     async def _sleep(self, seconds: float) -> None:
         """Sleep in a workflow: when to wake up is on record, and after a restart only the rest is slept."""
-        executor = self._launched()
+        executor = self._own()
         if _checked_seconds("the time to sleep", seconds) > 0:
             run = _own_run("sleep")
             end = await _wait_until(executor, run, run.advance(), seconds)
@@ -5335,7 +5386,7 @@ class Durable(_Management):
         process runs the workflow.
         """
         topic = _NO_TOPIC if topic is None else _valid_key("topic", topic)
-        return await _receive_message(self._launched(), topic, _checked_seconds("timeout_seconds", timeout_seconds))
+        return await _receive_message(self._own(), topic, _checked_seconds("timeout_seconds", timeout_seconds))
 
     recv, recv_async = _twins(_recv)
 
@@ -5344,7 +5395,7 @@ class Durable(_Management):
 
         In one of its steps this is part of the step.
         """
-        text = _text_for("event", self._launched(), value)
+        text = _text_for("event", self._own(), value)
         run = await _write_step(_SET_EVENT, "DBOS.setEvent", key=_valid_key("event key", key), value=text)
         run.executor.hints.send("e", run.id, key)
 
@@ -5352,7 +5403,7 @@ class Durable(_Management):
 
     async def _write_stream(self, key: str, value: Any) -> None:
         """Append a value to a stream of this workflow, for `read_stream`; in a step this is part of the step."""
-        text = _text_for("value", self._launched(), value)
+        text = _text_for("value", self._own(), value)
         await _write_to_stream("DBOS.writeStream", _valid_key("stream key", key), text)
 
     write_stream, write_stream_async = _twins(_write_stream)
@@ -5428,13 +5479,19 @@ class DBOSClient(_Management):
         return self._executor.here()
 
     async def _enqueue(self, options: EnqueueOptions, *args: Any, **kwargs: Any) -> str:
-        """Enqueue a workflow by its name; raises DBOSQueueDeduplicatedError, DBOSConflictingWorkflowError."""
+        """Enqueue a workflow by its name; in a workflow, a step: its ID is made of that one's and the position.
+
+        Raises DBOSQueueDeduplicatedError, DBOSConflictingWorkflowError.
+        """
         executor, known = self._launched(), get_type_hints(EnqueueOptions)
         for key in options.keys() - known.keys():
             raise DBOSException(f"unknown enqueue option {key!r}; there are: {', '.join(known)}")
         name = _valid_name("the enqueue option workflow_name", options.get("workflow_name"))
         queue = _valid_name("the enqueue option queue_name", options.get("queue_name"))
-        id = _valid_name("workflow ID", str(options.get("workflow_id") or uuid.uuid4()))
+        run = _current_run()
+        position = run.advance() if run else 0
+        generated = f"{run.id}-{position}" if run else str(uuid.uuid4())
+        id = _valid_name("workflow ID", str(options.get("workflow_id") or generated))
         inputs = _text_for("list of arguments", executor, {"args": list(args), "kwargs": kwargs})
         with SetWorkflowTimeout(options.get("workflow_timeout")), SetEnqueueOptions(
             deduplication_id=options.get("deduplication_id"), priority=options.get("priority"),
@@ -5443,9 +5500,13 @@ class DBOSClient(_Management):
             terms = _terms(executor, queue)
         names = {"name": name, "class_name": options.get("class_name"), "config_name": options.get("instance_name")}
         row = {"id": id, **names, "inputs": inputs, "parent_workflow_id": None, **terms}
-        await _insert(executor, _Start(row, None))
-        executor.hints.send("q", queue)
-        return id
+
+        async def enqueue() -> str:
+            await _insert(executor, _Start(row, None))
+            executor.hints.send("q", queue)
+            return id
+
+        return await _checkpointed(run, position, "DBOS.enqueue", enqueue, child=id)
 
     enqueue, enqueue_async = _handle_twins(_enqueue)
 

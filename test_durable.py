@@ -2744,6 +2744,160 @@ def test_a_long_history_is_recalled(dbos, witness):
     assert len(runs) == 2501
 
 
+# --- Two databases ------------------------------------------------------------------------------------
+#
+# A workflow may deal with another database, by a client or another instance: the effect is there, the record here.
+
+
+@pytest.fixture
+def abroad(empty_url):
+    """A launched executor on another database."""
+    abroad = Durable({"system_database_url": empty_url, "application_version": "v1", "run_admin_server": False})
+    abroad.greet = abroad.workflow(name="greet")(lambda name: f"hello {name}")
+    abroad.register_queue("line")
+    abroad.launch()
+    yield abroad
+    abroad.destroy()
+
+
+@pytest.fixture
+def client_abroad(abroad, empty_url):
+    client = DBOSClient(system_database_url=empty_url)
+    yield client
+    client.destroy()
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["", "after a crash"])
+@pytest.mark.parametrize("by", ["client", "instance"])
+def test_a_message_to_another_database_arrives_once(dbos, abroad, client_abroad, empty_url, witness, by, again):
+    """It is posted there under a key made of workflow and position, and recorded here."""
+    sender = client_abroad if by == "client" else abroad
+    with psycopg.connect(empty_url, autocommit=True) as there:
+        abroad.enqueue_workflow("nobody takes from it", abroad.greet, "Ada")
+        (destination,) = there.execute("select id from durable.workflows").fetchone()
+
+        @dbos.workflow()
+        def work():
+            sender.send(destination, "hi")
+
+        with SetWorkflowID("w"):
+            work()
+        if again:
+            rewind(dbos, witness, "w")
+            result_of(dbos, "w")
+        assert there.execute("select message from durable.messages").fetchall() == [('"hi"',)]
+    assert steps_of(dbos, "w") == [(1, "DBOS.send")]
+
+
+def test_a_message_to_nobody_in_another_database_is_an_error(dbos, client_abroad):
+    """As it is in the workflow's own."""
+
+    @dbos.workflow()
+    def work():
+        client_abroad.send("nobody", "hi")
+
+    with pytest.raises(DBOSNonExistentWorkflowError, match="nobody"):
+        work()
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["", "after a crash"])
+@pytest.mark.parametrize("how", ["called", "started", "enqueued", "by a client"])
+def test_a_workflow_of_another_database_is_begun_once(dbos, abroad, client_abroad, empty_url, witness, how, again):
+    """Its ID is made of the parent's and the position; its row is there, and the record of its start here."""
+    greet = abroad.greet
+
+    @dbos.workflow()
+    def work():
+        if how == "called":
+            return greet("Ada")
+        if how == "started":
+            return abroad.start_workflow(greet, "Ada").get_result()
+        if how == "enqueued":
+            return abroad.enqueue_workflow("line", greet, "Ada").get_result()
+        return client_abroad.enqueue({"workflow_name": "greet", "queue_name": "line"}, "Ada").get_result()
+
+    with SetWorkflowID("w"):
+        assert work() == "hello Ada"
+    if again:
+        rewind(dbos, witness, "w")
+        assert result_of(dbos, "w") == "hello Ada"
+    assert [each.workflow_id for each in abroad.list_workflows()] == ["w-1"]
+    assert steps_of(dbos, "w") == [(1, "DBOS.enqueue" if how == "by a client" else "greet"), (2, "DBOS.getResult")]
+    assert steps(dbos, "w")[0]["child_workflow_id"] == "w-1"
+
+
+def test_what_a_workflow_says_of_itself_goes_to_its_own_database(dbos, abroad):
+    """Its mailbox, events and streams are where its row is, whichever instance it calls."""
+
+    @dbos.workflow()
+    def work():
+        abroad.set_event("k", 1)
+        abroad.write_stream("s", 2)
+        abroad.sleep(0.001)
+        return abroad.recv(timeout_seconds=0)
+
+    with SetWorkflowID("w"):
+        assert work() is None
+    assert (dbos.get_event("w", "k"), list(dbos.read_stream("w", "s"))) == (1, [2])
+
+
+def test_a_transaction_is_of_one_database(dbos, abroad, client_abroad):
+    """A transaction of another instance, and a client of another database within one, could not commit with it."""
+
+    @abroad.transaction()
+    def theirs():
+        return "done"
+
+    @dbos.transaction()
+    def ours():
+        client_abroad.send("anybody", "hi")
+
+    @dbos.workflow()
+    def work(which):
+        return (ours if which == "ours" else theirs)()
+
+    assert theirs() == "done"
+    with pytest.raises(DBOSException, match=r"theirs is for another database.*start_workflow"):
+        work("theirs")
+    with pytest.raises(DBOSException, match=r"is another than that of the DBOS.transaction"):
+        work("ours")
+
+
+def test_wait_first_is_for_workflows_of_one_database(dbos, abroad):
+    """A handle of another would be looked for where it is not."""
+    handles = [WorkflowHandle(dbos, "a"), WorkflowHandle(abroad, "b")]
+    with pytest.raises(ValueError, match="one database"):
+        dbos.wait_first(handles)
+
+
+def test_a_write_that_is_refused_without_a_reason_pauses_before_the_next_try(dbos, monkeypatch):
+    """No loop spins, whatever it is that refuses."""
+    refused, pauses = [], []
+    journal = dbos._executor.journal
+
+    @dbos.step()
+    def step():
+        return 1
+
+    @dbos.workflow()
+    def work():
+        return step()
+
+    def write(write, *rows, made=journal.write):
+        if len(refused) < 3 and write is durable._RECORD:
+            refused.append(rows)
+            return durable._Wait(lambda: [False], None)
+        return made(write, *rows)
+
+    async def breathe(executor):
+        pauses.append(executor)
+
+    monkeypatch.setattr(journal, "write", write)
+    monkeypatch.setattr(durable, "_breathe", breathe)
+    assert work() == 1
+    assert len(pauses) == len(refused) == 3
+
+
 # --- Two colours --------------------------------------------------------------------------------------
 #
 # async def workflows and steps do the same; gather keeps its positions.
