@@ -1098,7 +1098,7 @@ def _sweep(
 
 
 def _expire(conn: Conn) -> tuple[list[list[str]], float | None, float]:
-    """Cancel what is past its deadline, and return the IDs and queues of that.
+    """Cancel what is past its deadline, and return the IDs, queues and claims of that.
 
     Tell also in how many seconds the next one is due, and what time it is.
     """
@@ -1109,8 +1109,8 @@ def _expire(conn: Conn) -> tuple[list[list[str]], float | None, float]:
         cancelled as (update durable.workflows as w
                          set status = 'CANCELLED', deduplication_id = null,
                              updated_at = clock_timestamp(), completed_at = clock_timestamp()
-                        from late where w.id = late.id returning w.id, w.queue)
-        select (select coalesce(array_agg(array[id, queue]), '{{}}') from cancelled),
+                        from late where w.id = late.id returning w.id, w.queue, w.claim)
+        select (select coalesce(array_agg(array[id, queue, claim::text]), '{{}}') from cancelled),
                (select extract(epoch from min(deadline_at) - clock_timestamp())::float8 from durable.workflows
                  where deadline_at > statement_timestamp() and status in {_UNFINISHED}),
                extract(epoch from clock_timestamp())::float8
@@ -1122,35 +1122,42 @@ def _expire(conn: Conn) -> tuple[list[list[str]], float | None, float]:
 # Locks rows in the order of their IDs, so that no two of the statements below wait for each other.  With a
 # batch of the journal, which locks them by kinds of writes, they still may: Postgres ends that after a
 # second, and whoever lost tries again.
-_IN_ORDER = "select id from durable.workflows where id = any(%(ids)s) order by id for update"
+_IN_ORDER = "select id, queue, claim, status from durable.workflows where id = any(%(ids)s) order by id for update"
 
 
-def _cancel(conn: Conn, ids: list[str]) -> list[tuple[str, str | None]]:
-    """Cancel what has not come to an end yet; return the IDs and queues of that.
+def _cancel(conn: Conn, ids: list[str]) -> list[tuple[str, str | None, int]]:
+    """Cancel what has not come to an end yet; return the IDs, queues and claims of all that is cancelled now.
 
     Its place in a queue and its deduplication ID are free with that.  Who runs it can write no more.
     """
     query = f"""
-        with those as ({_IN_ORDER}) update durable.workflows as w
-           set status = 'CANCELLED', deduplication_id = null,
-               updated_at = clock_timestamp(), completed_at = clock_timestamp()
-          from those where w.id = those.id and w.status not in ('SUCCESS', 'ERROR', 'CANCELLED')
-        returning w.id, w.queue
+        with those as ({_IN_ORDER}),
+        cancelled as (
+            update durable.workflows as w
+               set status = 'CANCELLED', deduplication_id = null,
+                   updated_at = clock_timestamp(), completed_at = clock_timestamp()
+              from those where w.id = those.id and w.status not in ('SUCCESS', 'ERROR', 'CANCELLED'))
+        select id, queue, claim from those where status not in ('SUCCESS', 'ERROR')
     """
     return conn.execute(query, {"ids": ids}).fetchall()
 
 
-def _resume(conn: Conn, ids: list[str], queue: str) -> list[str]:
-    """Enqueue workflows anew, with their history, unless they have succeeded or failed; return those that exist."""
-    query = f"""
-        with those as ({_IN_ORDER}) update durable.workflows as w
-           set status = 'ENQUEUED', queue = %(queue)s, recovery_attempts = 0, deadline_at = null,
-               deduplication_id = null, delayed_until = null, dequeued_at = null, completed_at = null,
-               updated_at = clock_timestamp()
-          from those where w.id = those.id and w.status not in ('SUCCESS', 'ERROR')
+def _resume(conn: Conn, ids: list[str], queue: str) -> list[tuple[str, int, str]]:
+    """Enqueue workflows anew, with their history, unless they have succeeded or failed.
+
+    Returns the IDs of those that exist, with claim and status.
     """
-    conn.execute(query, {"ids": ids, "queue": queue})
-    return [id for (id,) in conn.execute("select id from durable.workflows where id = any(%s)", (ids,))]
+    query = f"""
+        with those as ({_IN_ORDER}),
+        resumed as (
+            update durable.workflows as w
+               set status = 'ENQUEUED', queue = %(queue)s, recovery_attempts = 0, deadline_at = null,
+                   deduplication_id = null, delayed_until = null, dequeued_at = null, completed_at = null,
+                   updated_at = clock_timestamp()
+              from those where w.id = those.id and w.status not in ('SUCCESS', 'ERROR'))
+        select id, claim, case when status in ('SUCCESS', 'ERROR') then status else 'ENQUEUED' end from those
+    """
+    return conn.execute(query, {"ids": ids, "queue": queue}).fetchall()
 
 
 def _fork(conn: Conn, row: dict[str, Any]) -> tuple[str | None] | None:
@@ -1190,16 +1197,16 @@ _REMOVE = ", ".join(
 )
 
 
-def _delete(conn: Conn, ids: list[str], even_unfinished: bool = True) -> list[tuple[str, str | None]]:
-    """Delete workflows with all that belongs to them; return the IDs and queues of those that there were.
+def _delete(conn: Conn, ids: list[str], even_unfinished: bool = True) -> list[tuple[str, str | None, int]]:
+    """Delete workflows with all that belongs to them; return the IDs, queues and claims of those that there were.
 
     Locked first, in a statement of its own: what others write under a lock on the workflow's row is
     there to be seen, and deleted, when the second statement begins.
     """
     query = f"""
         with gone as (delete from durable.workflows
-                       where id = any(%s) and (%s or status not in {_UNFINISHED}) returning id, queue),
-        {_REMOVE} select id, queue from gone
+                       where id = any(%s) and (%s or status not in {_UNFINISHED}) returning id, queue, claim),
+        {_REMOVE} select id, queue, claim from gone
     """
     cur = conn.cursor()
     with conn.pipeline():
@@ -1633,6 +1640,8 @@ def _current_run() -> "_Run | None":
 
 @contextmanager
 def _framed(frame: _Frame) -> Iterator[None]:
+    if frame.step is not None:
+        frame.run.go_on()  # asked for the last time: the step was found not to be on record a while ago
     token = _frame.set(frame)
     try:
         yield
@@ -1679,12 +1688,11 @@ class _Run:
 
     async def recall(self, position: int, name: str) -> _Record | None:
         """Find what is on record at this position, and check that it is the record of this call."""
-        if self.stopped is not None:
-            raise self.stopped
         while self.history_to is not None and position > self.history_to:
             chunk = await self.executor.ask(_read_history, self.id, self.history_to)
             self._history.update((record.position, record) for record in chunk)
             self.history_to = chunk[-1].position if len(chunk) == _HISTORY_CHUNK else None
+        self.go_on()
         record = self._history.pop(position, None)
         if record is not None:
             self.same(record, name)
@@ -1770,6 +1778,20 @@ class _Run:
         if claim != self.claim or status != "PENDING":
             raise _Superseded(f"workflow {self.id} is {status} and no longer this run's (claim {self.claim})")
 
+    def go_on(self) -> None:
+        """Raise if this run is not to go on."""
+        if self.stopped is not None:
+            raise self.stopped
+
+    def judge(self, claim: int | None, status: str) -> None:
+        """Halt if a row with this claim and status is not ours to write, unless it is what we wrote at the end."""
+        if (claim, status) not in ((self.claim, "SUCCESS"), (self.claim, "ERROR")):
+            try:
+                self.check(claim, status)
+            except _Stopped as why:
+                self.halt(why)
+                self.executor.room_again()
+
     def halt(self, reason: _Stopped) -> None:
         """Make this run stop at its next step, or at once where it waits."""
         self.stopped = reason
@@ -1808,6 +1830,13 @@ async def _step(name: str, retries: _Retries, call: Callable[[], Any]) -> Any:
         return await _value_of(call())
     position = run.advance()
     return await _checkpointed(run, position, name, lambda: _attempts(run, position, name, retries, call))
+
+
+def _unless_stopped(run: _Run | None, call: Callable[[], T]) -> T:
+    """Call, on another thread or loop than that on which it was decided to; there may have been a wait in between."""
+    if run is not None:
+        run.go_on()
+    return call()
 
 
 async def _value_of(value: Any) -> Any:
@@ -2449,11 +2478,7 @@ async def _send_message(
         position = run.advance() if run else 0
         row["idempotency_key"] = idempotency_key or (f"{run.id}-{position}" if run else str(uuid.uuid4()))
         await _checkpointed(run, position, "DBOS.send", post)
-    frame = _frame.get()
-    if frame is not None and frame.connection is not None:
-        frame.connection.hints.append(("m", destination, topic))
-    else:
-        executor.hints.send("m", destination, topic)
+    executor.hints.send("m", destination, topic)
 
 
 def _text_for(what: str, executor: "_Executor", value: Any) -> str:
@@ -2622,6 +2647,9 @@ class _Hints:
 
         (A NOTIFY inside a transaction that writes takes a lock which serialises the server's commits.)
         """
+        frame = _frame.get()
+        if frame is not None and frame.connection is not None:
+            return frame.connection.hints.append(key)
         self.arrive(*key)
         if not self._executor.listens:
             return
@@ -3061,6 +3089,7 @@ class _Executor:
         self.work = threading.Event()  # the dispatcher has something to do
         self.due: set[str] = set()  # queues to look at now
         self.cramped: set[str] = set()  # queues that had more than we had room for
+        self.judged: dict[tuple[str, int], str] = {}  # IDs and claims that were overruled since we last claimed
         self.doubted: set[str] = set()  # running workflows that somebody may have cancelled or taken
         self.next_expiry = 0.0  # when to look at deadlines, in time.monotonic()
         self.clock_ahead = 0.0  # the database's time, less time.monotonic(); measured anew each second
@@ -3238,12 +3267,15 @@ class _Executor:
                 self.running[row.id] = run
                 if former is not None:
                     former.halt(_Superseded(f"workflow {row.id} was taken up anew (claim {row.claim})"))
+                if (row.id, row.claim) in self.judged:
+                    run.judge(row.claim, self.judged[row.id, row.claim])
                 self.spawn(run)
             elif row.status == "ENQUEUED":
                 self.hints.send("q", str(row.queue))
             else:
                 _log.error("workflow %s (%s) is dead-lettered: it was begun too often", row.id, row.name)
                 self.hints.send("w", row.id)
+        self.judged.clear()
         if any(row.has_deadline for row in claimed):
             self.mind_deadlines()
         return [row.id for row in claimed if row.status in ("PENDING", "ENQUEUED")]
@@ -3309,8 +3341,8 @@ class _Executor:
         self.work.set()
 
     def doubt(self, id: str) -> None:
-        """Have the dispatcher look whether a run is still ours."""
-        if id in self.running:
+        """Have the dispatcher look whether a run is still ours, also one that is claimed at this moment."""
+        if self.claiming.locked() or id in self.running:
             self.doubted.add(id)
             self.work.set()
 
@@ -3478,16 +3510,30 @@ class _Executor:
         self.clock_ahead = clock - time.monotonic()
         if due_s is not None:
             self.next_expiry = min(self.next_expiry, time.monotonic() + due_s)
-        for id, queue in ids:
+        for id, queue, claim in ids:
             _log.info("workflow %s is cancelled: its deadline has passed", id)
-            self.ended(id, queue)
+            self.ended(id, queue, int(claim), "CANCELLED")
 
-    def ended(self, id: str, queue: str | None) -> None:
+    def ended(self, id: str, queue: str | None, claim: int, status: str) -> None:
         """Tell everybody that a workflow was cancelled or deleted: who runs it, who waits for it or for its place."""
-        self.hints.send("c", id)
+        self.overruled(id, claim, status)
         self.hints.send("w", id)
         if queue is not None:
             self.hints.send("q", queue)
+
+    def overruled(self, id: str, claim: int, status: str) -> None:
+        """Stop who runs a workflow whose row somebody changed: in this process now, elsewhere by a hint.
+
+        What is being claimed is not in `running` yet: whoever claims it looks at `judged` once it is there,
+        as we look at `running` once this is in `judged`.  (Within a transaction, only its commit decides.)
+        """
+        frame = _frame.get()
+        for executor in tuple(_local_executors) if frame is None or frame.connection is None else ():
+            executor.judged[id, claim] = status
+            run = executor.running.get(id)
+            if run is not None and run.claim == claim:  # so it is this run, and not another database's of this ID
+                run.judge(claim, status)
+        self.hints.send("c", id)
 
     def _look(self, polled: dict[str, float], now: float) -> None:
         """Look for what hints should have told, of all that is awaited and of queues; three statements for all."""
@@ -3601,13 +3647,7 @@ def _reconsider(executor: _Executor, runs: Iterable[_Run]) -> None:
         if run.loop is not None and run.loop.is_closed():
             executor.forget(run)  # it will never go on: the sweep takes it up
             continue
-        claim, status = claims[run.id]
-        if (claim, status) not in ((run.claim, "SUCCESS"), (run.claim, "ERROR")):
-            try:
-                run.check(claim, status)
-            except _Stopped as why:
-                run.halt(why)
-                executor.room_again()
+        run.judge(*claims[run.id])
 
 
 def _dead(executor: _Executor, pending: list[_Pending]) -> list[int]:
@@ -3886,10 +3926,11 @@ class _Management:
     async def _cancel_workflows(self, workflow_ids: list[str], *, cancel_children: bool = False) -> None:
         """Cancel workflows that have not ended: at once where they wait, elsewhere at their next step.
 
-        Their places in queues and their deduplication IDs are free with that.  IDs that do not exist are
-        passed over, as in DBOS.
+        Once this returns, no further step of theirs begins in this process, and soon none in any.  Their places
+        in queues and their deduplication IDs are free with that.  IDs that do not exist are passed over, as in
+        DBOS.
         """
-        await self._end("DBOS.cancelWorkflow", _cancel, workflow_ids, cancel_children)
+        await self._end("DBOS.cancelWorkflow", _cancel, "CANCELLED", workflow_ids, cancel_children)
 
     cancel_workflows, cancel_workflows_async = _twins(_cancel_workflows)
 
@@ -3900,16 +3941,21 @@ class _Management:
     cancel_workflow, cancel_workflow_async = _twins(_cancel_workflow)
 
     async def _end(
-        self, name: str, statement: "Callable[[Conn, list[str]], list[tuple[str, str | None]]]",
+        self, name: str, statement: "Callable[[Conn, list[str]], list[tuple[str, str | None, int]]]", status: str,
         workflow_ids: list[str], with_children: bool,
     ) -> None:
         executor = self._launched()
 
         async def end() -> None:
-            ids = _alternatives("workflow_ids", workflow_ids)
-            ids += await executor.ask(_children_of, ids) if with_children else []
-            for id, queue in await executor.ask(statement, ids):
-                executor.ended(id, queue)
+            ids, over = _alternatives("workflow_ids", workflow_ids), set[str]()
+            while True:  # a parent may begin another child between our look and its end, but none behind that
+                ids += await executor.ask(_children_of, ids) if with_children else []
+                left = [id for id in ids if id not in over]
+                if not left:
+                    return
+                for id, queue, claim in await executor.ask(statement, left):
+                    executor.ended(id, queue, claim, status)
+                over.update(left)
 
         await _recorded(name, end)
 
@@ -3918,11 +3964,12 @@ class _Management:
 
         async def resume() -> None:
             ids = _alternatives("workflow_ids", workflow_ids)
-            missing = set(ids) - set(await executor.ask(_resume, ids, _INTERNAL_QUEUE))
+            there = await executor.ask(_resume, ids, _INTERNAL_QUEUE)
+            missing = set(ids) - {id for id, _, _ in there}
             if missing:
                 raise DBOSNonExistentWorkflowError(f"there is no workflow {', '.join(sorted(missing))} to resume")
-            for id in ids:
-                executor.hints.send("c", id)
+            for id, claim, status in there:
+                executor.overruled(id, claim, status)
             executor.hints.send("q", _INTERNAL_QUEUE)
 
         await _recorded("DBOS.resumeWorkflow", resume)
@@ -3995,7 +4042,7 @@ class _Management:
 
         One that runs is stopped, as by a cancel.  IDs that do not exist are passed over, as in DBOS.
         """
-        await self._end("DBOS.deleteWorkflow", _delete, workflow_ids, delete_children)
+        await self._end("DBOS.deleteWorkflow", _delete, "deleted", workflow_ids, delete_children)
 
     delete_workflows, delete_workflows_async = _twins(_delete_workflows)
 
@@ -4033,8 +4080,8 @@ class _Management:
         """Cancel the unfinished workflows that were created before a time, in milliseconds since 1970."""
         executor = self._launched()
         ids = await executor.ask(_begun_before, cutoff_epoch_timestamp_ms / 1000, False)
-        for id, queue in await executor.ask(_cancel, ids):
-            executor.ended(id, queue)
+        for id, queue, claim in await executor.ask(_cancel, ids):
+            executor.ended(id, queue, claim, "CANCELLED")
 
     global_timeout, global_timeout_async = _twins(_global_timeout)
 
@@ -5341,8 +5388,12 @@ class Durable(_Management):
         _refuse_to_block_a_loop("run_step")
         call: Callable[[], Any] = functools.partial(func, *args, **kwargs)
         if inspect.iscoroutinefunction(func):
-            loop, start = self._launched().loop(), call
-            call = lambda: asyncio.run_coroutine_threadsafe(start(), loop).result()
+            loop, start = self._launched().loop(), functools.partial(_unless_stopped, _current_run(), call)
+
+            async def on_loop() -> Any:
+                return await start()
+
+            call = lambda: asyncio.run_coroutine_threadsafe(on_loop(), loop).result()
         return _block(self._run_step(dbos_step_options, func, call))
 
     async def run_step_async(
@@ -5351,7 +5402,7 @@ class Durable(_Management):
         """Await any function as a step; a plain one runs on a thread, so that it does not block the loop."""
         call = functools.partial(func, *args, **kwargs)
         if not inspect.iscoroutinefunction(func):
-            call = functools.partial(asyncio.to_thread, call)
+            call = functools.partial(asyncio.to_thread, _unless_stopped, _current_run(), call)
         return await _suspend(self._run_step(dbos_step_options, func, call))
 
     def _run_step(

@@ -5929,6 +5929,174 @@ def test_cancel_ends_a_busy_workflow_at_its_next_step(dbos, held, gate, witness)
     assert (held.seen, witness.steps("w"), witness.workflow("w")) == ([], [], before)
 
 
+OVERRULINGS = {
+    "cancel": lambda dbos, _client, _witness: dbos.cancel_workflow("w"),
+    "a client's cancel": lambda _dbos, client, _witness: client.cancel_workflow("w"),
+    "admin": lambda dbos, _client, _witness: ask(dbos.admin_port, "POST", "/workflows/w/cancel"),
+    "delete": lambda dbos, _client, _witness: dbos.delete_workflow("w"),
+    "resume": lambda dbos, _client, _witness: dbos.resume_workflow("w"),
+    "global timeout": lambda dbos, _client, _witness: dbos.global_timeout((time.time() + 3600) * 1000),
+    "deadline": lambda dbos, _client, witness: (
+        witness.run("update durable.workflows set deadline_at = now() where id = 'w'"),
+        dbos._executor.mind_deadlines(),
+        eventually(lambda: dbos._executor.running["w"].stopped),
+    ),
+    "cancelled before": lambda dbos, _client, witness: (
+        witness.run("update durable.workflows set status = 'CANCELLED', completed_at = now() where id = 'w'"),
+        dbos.cancel_workflow("w"),
+    ),
+}
+
+
+@pytest.fixture
+def deaf(monkeypatch):
+    """Let executors overhear hints and look at nothing: what stops a run then was done before."""
+
+    def overhear(executor, runs):
+        pass
+
+    monkeypatch.setattr(durable, "_reconsider", overhear)
+
+
+@pytest.mark.parametrize("overrule", OVERRULINGS.values(), ids=OVERRULINGS)
+def test_once_a_cancel_returns_no_further_step_begins_here(executor, client, deaf, gate, witness, overrule):
+    """Nor after a delete, a resume, a timeout, whoever in this process asked for it: it does not hang on hints."""
+    dbos, begun = executor(run_admin_server=True, admin_port=0), []
+    step = dbos.step()(lambda: begun.append(1))
+
+    @dbos.workflow()
+    def work():
+        gate()
+        step()
+
+    dbos.launch()
+    begin(dbos, work)
+    gate.await_body()
+    dbos._executor.deactivated = True  # the resumed one is for another executor
+    overrule(dbos, client, witness)
+    gate.open()
+    eventually(lambda: not dbos._executor.running)
+    assert begun == []
+
+
+def test_a_step_that_waits_for_a_thread_does_not_begin_after_a_cancel(dbos, deaf, gate):
+    """It is asked for the last time where the step begins, not where it was found not to be on record."""
+    begun, pool = [], ThreadPoolExecutor(1)
+    pool.submit(gate)
+
+    @dbos.workflow()
+    async def work():
+        asyncio.get_running_loop().set_default_executor(pool)
+        await dbos.run_step_async(None, begun.append, 1)
+
+    handle = begin(dbos, work)
+    eventually(pool._work_queue.qsize)
+    dbos.cancel_workflow("w")
+    gate.open()
+    assert is_cancelled(handle)
+    eventually(lambda: not dbos._executor.running)
+    pool.shutdown()
+    assert begun == []
+
+
+def test_a_transaction_that_waits_for_a_connection_does_not_begin_after_a_cancel(dbos, deaf, gate, monkeypatch):
+    """Its function does nothing then, not even what is rolled back."""
+    begun = []
+
+    @dbos.transaction()
+    def write():
+        begun.append(1)
+
+    @dbos.workflow()
+    def work():
+        gate()
+        write()
+
+    handle, lend = begin(dbos, work), dbos._executor.pool.connection
+    gate.await_body()
+
+    def late(*args, **kwargs):
+        if threading.current_thread().name == "durable-workflow":
+            monkeypatch.setattr(dbos._executor.pool, "connection", lend)
+            together(lambda: dbos.cancel_workflow("w"))  # not as a step of its own
+        return lend(*args, **kwargs)
+
+    monkeypatch.setattr(dbos._executor.pool, "connection", late)
+    gate.open()
+    assert is_cancelled(handle)
+    eventually(lambda: not dbos._executor.running)
+    assert begun == []
+
+
+def test_a_workflow_that_is_cancelled_while_it_is_claimed_does_not_begin(dbos, queue, job, deaf, monkeypatch):
+    """The claim is committed and not known here yet: whoever brings it in finds it overruled."""
+
+    def late(*args, dequeue=durable._dequeue):
+        claimed = dequeue(*args)
+        dbos.cancel_workflows([row.id for row in claimed])
+        return claimed
+
+    monkeypatch.setattr(durable, "_dequeue", late)
+    assert is_cancelled(queue.enqueue(job, "late"))
+    eventually(lambda: not dbos._executor.running)
+    assert job.ran == []
+
+
+def test_a_cancel_within_a_transaction_tells_when_it_is_committed(no_polling, dbos, sleeper, monkeypatch):
+    """Before, nobody could see it, and there would be no second hint."""
+    monkeypatch.setattr(durable, "_SWEEP_S", 1e6)
+    heard = []
+
+    def hear(executor, runs, look=durable._reconsider):
+        runs = list(runs)
+        heard.extend(runs)
+        look(executor, runs)
+
+    @dbos.transaction()
+    def cancel():
+        dbos.cancel_workflow("w")
+        assert not dbos._executor.doubted
+        assert not heard
+
+    dbos.destroy()
+    dbos.launch()
+    monkeypatch.setattr(durable, "_reconsider", hear)
+    handle = begin(dbos, sleeper)
+    eventually(lambda: dbos._executor.running["w"].stop.wakers)
+    cancel()
+    assert is_cancelled(handle)
+    eventually(lambda: "w" not in dbos._executor.running)
+
+
+@pytest.mark.parametrize("end", ["cancel", "delete"])
+def test_a_child_that_begins_while_its_family_is_ended_is_ended_too(dbos, gate, witness, monkeypatch, end):
+    """The family is looked for again until there is nobody new: behind its end, a parent begins no child."""
+    child = dbos.workflow(name="child")(lambda: None)
+
+    @dbos.workflow()
+    def parent():
+        gate()
+        dbos.enqueue_workflow("nobody takes from it", child)
+        dbos.recv()
+
+    def late(*args, look=durable._children_of):
+        found = look(*args)
+        monkeypatch.setattr(durable, "_children_of", look)
+        gate.open()
+        eventually(lambda: witness.column("select id from durable.workflows where id = 'w-1'"))
+        return found
+
+    begin(dbos, parent)
+    gate.await_body()
+    monkeypatch.setattr(durable, "_children_of", late)
+    if end == "cancel":
+        dbos.cancel_workflow("w", cancel_children=True)
+        assert (witness.status("w"), witness.status("w-1")) == ("CANCELLED", "CANCELLED")
+    else:
+        dbos.delete_workflow("w", delete_children=True)
+        assert witness.rows("select id from durable.workflows") == []
+
+
 def test_a_step_of_a_cancelled_workflow_announces_nothing(dbos, gate, witness):
     """What it says after the cancel is not written, and it ends."""
 
