@@ -3106,7 +3106,7 @@ class _Executor:
         self._loop_lock = threading.Lock()
         self._own_threads: list[threading.Thread] = []  # which go on from launch to close
         self._held = False  # the lock that says we live
-        self._tasks: set[asyncio.Task[None]] = set()  # on loops of callers, which would not keep them
+        self._tasks: set[asyncio.Task[None]] = set()  # of coroutine workflows: a loop refers to its tasks weakly
         self.launched_at, self.pid = time.monotonic(), os.getpid()
         self.trouble_since = self.trouble_until = 0.0  # when the database last gave trouble
         self.complained = False
@@ -3285,7 +3285,7 @@ class _Executor:
         run.awaited_elsewhere = True
         try:
             if run.function.is_async:
-                asyncio.run_coroutine_threadsafe(self._background_async(run), self.loop())
+                self.loop().call_soon_threadsafe(self.spawn_here, run)
             else:
                 self.threads.submit(lambda: _block(self._background(run)))
         except BaseException:  # no thread to be had: the next sweep finds the row
@@ -3293,7 +3293,7 @@ class _Executor:
             raise
 
     def spawn_here(self, run: _Run) -> None:
-        """Run a coroutine workflow as a task of the running event loop."""
+        """Run a coroutine workflow as a task of the running event loop, which would not keep it from the collector."""
         run.awaited_elsewhere = True
         task = asyncio.get_running_loop().create_task(self._background_async(run))
         self._tasks.add(task)

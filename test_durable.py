@@ -28,6 +28,7 @@ import datetime
 import decimal
 import enum
 import functools
+import gc
 import hashlib
 import http.client
 import importlib
@@ -50,6 +51,7 @@ import time
 import urllib.request
 import uuid
 import warnings
+import weakref
 import zoneinfo
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -3036,6 +3038,38 @@ def test_destroy_ends_a_coroutine_that_still_runs_on_the_callers_loop(dbos, witn
 
     assert asyncio.run(main()) == "_Closing"
     assert witness.status("w") == "PENDING"
+
+
+@pytest.mark.parametrize("how", ["started", "enqueued", "recovered", "in a step"])
+def test_a_coroutine_in_the_background_is_held_until_it_ends(dbos, witness, how):
+    """Also while it waits for what only it refers to: the garbage collector must not take it for garbage."""
+    waits = []
+
+    async def wait():
+        future = asyncio.get_running_loop().create_future()
+        waits.append(weakref.ref(future))
+        return await future
+
+    work = dbos.workflow(name="work")(wait)
+    call = dbos.workflow(name="call")(lambda: dbos.run_step(None, wait))
+    with SetWorkflowID("w"):
+        if how in ("started", "in a step"):
+            dbos.start_workflow(work if how == "started" else call)
+        else:
+            dbos.enqueue_workflow(dbos.register_queue("line").name, work)
+    eventually(lambda: waits)
+    if how == "recovered":
+        dbos.destroy()
+        waits.clear()
+        witness.run("update durable.workflows set queue = null")
+        dbos.launch()
+        eventually(lambda: waits)
+    for _ in range(3):
+        gc.collect()
+    (future,) = [wait() for wait in waits]
+    assert future is not None
+    future.get_loop().call_soon_threadsafe(future.set_result, "done")
+    assert result_of(dbos, "w") == "done"
 
 
 def test_a_loop_that_is_closed_under_a_workflow_loses_nothing(dbos, fast_sweeps):
