@@ -118,7 +118,7 @@ M = TypeVar("M", bound="_Management")
 B = TypeVar("B", bound="_OptionBlock")
 Conn = psycopg.Connection[Any]
 
-_SCHEMA_VERSION = 2  # the edition of schema.sql that this code was written for
+_SCHEMA_VERSION = 3  # the edition of schema.sql that this code was written for
 _LOCKS = 730624  # first key of our advisory locks, the second is an incarnation, or 0 for the schema; -_LOCKS: queues
 _CHANNEL = "durable"  # where hints travel
 _INTERNAL_QUEUE = "_dbos_internal_queue"  # the library's names, kept so that tools know them
@@ -763,7 +763,7 @@ def _claims(conn: Conn, ids: list[str]) -> dict[str, tuple[int | None, str]]:
 
 
 _UNFINISHED = ("DELAYED", "ENQUEUED", "PENDING")  # as Python writes a tuple, SQL reads a list
-_MS = "(extract(epoch from {0}) * 1000)::bigint"  # instants leave the database as milliseconds since 1970
+_MS = "floor(extract(epoch from {0}) * 1000)::bigint"  # instants leave the database as milliseconds since 1970, cut
 
 _STATUS_COLUMNS = f"""
     id as workflow_id, status, name, class_name, config_name, inputs as input, output, error,
@@ -818,7 +818,8 @@ def _list(
     return conn.cursor(row_factory=dict_row).execute(query, parameters).fetchall()
 
 
-# What `where` may say, and in which words: an array for most, epoch seconds for times.
+# What `where` may say, and in which words: an array for most, epoch seconds for times.  A time that we told
+# is cut to its millisecond: as an end it means all of that, so that it finds the workflow it was told of.
 _CONDITIONS = {
     name: f"{column} = any(%({name})s::text[])"
     for name, column in {
@@ -828,7 +829,7 @@ _CONDITIONS = {
     }.items()
 } | {
     "start_time": "created_at >= to_timestamp(%(start_time)s)",
-    "end_time": "created_at <= to_timestamp(%(end_time)s)",
+    "end_time": "created_at < date_trunc('milliseconds', to_timestamp(%(end_time)s)) + interval '1 ms'",
     "workflow_id_prefix": "exists (select from unnest(%(workflow_id_prefix)s::text[]) as p where starts_with(id, p))",
     "queues_only": "queue is not null",
 }
@@ -1197,34 +1198,45 @@ def _delete(conn: Conn, ids: list[str], even_unfinished: bool = True) -> list[tu
     return cur.fetchall()
 
 
-def _begun_before(conn: Conn, cutoff_s: float, finished: bool, limit: int | None = None) -> list[str]:
-    """The finished, or the unfinished, workflows that began before a time; the oldest first."""
+def _begun_until(conn: Conn, cutoff_s: float) -> list[str]:
+    """The unfinished workflows that began up to a time; the oldest first."""
     query = f"""
-        select id from durable.workflows
-         where created_at < to_timestamp(%s) and status {"not" if finished else ""} in {_UNFINISHED}
-         order by created_at limit %s
+        select id from durable.workflows where {_CONDITIONS["end_time"]} and status in {_UNFINISHED} order by created_at
+    """
+    return [id for (id,) in conn.execute(query, {"end_time": cutoff_s})]
+
+
+# When a workflow came to its end: what waits as a dead letter completed nothing.  Both in the words of the index.
+_ENDED = f"status not in {_UNFINISHED}"
+_ENDED_AT = "coalesce(completed_at, updated_at)"
+
+
+def _ended_before(conn: Conn, cutoff_s: float, limit: int) -> list[str]:
+    """The workflows that ended before a time; the first to end first."""
+    query = f"""
+        select id from durable.workflows where {_ENDED} and {_ENDED_AT} < to_timestamp(%s) order by {_ENDED_AT} limit %s
     """
     return [id for (id,) in conn.execute(query, (cutoff_s, limit))]
 
 
+def _last_ended(conn: Conn, number: int) -> float | None:
+    """When the first of the last `number` workflows to end did, in seconds since 1970; None: there are fewer."""
+    query = f"select extract(epoch from {_ENDED_AT})::float8 from durable.workflows where {_ENDED}"
+    found = conn.execute(f"{query} order by {_ENDED_AT} desc limit 1 offset %s", (number - 1,)).fetchone()
+    return found and found[0]
+
+
 def _forget_executors(conn: Conn, cutoff_s: float) -> None:
-    """Forget launches before a time that are over, and that no unfinished workflow refers to."""
+    """Forget launches that were over before a time, and that no unfinished workflow refers to."""
     conn.execute(
         f"""
         delete from durable.executors as e
-         where launched_at < to_timestamp(%s) and incarnation not in {_ALIVE}
+         where coalesce(stopped_at, lost_at) < to_timestamp(%s) and incarnation not in {_ALIVE}
            and not exists (select from durable.workflows as w
                             where w.incarnation = e.incarnation and w.status = 'PENDING')
         """,
         (cutoff_s,),
     )
-
-
-def _youngest_since(conn: Conn, number: int) -> float | None:
-    """When the oldest of the youngest `number` workflows began, in seconds since 1970; None: there are fewer."""
-    query = "select extract(epoch from created_at)::float8 from durable.workflows order by created_at desc"
-    found = conn.execute(f"{query} limit 1 offset %s", (number - 1,)).fetchone()
-    return found and found[0]
 
 
 def _requeue(conn: Conn, names: list[str]) -> tuple[list[str], int]:
@@ -3928,20 +3940,20 @@ class _Management:
     async def _garbage_collect(
         self, cutoff_epoch_timestamp_ms: float | None = None, rows_threshold: int | None = None
     ) -> int:
-        """Delete finished workflows that were created before a time, or are not among the youngest so many rows.
+        """Delete workflows that ended before a time, or are not among the so many that ended last.
 
-        Returns how many.  Unfinished ones are never deleted, but count as rows.  A batch at a time: a crash in
-        between leaves some for the next call, and no workflow by halves.
+        Returns how many.  Those that have not ended are neither deleted nor counted.  A batch at a time: a crash
+        in between leaves some for the next call, and no workflow by halves.
         """
         executor = self._launched()
         cutoffs = [] if cutoff_epoch_timestamp_ms is None else [cutoff_epoch_timestamp_ms / 1000]
         if rows_threshold is not None:
             if type(rows_threshold) is not int or rows_threshold < 1:
                 raise ValueError(f"rows_threshold is {rows_threshold!r}; it must be a whole number from 1")
-            youngest = await executor.ask(_youngest_since, rows_threshold)
-            cutoffs += [] if youngest is None else [youngest]
+            last = await executor.ask(_last_ended, rows_threshold)
+            cutoffs += [] if last is None else [last]
         count = 0
-        while cutoffs and (ids := await executor.ask(_begun_before, max(cutoffs), True, _DELETE_BATCH)):
+        while cutoffs and (ids := await executor.ask(_ended_before, max(cutoffs), _DELETE_BATCH)):
             count += len(await executor.ask(_delete, ids, False))
         if cutoffs:
             await executor.ask(_forget_executors, max(cutoffs))
@@ -3950,9 +3962,9 @@ class _Management:
     garbage_collect, garbage_collect_async = _twins(_garbage_collect)
 
     async def _global_timeout(self, cutoff_epoch_timestamp_ms: float) -> None:
-        """Cancel the unfinished workflows that were created before a time, in milliseconds since 1970."""
+        """Cancel the unfinished workflows that were created up to a time, in milliseconds since 1970."""
         executor = self._launched()
-        ids = await executor.ask(_begun_before, cutoff_epoch_timestamp_ms / 1000, False)
+        ids = await executor.ask(_begun_until, cutoff_epoch_timestamp_ms / 1000)
         for id, queue in await executor.ask(_cancel, ids):
             executor.ended(id, queue)
 
@@ -5395,7 +5407,8 @@ class DBOSClient(_Management):
             raise DBOSException(f"unknown enqueue option {key!r}; there are: {', '.join(known)}")
         name = _valid_name("the enqueue option workflow_name", options.get("workflow_name"))
         queue = _valid_name("the enqueue option queue_name", options.get("queue_name"))
-        id = _valid_name("workflow ID", str(options.get("workflow_id") or uuid.uuid4()))
+        given = options.get("workflow_id")
+        id = _valid_name("workflow ID", str(uuid.uuid4() if given is None else given))
         inputs = _text_for("list of arguments", executor, {"args": list(args), "kwargs": kwargs})
         with SetWorkflowTimeout(options.get("workflow_timeout")), SetEnqueueOptions(
             deduplication_id=options.get("deduplication_id"), priority=options.get("priority"),

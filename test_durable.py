@@ -1187,6 +1187,8 @@ def test_ten_executors_may_launch_at_once_on_an_empty_database(programs, empty_u
         assert connection.execute("select count(*) from durable.executors").fetchone() == (10,)
 
 
+INDEXES = "select indexdef from pg_indexes where schemaname = 'durable' order by indexname"
+
 EDITION_1 = """
     drop view durable.why, durable.versions, durable.unfinished, durable.living;
     drop table durable.messages, durable.events, durable.streams;
@@ -1197,7 +1199,14 @@ EDITION_1 = """
 """
 
 
-def test_a_database_of_an_earlier_edition_is_brought_up_in_place(executor, empty_url):
+EDITION_2 = """
+    drop index durable.workflows_ended;
+    update durable.version set number = 2;
+"""
+
+
+@pytest.mark.parametrize("edition", [EDITION_1, EDITION_2], ids=["1", "2"])
+def test_a_database_of_an_earlier_edition_is_brought_up_in_place(executor, empty_url, edition):
     """What was there stays, and everything works."""
 
     def greet(name):
@@ -1208,7 +1217,8 @@ def test_a_database_of_an_earlier_edition_is_brought_up_in_place(executor, empty
     dbos.launch()
     dbos.destroy()
     with contextlib.closing(Witness(empty_url).connection) as connection:
-        connection.execute(EDITION_1)
+        schema = connection.execute(INDEXES).fetchall()
+        connection.execute(edition)
         dbos = executor(system_database_url=empty_url)
         workflow = dbos.workflow()(greet)
         dbos.launch()
@@ -1217,7 +1227,8 @@ def test_a_database_of_an_earlier_edition_is_brought_up_in_place(executor, empty
         dbos.send("w", "hello")
         assert handle.get_result() == "hello ada"
         assert connection.execute("select count(*) from durable.executors").fetchone() == (2,)
-        assert connection.execute("select max(number) > 1 from durable.version").fetchone() == (True,)
+        assert connection.execute("select max(number) > 2 from durable.version").fetchone() == (True,)
+        assert connection.execute(INDEXES).fetchall() == schema
 
 
 def test_a_newer_schema_than_the_code_is_an_error(executor, empty_url):
@@ -5537,7 +5548,7 @@ MINUTE_3 = (NEW_YEAR + datetime.timedelta(minutes=3)).timestamp() * 1000
 
 @pytest.fixture
 def crowd(dbos, executor, queue, job, witness):
-    """Workflows of all kinds, by ID, created one minute apart in this order from 2026-01-01 on."""
+    """Workflows of all kinds, by ID, begun (and ended) one minute apart in this order from 2026-01-01 on."""
 
     @dbos.workflow(name="greet")
     def greet(name):
@@ -5572,9 +5583,20 @@ def crowd(dbos, executor, queue, job, witness):
     witness.run("update durable.workflows set application_version = 'v0', executor_id = 'web-2' where id = 'ab3'")
     ids = ["a_1", "a%2", "ab3", "failed", "parent", "child", "delayed", "forked", "stopped"]
     for minute, workflow_id in enumerate(ids):
-        created_at = NEW_YEAR + datetime.timedelta(minutes=minute)
-        witness.run("update durable.workflows set created_at = %s where id = %s", created_at, workflow_id)
+        backdate(witness, workflow_id, began=NEW_YEAR + datetime.timedelta(minutes=minute))
     return ids
+
+
+def backdate(witness, workflow_id, began, ended=None):
+    """Have a workflow begun at that time, and, if it has ended, ended then, too, or later."""
+    witness.run(
+        """
+        update durable.workflows
+           set created_at = %s, updated_at = %s, completed_at = case when completed_at is not null then %s end
+         where id = %s
+        """,
+        began, ended or began, ended or began, workflow_id,
+    )
 
 
 @pytest.mark.parametrize(
@@ -6220,6 +6242,116 @@ def test_garbage_is_what_is_more_than_enough(dbos, crowd, witness):
     assert [each.workflow_id for each in dbos.list_workflows()] == ["delayed", "forked", "stopped"]
 
 
+@pytest.mark.parametrize("dead_letter", [False, True])
+def test_garbage_goes_by_the_end_and_not_by_the_beginning(dbos, greet, witness, dead_letter):
+    """What ran for a month, or was given up today, stays as long as what began today."""
+    for workflow_id, began, ended in (("long", 40, 1), ("short", 3, 2), ("old", 40, 35)):
+        with SetWorkflowID(workflow_id):
+            greet()
+        if dead_letter:
+            witness.run(
+                """
+                update durable.workflows
+                   set status = 'MAX_RECOVERY_ATTEMPTS_EXCEEDED', completed_at = null
+                 where id = %s
+                """,
+                workflow_id,
+            )
+        today = datetime.datetime.now(datetime.timezone.utc)
+        backdate(witness, workflow_id, today - datetime.timedelta(days=began), today - datetime.timedelta(days=ended))
+    assert dbos.garbage_collect((time.time() - 30 * 86400) * 1000) == 1
+    assert {each.workflow_id for each in dbos.list_workflows()} == {"long", "short"}
+    assert dbos.garbage_collect(rows_threshold=1) == 1
+    assert [each.workflow_id for each in dbos.list_workflows()] == ["long"]
+
+
+def test_launches_are_forgotten_by_their_end_too(dbos, executor, witness):
+    """An executor that worked for a month is on record for as long as one that worked for a minute."""
+    for ended in ("stopped_at", "lost_at"):
+        for name, days in (("lately", 1), ("long ago", 35)):
+            each = executor(executor_id=f"{name}, {ended}")
+            each.launch()
+            each.destroy()
+            witness.run(
+                """
+                update durable.executors
+                   set stopped_at = null, launched_at = now() - interval '40 days'
+                 where executor_id = %s
+                """,
+                each.executor_id,
+            )
+            witness.run(
+                f"update durable.executors set {ended} = now() - make_interval(days => %s) where executor_id = %s",
+                days, each.executor_id,
+            )
+    witness.run("update durable.executors set launched_at = now() - interval '40 days' where executor_id = 'local'")
+    dbos.garbage_collect((time.time() - 30 * 86400) * 1000)
+    names = set(witness.column("select executor_id from durable.executors"))
+    assert names == {"local", "lately, stopped_at", "lately, lost_at"}
+
+
+MICROSECONDS = pytest.mark.parametrize("microsecond", [0, 123_000, 123_400, 123_500, 123_999, 999_999])
+
+
+@MICROSECONDS
+def test_a_time_that_was_told_finds_its_workflow(dbos, greet, witness, microsecond):
+    """Milliseconds are cut, and as a filter they mean all of that millisecond."""
+    with SetWorkflowID("w"):
+        greet()
+    began = NEW_YEAR.replace(microsecond=microsecond)
+    backdate(witness, "w", began)
+    told = dbos.get_workflow_status("w").created_at
+    assert told == int(NEW_YEAR.timestamp()) * 1000 + microsecond // 1000
+    times = [told, datetime.datetime.fromtimestamp(told / 1000, datetime.timezone.utc)]
+    for moment in times:
+        for filters in ({"start_time": moment}, {"end_time": moment}, {"start_time": moment, "end_time": moment}):
+            assert [each.workflow_id for each in dbos.list_workflows(**filters)] == ["w"], filters
+    assert dbos.list_workflows(start_time=told + 1) == dbos.list_workflows(end_time=told - 1) == []
+    dbos.garbage_collect(told)
+    assert dbos.get_workflow_status("w") is not None
+
+
+@MICROSECONDS
+def test_all_times_are_cut_to_milliseconds(dbos, greet, witness, microsecond):
+    """Of workflows, steps and executors: none is told to be later than it was."""
+
+    @dbos.workflow()
+    def outer():
+        return greet()
+
+    with SetWorkflowID("w"):
+        outer()
+    moment = NEW_YEAR.replace(microsecond=microsecond)
+    witness.run(
+        """
+        update durable.workflows
+           set created_at = %(t)s, updated_at = %(t)s, completed_at = %(t)s, dequeued_at = %(t)s,
+               delayed_until = %(t)s, deadline_at = %(t)s
+        """.replace("%(t)s", f"'{moment}'")
+    )
+    witness.run("update durable.steps set started_at = %s, completed_at = %s", moment, moment)
+    witness.run("update durable.executors set lost_at = %s, stopped_at = %s, launched_at = %s", *[moment] * 3)
+    status, (step, *_) = vars(dbos.get_workflow_status("w")), dbos.list_workflow_steps("w")
+    (row,) = durable._executors(witness.connection, 10)
+    told = [status[name] for name in ("created_at", "updated_at", "completed_at", "dequeued_at")]
+    told += [status["delay_until_epoch_ms"], status["workflow_deadline_epoch_ms"]]
+    told += [step["started_at_epoch_ms"], step["completed_at_epoch_ms"]]
+    told += [row["lost_at"], row["stopped_at"], row["launched_at"]]
+    assert set(told) == {int(NEW_YEAR.timestamp()) * 1000 + microsecond // 1000}
+
+
+@MICROSECONDS
+def test_a_global_timeout_takes_in_the_millisecond_it_names(dbos, sleeper, witness, microsecond):
+    """With the creation that was told of a workflow, that workflow is cancelled; a millisecond before, it is not."""
+    handle = begin(dbos, sleeper, id="w")
+    backdate(witness, "w", NEW_YEAR.replace(microsecond=microsecond))
+    told = handle.get_status().created_at
+    dbos.global_timeout(told - 1)
+    assert handle.get_status().status == "PENDING"
+    dbos.global_timeout(told)
+    assert is_cancelled(handle)
+
+
 def test_a_global_timeout_cancels_what_began_before_it(dbos, sleeper, witness, crowd):
     """Unfinished workflows that are older; nothing that has ended, nothing that is younger."""
     handle = begin(dbos, sleeper, id="young")
@@ -6473,6 +6605,8 @@ def test_a_client_has_the_options_of_an_enqueue(dbos, client, queue, job, gate, 
     assert witness.status("later") == "DELAYED"
     with pytest.raises(DBOSConflictingWorkflowError, match="w"):
         client.enqueue({"workflow_name": "another", "queue_name": "line", "workflow_id": "w"})
+    with pytest.raises(DBOSException, match="workflow ID ''"):
+        client.enqueue({"workflow_name": "job", "queue_name": "line", "workflow_id": ""})
 
 
 def test_a_client_reaches_methods(dbos, client, shop, witness):
@@ -7716,9 +7850,11 @@ def test_a_fork_that_makes_no_sense_is_refused(desk, body):
 
 
 def test_what_has_ended_is_collected(desk, witness):
-    """Before a time, or beyond a number of rows."""
+    """Before a time, or all but so many that ended last."""
     for workflow_id in "abc":
         desk.run(workflow_id, 1)
+    for minute, workflow_id in enumerate(desk.ids()):
+        backdate(witness, workflow_id, NEW_YEAR + datetime.timedelta(minutes=minute))
     cutoff = int(desk.get("/workflows/b").json["CreatedAt"])
     answer = desk.post("/dbos-garbage-collect", {"cutoff_epoch_timestamp_ms": cutoff, "rows_threshold": None})
     assert (answer.status, answer.text) == (204, "")
