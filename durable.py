@@ -187,6 +187,9 @@ class DBOSException(Exception):
         self.message = message
         self.__dict__.update(about)
 
+class _NotThereNow(DBOSException, AttributeError):
+    """What can be told only after a launch, or inside a step: to `hasattr`, an attribute that is not there."""
+
 class DBOSInitializationError(DBOSException):
     """The configuration or the database does not allow a launch."""
 
@@ -211,7 +214,12 @@ class DBOSMaxStepRetriesExceeded(DBOSException):
     errors: list[Exception]
 
 class DBOSQueueDeduplicatedError(DBOSException):
-    """An unfinished workflow of the queue has the same deduplication ID."""
+    """An unfinished workflow of the queue, `holder_id`, has the same deduplication ID."""
+
+    workflow_id: str  # which was not enqueued
+    queue_name: str
+    deduplication_id: str
+    holder_id: str
 
 class DBOSAwaitedWorkflowCancelledError(DBOSException):
     """The workflow whose result was asked for is cancelled."""
@@ -415,6 +423,16 @@ def _block(body: Coroutine[Any, Any, T]) -> T:
                 wait = body.send(value)
     except StopIteration as end:
         return cast(T, end.value)
+    except RuntimeError as error:
+        if _raised(error) is error:
+            raise
+        raise _raised(error) from _raised(error).__cause__
+
+
+def _raised(error: Exception) -> Exception:
+    """What was raised: Python lets no StopIteration out of a coroutine, and makes a RuntimeError of it."""
+    stop = error.__cause__
+    return stop if isinstance(stop, StopIteration) and str(error) == "coroutine raised StopIteration" else error
 
 
 @types.coroutine
@@ -1357,6 +1375,14 @@ def _notify(conn: Conn, sender: int, keys: Iterable[tuple[str, ...]]) -> None:
     conn.execute("select pg_notify(%s, payload) from unnest(%s::text[]) as payload", (_CHANNEL, payloads))
 
 
+def _empty(conn: Conn) -> None:
+    """Delete all that the tables hold, where there are any."""
+    query = "select quote_ident(tablename) from pg_tables where schemaname = 'durable' and tablename <> 'version'"
+    names = [f"durable.{name}" for (name,) in conn.execute(query)]
+    if names:
+        conn.execute(f"truncate {', '.join(names)}")
+
+
 def _migrate(conn: Conn, apply: bool) -> None:
     """Bring the schema up to this code's edition: one transaction, one executor at a time."""
     schema = Path(__file__).with_name("schema.sql")
@@ -1796,7 +1822,7 @@ async def _checkpointed(
     try:
         value = await perform()
     except Exception as raised:
-        error = raised
+        error = _raised(raised)
     # Die here and the call is made again; one line later, it never will be.
     return cast(T, await run.record(position, name, value, error, time.monotonic() - began, child))
 
@@ -2213,6 +2239,7 @@ async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None
                     f"workflow {row['id']} was not enqueued on {row['queue']}: unfinished workflow {holder} has the "
                     f"deduplication ID {row['deduplication_id']!r}",
                     workflow_id=row["id"], queue_name=row["queue"], deduplication_id=row["deduplication_id"],
+                    holder_id=holder,
                 )
                 if parent is not None:
                     await parent.record(row["position"], row["name"], None, refusal, 0.0)
@@ -2764,30 +2791,39 @@ _CRON_NAMES = {
     "weekday": ("SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT"),
 }
 
+_CRON_WORDS = {
+    "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *", "@weekly": "0 0 * * 0",
+    "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@hourly": "0 * * * *",
+}
+
 
 class _Cron:
     """A cron expression: minute, hour, day, month, weekday, with a field for seconds in front if there are six.
 
-    As in Vixie's cron: where both day and weekday are limited, either will do; 0 and 7 are Sunday.  In a
-    time zone, what falls in the hour that is skipped runs as much later; in the hour that comes twice,
-    fixed hours run once, and what runs every hour goes on running.
+    Or a word for one, such as @daily.  As in Vixie's cron: where both day and weekday are limited, either will
+    do; 0 and 7 are Sunday.  A range may go around: FRI-MON, 22-4.  In a time zone, what falls in the hour that
+    is skipped runs as much later; in the hour that comes twice, fixed hours run once, and what runs every hour
+    goes on running.
     """
 
     def __init__(self, expression: str, zone: str | None) -> None:
-        fields = expression.split() if isinstance(expression, str) else []
+        text = expression.strip().lower() if isinstance(expression, str) else ""
+        fields = _CRON_WORDS.get(text, text).split()
         if len(fields) not in (5, 6):
-            raise ValueError(f"cron {expression!r} has {len(fields)} fields: it must have 5, or 6 with seconds first")
+            raise ValueError(
+                f"cron {expression!r} has {len(fields)} fields: it must have 5, or 6 with seconds first, "
+                f"or be one of {', '.join(_CRON_WORDS)}"
+            )
         fields = fields if len(fields) == 6 else ["0", *fields]
         self.expression, self.zone = expression, _zone(zone)
         numbers = [self._numbers(*what, field) for what, field in zip(_CRON_FIELDS, fields, strict=True)]
-        seconds, minutes, self.hours, self.days, self.months, weekdays = map(sorted, numbers)
+        seconds, minutes, self.hours, self.days, self.months, self.weekdays = map(sorted, numbers)
         self.times = [(h * 60 + m) * 60 + s for h in self.hours for m in minutes for s in seconds]  # in seconds
-        self.weekdays = {day % 7 for day in weekdays}
         if self._next_on_clock(datetime(2000, 1, 1)) is None:
             raise ValueError(f"cron {expression!r}: no such day ever comes")
 
     def _numbers(self, what: str, least: int, most: int, field: str) -> set[int]:
-        """The numbers that a field stands for: 5, 1-5, */10, 0-30/5, MON-FRI, and lists of these."""
+        """The numbers that a field stands for: 5, 1-5, */10, 0-30/5, MON-FRI, 22-4, and lists of these."""
         numbers: set[int] = set()
         for part in field.upper().split(","):
             span, _, step = part.partition("/")
@@ -2796,13 +2832,15 @@ class _Cron:
                 low = least if first == "*" else self._number(what, first)
                 high = most if first == "*" or (step and not dash) else self._number(what, last if dash else first)
                 stride = int(step) if "/" in part else 1
-                if not (least <= low <= high <= most and stride > 0):
+                if not (least <= low <= most and least <= high <= most and stride > 0):
                     raise ValueError
             except ValueError:
                 raise ValueError(
                     f"cron {self.expression!r}: {part!r} is no {what}, or range of them; they go from {least} to {most}"
                 ) from None
-            numbers.update(range(low, high + 1, stride))
+            around = 7 if what == "weekday" else most - least + 1
+            high += around if high < low else 0
+            numbers.update(least + (number - least) % around for number in range(low, high + 1, stride))
         return numbers
 
     def _number(self, what: str, text: str) -> int:
@@ -3076,7 +3114,7 @@ class _Executor:
     def here(self) -> "_Executor":
         """This executor, unless the process was forked since."""
         if self.pid != os.getpid():
-            raise DBOSException("launched before a fork, which no connection survives: launch in the child instead")
+            raise _NotThereNow("launched before a fork, which no connection survives: launch in the child instead")
         return self
 
     def serialize(self, value: Any) -> str:
@@ -3327,6 +3365,9 @@ class _Executor:
                 ", ".join(f"{count} of version {version}" for version, count in stranded),
             )
         self.now(_note_lost)
+        undeclared = (self.registry._listened or set()) - set(self.registry._queues)
+        if undeclared:
+            _log.warning("listen_queues names queues that are not declared here: %s", ", ".join(sorted(undeclared)))
         taken = _recover(self)
         if self.config.get("run_admin_server", True):
             self.admin = _AdminServer.start(self)
@@ -3338,7 +3379,7 @@ class _Executor:
 
     def offer(self) -> dict[str, Any]:
         """What this executor would take: the functions it knows, from the queues it declares; and what it dropped."""
-        queues = [queue._describe() for queue in tuple(self.registry._queues.values())]
+        queues = [queue._describe() for queue in self.registry._served()]
         interrupted = json.dumps(sorted(self.interrupted))
         return {
             "known": self.me["known"], "queues": json.dumps(queues), "deactivated": self.deactivated,
@@ -3402,7 +3443,7 @@ class _Executor:
                 if now >= next_tick and not (self.deactivated or self.stopping.is_set()):
                     next_tick = min(_tick(self) - self.clock_ahead, now + _POLL_S)
                 if now >= next_look:
-                    intervals = [queue.polling_interval_sec for queue in tuple(self.registry._queues.values())]
+                    intervals = [queue.polling_interval_sec for queue in self.registry._served()]
                     next_look = now + min(_POLL_S, *intervals)
                     self._look(polled, now)
                 if now >= next_sweep and not self.stopping.is_set():
@@ -3413,7 +3454,7 @@ class _Executor:
                         _log.info("recovered %s", _some(taken))
                 while self.due:
                     queue = self.registry._queues.get(self.due.pop())
-                    if queue is not None:
+                    if queue is not None and self.registry._serves(queue.name):
                         _dequeue_round(self, queue)
             except _Closing:
                 return
@@ -3455,7 +3496,7 @@ class _Executor:
             return
         self.now(_release_delayed)
         names = []
-        for queue in tuple(self.registry._queues.values()):
+        for queue in self.registry._served():
             if now >= polled.get(queue.name, 0.0) + queue.polling_interval_sec * 0.9:
                 polled[queue.name] = now
                 names.append(queue.name)
@@ -4849,6 +4890,7 @@ class Durable(_Management):
         self._executor: _Executor | None = None
         self._functions: dict[str, _Function] = {}
         self._queues: dict[str, Queue] = {}
+        self._listened: set[str] | None = None  # to which queues, where listen_queues() said so
         self._classes: dict[str, type] = {}
         self._instances: dict[tuple[str | None, str | None], object] = {}
         self._schedules: list[tuple[_Cron, Callable[..., Any]]] = []
@@ -5071,6 +5113,25 @@ class Durable(_Management):
                 known.set_limits(**limits)
             return known
 
+    def listen_queues(self, queues: "Sequence[Queue | str]") -> None:
+        """Take work from these queues only, of all that are declared: one process enqueues, another takes.
+
+        For before the launch.  What is resumed, forked or scheduled is taken all the same; an empty list takes
+        nothing else.
+        """
+        if self._executor is not None:
+            raise DBOSException("listen_queues comes too late, after the launch: call it before, or destroy() first")
+        given = [queues] if isinstance(queues, (str, Queue)) else queues
+        names = [queue.name if isinstance(queue, Queue) else queue for queue in given]
+        self._listened = {_INTERNAL_QUEUE, *(_valid_name("queue", name) for name in names)}
+
+    def _served(self) -> list[Queue]:
+        """The queues that this process takes from."""
+        return [queue for queue in tuple(self._queues.values()) if self._serves(queue.name)]
+
+    def _serves(self, queue: str) -> bool:
+        return self._listened is None or queue in self._listened
+
     async def register_queue_async(self, name: str, **options: Any) -> Queue:
         """Do as `register_queue`, which does not block."""
         return self.register_queue(name, **options)
@@ -5116,11 +5177,25 @@ class Durable(_Management):
             if destroy_registry:
                 for known in (self._functions, self._queues, self._classes, self._instances, self._schedules):
                     cast(Any, known).clear()
+                self._listened = None
                 Queue(_INTERNAL_QUEUE, durable=self)
+
+    def reset_system_database(self, *, system_database_url: str | None = None, truncate: bool = True) -> None:
+        """Empty all tables: for tests, before the launch.  (`truncate` is accepted as in DBOS.)
+
+        Raises DBOSException when launched, DBOSInitializationError without a database.
+        """
+        with self._life:
+            if self._executor is not None:
+                raise DBOSException("launched: reset_system_database() is for before the launch; destroy() first")
+            config = _resolved(self._config)
+            url = _postgres_url(system_database_url or config["system_database_url"])
+            with _Executor(self, url, config)._first_connection() as conn:
+                _empty(conn)
 
     def _launched(self) -> _Executor:
         if self._executor is None:
-            raise DBOSException("not launched: call DBOS.launch() first")
+            raise _NotThereNow("not launched: call DBOS.launch() first")
         return self._executor.here()
 
     def _identity(self) -> dict[str, Any]:
@@ -5200,7 +5275,7 @@ class Durable(_Management):
     def step_key(self) -> str:
         """The same at each try of this step, and of no other: the idempotency key for calls to the outside."""
         if self.step_id is None:
-            raise DBOSException("DBOS.step_key is for code inside a step of a workflow")
+            raise _NotThereNow("DBOS.step_key is for code inside a step of a workflow")
         return f"{self.workflow_id}:{self.step_id}"
 
     @property
@@ -5208,7 +5283,7 @@ class Durable(_Management):
         """The psycopg connection of the transaction that this code runs in; it is committed for you."""
         frame = _frame.get()
         if frame is None or frame.connection is None:
-            raise DBOSException("DBOS.connection is for code inside a DBOS.transaction")
+            raise _NotThereNow("DBOS.connection is for code inside a DBOS.transaction")
         return frame.connection
 
     # Starting workflows and steps.
@@ -5397,7 +5472,7 @@ class DBOSClient(_Management):
 
     def _launched(self) -> _Executor:
         if self._executor.closed.is_set:
-            raise DBOSException("this client was destroyed: make a new one")
+            raise _NotThereNow("this client was destroyed: make a new one")
         return self._executor.here()
 
     async def _enqueue(self, options: EnqueueOptions, *args: Any, **kwargs: Any) -> str:

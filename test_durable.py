@@ -38,6 +38,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -1082,6 +1083,57 @@ def test_destroy_leaves_nothing_running(executor, witness):
     eventually(lambda: witness.one(sessions) <= before[2])
 
 
+def test_a_reset_empties_the_tables(executor, empty_url):
+    """Before the launch only; a database without our tables is empty already; the edition stays."""
+    dbos = executor(system_database_url=empty_url)
+    dbos.reset_system_database()
+    greet = dbos.workflow(name="greet")(lambda: dbos.set_event("said", "hello"))
+    dbos.launch()
+    with SetWorkflowID("w"):
+        greet()
+    with pytest.raises(DBOSException, match="before"):
+        dbos.reset_system_database()
+    assert dbos.get_workflow_status("w") is not None
+    dbos.destroy()
+    dbos.reset_system_database(truncate=True)
+    witness = Witness(empty_url)
+    with contextlib.closing(witness.connection):
+        tables = witness.column("select tablename from pg_tables where schemaname = 'durable'")
+        assert [table for table in tables if witness.one(f"select count(*) from durable.{table}")] == ["version"]
+    dbos.launch()
+    with SetWorkflowID("w"):
+        greet()
+    assert dbos.get_event("w", "said") == "hello"
+
+
+def test_the_fixture_of_the_readme_gives_each_test_an_empty_database(empty_url, tmp_path):
+    """Pasted as it stands there, over a workflow that both tests start under one ID."""
+    (fixture,) = re.findall(r"```python\n(@pytest\.fixture\n.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    uses = """
+        @DBOS.workflow()
+        def greet(name):
+            return f"hello {name}"
+
+        @pytest.mark.parametrize("name", ["ada", "bob"])
+        def test_greeting(dbos, name):
+            with SetWorkflowID("w"):
+                assert greet(name) == f"hello {name}"
+    """
+    head = "import os\nimport pytest\nfrom durable import DBOS, SetWorkflowID\n"
+    (tmp_path / "test_shop.py").write_text(head + fixture + textwrap.dedent(uses))
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_shop.py"], check=False, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(HERE), "TEST_DATABASE_URL": empty_url}, capture_output=True, text=True,
+    )
+    assert "2 passed" in ran.stdout, ran.stdout + ran.stderr
+
+
+def test_a_reset_without_a_database_is_a_clear_error(executor):
+    """As a launch would be."""
+    with pytest.raises(DBOSInitializationError, match="connect"):
+        executor(system_database_url="postgresql://127.0.0.1:1/nowhere").reset_system_database()
+
+
 def test_destroy_waits_for_running_workflows(dbos, gate, witness):
     """Within workflow_completion_timeout_sec, what runs may finish."""
 
@@ -1653,6 +1705,65 @@ def test_a_step_knows_where_it_is(dbos):
     assert (dbos.workflow_id, dbos.step_id, dbos.step_status) == (None, None, None)
     with pytest.raises(DBOSException, match="step_key"):
         dbos.step_key  # noqa: B018
+
+
+def test_what_cannot_be_told_yet_is_no_attribute(executor):
+    """hasattr, getattr with a default and inspect.getmembers may look at DBOS at any time, as at anything."""
+    dbos = executor()
+    for name in ("admin_port", "incarnation", "database_url", "step_key", "connection"):
+        assert (hasattr(dbos, name), getattr(dbos, name, "none")) == (False, "none")
+    assert dict(inspect.getmembers(dbos))["executor_id"] == "local"
+    with pytest.raises(DBOSException, match="launch"):
+        dbos.admin_port  # noqa: B018
+    dbos.launch()
+    assert dbos.admin_port is None
+    assert hasattr(dbos, "incarnation")
+
+
+@pytest.mark.parametrize("retries", [False, True])
+def test_a_step_may_raise_stop_iteration(dbos, witness, retries):
+    """next() of an iterator that is at its end: the exception is what the caller sees, at once and in a replay."""
+    seen = []
+
+    def take():
+        seen.append("take")
+        return next(iter(()))
+
+    def refuse(error):
+        return not isinstance(error, StopIteration)
+
+    step = dbos.step(name="take", retries_allowed=retries, should_retry=refuse if retries else None)(take)
+    transaction = dbos.transaction(name="take_too")(take)
+
+    def caught(call):
+        with pytest.raises(StopIteration):
+            call()
+        return "caught"
+
+    @dbos.workflow(name="child")
+    def child():
+        raise StopIteration("no more", 7)
+
+    @dbos.workflow()
+    def work():
+        result = [caught(step), caught(transaction), caught(child)]
+        return [*result, caught(lambda: dbos.run_step({"name": "take"}, take)), caught(lambda: next(iter(())))]
+
+    caught(step)
+    with SetWorkflowID("w"):
+        assert work() == ["caught"] * 5
+    assert len(seen) == 4
+    witness.run("delete from durable.workflows where id <> 'w'")
+    rewind(dbos, witness, "w", keep=9)
+    assert (result_of(dbos, "w"), len(seen)) == (["caught"] * 5, 4)
+    with pytest.raises(StopIteration) as ended:
+        begin(dbos, child, id="c").get_result()
+    dbos.destroy()
+    dbos.launch()
+    with pytest.raises(StopIteration) as recalled:
+        result_of(dbos, "c")
+    assert ended.value.args == recalled.value.args == ("no more", 7)
+    assert all(isinstance(step["error"], StopIteration) for step in steps(dbos, "w") if step["function_name"] == "take")
 
 
 def test_the_step_key_is_the_same_at_each_try(dbos, witness):
@@ -4230,6 +4341,46 @@ def test_an_enqueued_workflow_waits_its_turn_and_runs(queue, job, gate, witness)
     assert (after.recovery_attempts, after.claim) == (1, row.claim + 1)
 
 
+@pytest.mark.parametrize("listened", [[], ["mine"], None], ids=str)
+def test_a_process_takes_from_the_queues_that_it_listens_to(executor, witness, listened):
+    """Of those that it declares: from all if it says nothing; others may enqueue there and take."""
+
+    def make(name, queues):
+        dbos = executor(executor_id=name)
+        where = dbos.workflow(name="where")(lambda: name)
+        declared = {queue: dbos.register_queue(queue) for queue in ("mine", "theirs")}
+        if queues is not None:
+            dbos.listen_queues([declared[queue] for queue in queues])
+        dbos.launch()
+        return dbos, where
+
+    web, where = make("web", listened)
+    handles = {queue: web.enqueue_workflow(queue, where) for queue in ("mine", "theirs")}
+    taken = ["mine", "theirs"] if listened is None else listened
+    assert [handles[queue].get_result() for queue in taken] == ["web"] * len(taken)
+    said = "select workflow_id from durable.why where why like 'no live executor that knows where serves queue %'"
+    assert set(witness.column(said)) == {h.workflow_id for queue, h in handles.items() if queue not in taken}
+    assert web.fork_workflow(handles["mine"].workflow_id, 1).get_result() == "web"
+    make("worker", ["mine", "theirs"])
+    assert [handles[queue].get_result() for queue in handles if queue not in taken] == ["worker"] * (2 - len(taken))
+
+
+def test_what_to_listen_to_is_said_before_the_launch(executor, caplog):
+    """Later is an error; a queue that is not declared is a warning; one name will do instead of a list."""
+    dbos = executor()
+    dbos.listen_queues("nowhere")
+    for wrong in ([""], [None]):
+        with pytest.raises(DBOSException, match="queue"):
+            dbos.listen_queues(wrong)
+    dbos.launch()
+    assert warnings_in(caplog, "nowhere", "not declared")
+    with pytest.raises(DBOSException, match="before"):
+        dbos.listen_queues([])
+    dbos.destroy(destroy_registry=True)
+    dbos.launch()
+    assert len(warnings_in(caplog, "nowhere", "not declared")) == 1
+
+
 def test_first_in_is_first_out(queue, job, gate):
     """Jobs of one priority run in the order of their arrival."""
     handles = [queue.enqueue(job, name) for name in ["plug", *range(20)]]
@@ -4279,8 +4430,9 @@ def test_limits_that_make_no_sense_are_refused(dbos, limits):
 def test_a_deduplication_id_is_held_until_its_workflow_ends(queue, job, gate):
     """While one is enqueued or runs, a second is refused by name; afterwards the ID is free."""
     first = enqueue(queue, job, "plug", deduplication_id="d")
-    with pytest.raises(DBOSQueueDeduplicatedError, match="d"):
+    with pytest.raises(DBOSQueueDeduplicatedError, match="d") as refused:
         enqueue(queue, job, "second", deduplication_id="d")
+    assert refused.value.holder_id == first.workflow_id
     gate.await_body()
     with pytest.raises(DBOSQueueDeduplicatedError):
         enqueue(queue, job, "third", deduplication_id="d")
@@ -4465,8 +4617,7 @@ def test_options_of_queues_are_refused_elsewhere(dbos, greet):
 
 def test_a_refused_enqueue_many_is_refused_in_the_replay_too(dbos, queue, job, witness):
     """The refusal is on record at the child's position, and raised again."""
-    with SetEnqueueOptions(deduplication_id="d", delay_seconds=3600):
-        queue.enqueue(job, "first")
+    holder = enqueue(queue, job, "first", deduplication_id="d", delay_seconds=3600)
 
     @dbos.workflow()
     def parent():
@@ -4474,14 +4625,14 @@ def test_a_refused_enqueue_many_is_refused_in_the_replay_too(dbos, queue, job, w
             with SetEnqueueOptions(deduplication_id="d"):
                 queue.enqueue_many(job, ["second"])
         except DBOSQueueDeduplicatedError as error:
-            return error.deduplication_id
+            return [error.queue_name, error.deduplication_id, error.holder_id]
         return "no refusal"
 
     with SetWorkflowID("parent"):
-        assert parent() == "d"
+        assert parent() == ["line", "d", holder.workflow_id]
     witness.run("delete from durable.workflows where queue is not null")
     rewind(dbos, witness, "parent", keep=9)
-    assert result_of(dbos, "parent") == "d"
+    assert result_of(dbos, "parent") == ["line", "d", holder.workflow_id]
 
 
 def test_the_same_id_in_another_queue_is_a_warning(dbos, queue, job, caplog):
@@ -4684,6 +4835,22 @@ def ticks(cron, after, count, zone="UTC"):
         ("0 0 * * FRI", "2026-11-30T00:00", "2026-12-04T00:00 2026-12-11T00:00"),
         *((f"0 0 * * {sun}", "2026-11-23T00:00", "2026-11-29T00:00 2026-12-06T00:00") for sun in ("0", "7", "SUN")),
         ("0 0 * * 5-7", "2026-11-23T00:00", "2026-11-27T00:00 2026-11-28T00:00 2026-11-29T00:00 2026-12-04T00:00"),
+        # Around the end of the day, the week, the year, the hour.
+        ("0 22-4 * * *", "2026-11-23T22:30", "2026-11-23T23:00 2026-11-24T00:00 2026-11-24T01:00"),
+        ("0 22-4 * * *", "2026-11-24T03:00", "2026-11-24T04:00 2026-11-24T22:00"),
+        ("0 22-4/3 * * *", "2026-11-23T12:00", "2026-11-23T22:00 2026-11-24T01:00 2026-11-24T04:00 2026-11-24T22:00"),
+        ("0 0 * * FRI-MON", "2026-11-23T00:00", "2026-11-27T00:00 2026-11-28T00:00 2026-11-29T00:00 2026-11-30T00:00"),
+        ("0 0 * * 7-1", "2026-11-23T00:00", "2026-11-29T00:00 2026-11-30T00:00 2026-12-06T00:00"),
+        ("0 0 1 nov-Jan *", "2026-11-23T00:00", "2026-12-01T00:00 2027-01-01T00:00 2027-11-01T00:00"),
+        ("0 0 31-1 * *", "2026-11-23T00:00", "2026-12-01T00:00 2026-12-31T00:00 2027-01-01T00:00"),
+        ("59-0 * * * *", "2026-11-23T00:30", "2026-11-23T00:59 2026-11-23T01:00 2026-11-23T01:59"),
+        # In a word.
+        ("@hourly", "2026-11-23T00:30", "2026-11-23T01:00 2026-11-23T02:00"),
+        *((word, "2026-11-23T00:30", "2026-11-24T00:00 2026-11-25T00:00") for word in ("@daily", "@midnight")),
+        (" @Daily ", "2026-11-23T00:30", "2026-11-24T00:00 2026-11-25T00:00"),
+        ("@weekly", "2026-11-23T00:30", "2026-11-29T00:00 2026-12-06T00:00"),
+        ("@monthly", "2026-11-23T00:30", "2026-12-01T00:00 2027-01-01T00:00"),
+        *((word, "2026-11-23T00:30", "2027-01-01T00:00 2028-01-01T00:00") for word in ("@yearly", "@annually")),
         # Six fields: seconds first.
         ("*/20 59 23 31 12 *", "2026-12-31T23:59:00", "2026-12-31T23:59:20 2026-12-31T23:59:40 2027-12-31T23:59"),
         ("* * * * * *", "2026-12-31T23:59:58.500", "2026-12-31T23:59:59 2027-01-01T00:00 2027-01-01T00:00:01"),
@@ -4724,7 +4891,7 @@ def test_a_schedule_keeps_the_time_of_its_zone(cron, after, expected):
     [
         ("60 * * * *", "minute"),
         ("*/0 * * * *", "minute"),
-        ("5-1 * * * *", "minute"),
+        ("5-60 * * * *", "minute"),
         ("x * * * *", "minute"),
         ("1,,2 * * * *", "minute"),
         ("-1 * * * *", "minute"),
@@ -4740,6 +4907,10 @@ def test_a_schedule_keeps_the_time_of_its_zone(cron, after, expected):
         ("* * * *", "field"),
         ("* * * * * * *", "field"),
         ("", "field"),
+        ("@noon", "@daily"),
+        ("@daily @hourly", "field"),
+        ("* 22-24 * * *", "hour"),
+        ("* * 5-0 * *", "day"),
         ("* * 31 2 *", "31 2"),
     ],
 )
