@@ -781,6 +781,7 @@ def _claims(conn: Conn, ids: list[str]) -> dict[str, tuple[int | None, str]]:
 
 
 _UNFINISHED = ("DELAYED", "ENQUEUED", "PENDING")  # as Python writes a tuple, SQL reads a list
+_FINISHED = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
 _MS = "floor(extract(epoch from {0}) * 1000)::bigint"  # instants leave the database as milliseconds since 1970, cut
 
 _STATUS_COLUMNS = f"""
@@ -824,7 +825,14 @@ def _list(
     load_input: bool, load_output: bool,
 ) -> list[dict[str, Any]]:
     """Read the rows that meet all conditions of `where` (see _CONDITIONS), by age; also under WorkflowStatus' names."""
-    conditions = " and ".join(["true", *(_CONDITIONS[name] for name in where)])
+    prefixes = {f"prefix_{n}": each for n, each in enumerate(where.get("workflow_id_prefix", ()))}
+    likes = {name: re.sub(r"([\\%_])", r"\\\1", prefix) + "%" for name, prefix in prefixes.items()}
+    alternatives = {
+        "status": [_OF_STATUS[each] for each in where.get("status", ())],
+        "workflow_id_prefix": [f"id like %({name})s" for name in likes],
+    }
+    words = _CONDITIONS | {name: f"({' or '.join(each or ['false'])})" for name, each in alternatives.items()}
+    conditions = " and ".join(["true", *(words[name] for name in where)])
     columns = _STATUS_COLUMNS if load_input else _STATUS_COLUMNS.replace("inputs as", "null as")
     columns = columns if load_output else columns.replace("output, error", "null as output, null as error")
     order = "desc" if sort_desc else "asc"  # of the column, which has an index, and not of what is made of it above
@@ -832,8 +840,8 @@ def _list(
         select {columns} from durable.workflows where {conditions}
          order by workflows.created_at {order}, number {order} limit %(limit)s offset %(offset)s
     """
-    parameters = {**where, "limit": limit, "offset": offset}
-    return conn.cursor(row_factory=dict_row).execute(query, parameters).fetchall()
+    parameters = {**where, **likes, "limit": limit, "offset": offset}
+    return conn.cursor(row_factory=dict_row).execute(query, parameters, prepare=False).fetchall()  # see _OF_STATUS
 
 
 # What `where` may say, and in which words: an array for most, epoch seconds for times.  A time that we told
@@ -841,16 +849,20 @@ def _list(
 _CONDITIONS = {
     name: f"{column} = any(%({name})s::text[])"
     for name, column in {
-        "workflow_ids": "id", "status": "status", "name": "name", "app_version": "application_version",
+        "workflow_ids": "id", "name": "name", "app_version": "application_version",
         "forked_from": "forked_from", "parent_workflow_id": "parent_workflow_id",
         "executor_id": "executor_id", "queue_name": "queue",
     }.items()
 } | {
     "start_time": "created_at >= to_timestamp(%(start_time)s)",
     "end_time": "created_at < date_trunc('milliseconds', to_timestamp(%(end_time)s)) + interval '1 ms'",
-    "workflow_id_prefix": "exists (select from unnest(%(workflow_id_prefix)s::text[]) as p where starts_with(id, p))",
     "queues_only": "queue is not null",
 }
+
+# The planner finds an index for words that stand in the statement, one by one, and for a pattern that it sees
+# when it plans; in an array, or in a statement prepared for all patterns, it would find none.
+_OF_STATUS = {status: f"status = '{status}'" for status in (*_UNFINISHED, *_FINISHED)}
+_OF_STATUS["PENDING"] = "(status = 'PENDING' and incarnation is not null)"
 
 
 def _children_of(conn: Conn, ids: list[str]) -> list[str]:
@@ -1275,7 +1287,8 @@ def _requeue(conn: Conn, names: list[str]) -> tuple[list[str], int]:
 def _view(conn: Conn, name: str, ids: list[str]) -> list[dict[str, Any]]:
     """Read one of the views for operators; of some workflows, where IDs are given."""
     query = f"select * from durable.{name}" + (" where workflow_id = any(%s)" if ids else "")
-    return conn.cursor(row_factory=dict_row).execute(query, (ids,) if ids else ()).fetchall()
+    # Binary, since times as text are written as the session's DateStyle has it, which behind a PgBouncer is anybody's.
+    return conn.cursor(row_factory=dict_row, binary=True).execute(query, (ids,) if ids else ()).fetchall()
 
 
 def _stranded(conn: Conn, version: str) -> list[tuple[str, int]]:
@@ -3096,10 +3109,14 @@ class _Executor:
         return options if self.listens else {**options, "prepare_threshold": None}
 
     def _configure(self, conn: Conn) -> None:
-        if self.listens:  # how soon the server misses us: at once in a crash, in 30 s if our host vanished
+        if self.listens:  # whatever the role, the database or the server says
+            newer = {"idle_session_timeout": 140000, "transaction_timeout": 170000}  # and since which Postgres
+            known = [f"set {name} = 0;" for name, since in newer.items() if conn.info.server_version >= since]
             conn.execute(f"""
+                set datestyle = 'ISO'; set extra_float_digits = 1; set standard_conforming_strings = on;
                 set default_transaction_isolation = 'read committed'; set statement_timeout = 0; set lock_timeout = 0;
-                set idle_in_transaction_session_timeout = '{_IDLE_TRANSACTION_S}s';
+                set idle_in_transaction_session_timeout = '{_IDLE_TRANSACTION_S}s'; {" ".join(known)}
+                -- How soon the server misses us: at once in a crash, in 30 s if our host vanished.
                 set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 4;
             """)
 
@@ -4017,9 +4034,8 @@ def _alternatives(what: str, value: Any) -> list[str]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, (list, tuple, set)) or not all(isinstance(each, str) for each in values):
         raise ValueError(f"{what} is {value!r}; it must be a string or a list of strings")
-    known = (*_UNFINISHED, "SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
-    if what == "status" and not set(values) <= set(known):
-        raise ValueError(f"status is {value!r}; there are {', '.join(known)}")
+    if what == "status" and not set(values) <= set(_OF_STATUS):
+        raise ValueError(f"status is {value!r}; there are {', '.join(_OF_STATUS)}")
     return [each for each in values if _storable(each)]  # of what cannot be stored, none is there
 
 
@@ -4287,6 +4303,9 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
 
     def _guard(self) -> None:
         """Refuse who has no token, and what a web page may have sent (directly, or through DNS rebinding)."""
+        for name in ("Host", "Origin", "Sec-Fetch-Site", "Authorization"):
+            if len(self.headers.get_all(name, [])) > 1:
+                raise _Refusal(400, f"there is more than one {name} header: which of them is meant?")
         if self.server.token is not None:
             given = self.headers.get("Authorization", "").encode("utf-8", "replace")
             if not hmac.compare_digest(given, f"Bearer {self.server.token}".encode()):
@@ -4469,8 +4488,9 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
     # Reading and writing.
 
     def _fields(self, kinds: dict[str, "_Kind"]) -> dict[str, Any]:
-        """Read an object with these fields, all optional; null is unset."""
-        given = self._json()
+        """Read an object with these fields, all optional; null is unset, and no body at all is an empty object."""
+        lengths = set(self.headers.get_all("Content-Length", ["0"]))
+        given = {} if lengths == {"0"} and "Transfer-Encoding" not in self.headers else self._json()
         if not isinstance(given, dict):
             raise _Refusal(400, "the body must be a JSON object")
         for name, value in given.items():
@@ -5503,6 +5523,15 @@ def _class_name(cls: type) -> str:
     return str(getattr(cls, "_durable_class_name", cls.__qualname__))
 
 
+class _OwnLines(logging.StreamHandler[Any]):
+    """Prints log lines for as long as the application has not said where they go; it may do so at any time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        inherited = _log.propagate and _log.parent is not None and _log.parent.hasHandlers()
+        if _log.handlers == [self] and not inherited:
+            super().emit(record)
+
+
 def _set_up_logging(level: str) -> None:
     """Set the level, and print log lines if the application has not said where they go."""
     try:
@@ -5510,7 +5539,7 @@ def _set_up_logging(level: str) -> None:
     except ValueError:
         raise DBOSInitializationError(f"the setting 'log_level' is {level!r}; try DEBUG, INFO, WARNING") from None
     if not _log.hasHandlers():
-        handler = logging.StreamHandler()
+        handler = _OwnLines()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         _log.addHandler(handler)
 

@@ -121,6 +121,9 @@ create index if not exists workflows_created on durable.workflows (created_at);
 create index if not exists workflows_ended on durable.workflows (coalesce(completed_at, updated_at))
     where status not in ('DELAYED', 'ENQUEUED', 'PENDING');
 
+-- For _list: by the beginning of an ID, in whatever collation the database has.
+create index if not exists workflows_prefix on durable.workflows (id text_pattern_ops);
+
 -- For _children_of: the children of a workflow.
 create index if not exists workflows_children on durable.workflows (parent_workflow_id)
     where parent_workflow_id is not null;

@@ -1252,7 +1252,7 @@ EDITION_1 = """
 
 
 EDITION_2 = """
-    drop index durable.workflows_ended;
+    drop index durable.workflows_ended, durable.workflows_prefix;
     update durable.version set number = 2;
 """
 
@@ -1281,6 +1281,38 @@ def test_a_database_of_an_earlier_edition_is_brought_up_in_place(executor, empty
         assert connection.execute("select count(*) from durable.executors").fetchone() == (2,)
         assert connection.execute("select max(number) > 2 from durable.version").fetchone() == (True,)
         assert connection.execute(INDEXES).fetchall() == schema
+
+
+SESSION_SETTINGS = {"DateStyle": "German", "TimeZone": "Asia/Kathmandu", "search_path": "pg_temp"}
+OUR_SETTINGS = {
+    **dict.fromkeys(["statement_timeout", "lock_timeout", "idle_session_timeout", "transaction_timeout"], "10min"),
+    "default_transaction_isolation": "serializable", "extra_float_digits": "-15", "standard_conforming_strings": "off",
+}
+
+
+@pytest.mark.parametrize("sessions", [True, False])
+def test_settings_of_the_database_change_nothing(executor, empty_url, witness, sessions):
+    """DateStyle, time zone, search_path and the like; where sessions are ours (no PgBouncer), timeouts and more."""
+    known = witness.column("select name from pg_settings")
+    settings = {**SESSION_SETTINGS, **(OUR_SETTINGS if sessions else {})}
+    with contextlib.closing(Witness(empty_url).connection) as connection:
+        for name in settings.keys() & set(known):
+            connection.execute(f"alter database {connection.info.dbname} set {name} = '{settings[name]}'")
+    dbos = executor(system_database_url=empty_url, run_admin_server=True, admin_port=0, use_listen_notify=sessions)
+    greet = dbos.workflow(name="greet")(lambda: dbos.sleep(0) or "hello")
+    dbos.launch()
+    with SetWorkflowID("w"), SetWorkflowTimeout(60):
+        assert greet() == "hello"
+    assert abs(dbos.get_workflow_status("w").created_at / 1000 - time.time()) < 60
+    with SetEnqueueOptions(delay_seconds=3600):
+        dbos.enqueue_workflow("line", greet)
+    for view in ("why", "versions", "living"):
+        assert len(dbos._executor.now(durable._view, view, [])) == 1
+    assert ask(dbos.admin_port, "GET", "/metrics").status == 200
+    if sessions:
+        with dbos._executor.pool.connection() as connection:
+            shown = {name: connection.execute(f"show {name}").fetchone() for name in OUR_SETTINGS.keys() & set(known)}
+        assert not [name for name, (value,) in shown.items() if value == OUR_SETTINGS[name]]
 
 
 def test_a_newer_schema_than_the_code_is_an_error(executor, empty_url):
@@ -5830,6 +5862,54 @@ def test_a_filter_that_makes_no_sense_is_refused(dbos, filters, named):
         dbos.list_workflows(**filters)
 
 
+class Explainer:
+    """Stands for a connection, and keeps the plan of what is executed."""
+
+    def __init__(self, witness):
+        self.witness, self.plan = witness, ""
+
+    def cursor(self, **_):
+        return self
+
+    def execute(self, query, parameters, prepare):
+        assert prepare is False
+        rows = self.witness.connection.execute(f"explain {query}", parameters, prepare=False).fetchall()
+        self.plan = "\n".join(line for (line,) in rows)
+        return self
+
+    def fetchall(self):
+        return []
+
+
+@pytest.mark.parametrize(
+    ("filters", "limit", "index"),
+    [
+        *(({"workflow_id_prefix": ["order-9"]}, limit, "workflows_prefix") for limit in (None, 100)),
+        ({"workflow_id_prefix": ["order-9", "basket_", "a%"]}, None, "workflows_prefix"),
+        ({"status": ["DELAYED", "ENQUEUED", "PENDING"], "queues_only": True}, None, "workflows_due"),
+        ({"status": ["DELAYED", "ENQUEUED", "PENDING"], "queues_only": True}, 100, "workflows_due"),
+        ({"status": ["PENDING"]}, None, "workflows_running"),
+        ({"status": ["MAX_RECOVERY_ATTEMPTS_EXCEEDED"]}, None, "workflows_dead"),
+        ({}, 100, "workflows_created"),
+    ],
+    ids=str,
+)
+def test_a_list_reads_what_it_lists(dbos, witness, filters, limit, index):
+    """Through an index, however many workflows have ended; by age, up to the limit, where all are wanted."""
+    witness.run(
+        """
+        insert into durable.workflows (id, name, inputs, claim, status, created_at, completed_at)
+        select 'done-' || n, 'f', '', 1, 'SUCCESS', now() - n * interval '1 minute', now()
+          from generate_series(1, 20000) as n
+        """
+    )
+    witness.run("vacuum analyze durable.workflows")
+    explainer = Explainer(witness)
+    assert durable._list(explainer, filters, limit, None, True, False, False) == []
+    assert index in explainer.plan
+    assert "Seq Scan" not in explainer.plan
+
+
 def test_a_list_shows_each_workflow_whole(dbos, crowd):
     """The same as get_workflow_status; inputs and outputs are left out where nobody asks for them."""
     for found in dbos.list_workflows():
@@ -7541,6 +7621,18 @@ def send(port, data, half_close=True):
     return answer
 
 
+@pytest.mark.parametrize("header", [b"Host", b"Origin", b"Sec-Fetch-Site", b"Authorization"], ids=ascii)
+def test_what_guards_the_port_is_said_once(served, header):
+    """Two Host headers, say, the second of another site, are 400: who believes the first may be wrong."""
+    good = {b"Host": b"localhost", b"Origin": b"http://localhost", b"Sec-Fetch-Site": b"none", b"Authorization": b"x"}
+    head = b"".join(b"%b: %b\r\n" % each for each in good.items())
+    assert b" 200 " in send(served.admin_port, b"GET /dbos-healthz HTTP/1.1\r\n" + head + b"\r\n")
+    twice = head + header.lower() + b": evil.example\r\n\r\n"
+    answer = send(served.admin_port, b"GET /deactivate HTTP/1.1\r\n" + twice)
+    assert b" 400 " in answer and header in answer
+    assert not served._executor.deactivated
+
+
 HEALTHZ = b"GET /dbos-healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
@@ -7903,7 +7995,19 @@ def test_a_list_too_long_for_one_answer_is_refused(desk, monkeypatch):
     assert desk.ids(limit=2, offset=1) == ["a-2", "b"]
 
 
-@pytest.mark.parametrize("body", [[], "x", 1, None, b"", b"{", b"nil"], ids=str)
+@pytest.mark.parametrize("head", [b"", b"Content-Length: 0\r\n"])
+def test_no_body_is_no_filter(desk, head):
+    """As curl -X POST sends it, without a length, and as other clients do; chunks are refused, as ever."""
+    desk.run("w", 7)
+    for path in (b"/workflows", b"/queues"):
+        request = b"POST " + path + b" HTTP/1.1\r\nHost: localhost\r\n" + head
+        assert b" 200 OK" in (answer := send(desk.port, request + b"\r\n"))
+        assert (b'"w"' in answer) == (path == b"/workflows")
+        assert b" 411 " in send(desk.port, request + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
+    assert desk.post("/dbos-global-timeout", b"").status == 400
+
+
+@pytest.mark.parametrize("body", [[], "x", 1, None, b" ", b"{", b"nil"], ids=str)
 def test_filters_that_are_no_object_are_refused(served, body):
     """400: the filters are one JSON object."""
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -8463,6 +8567,30 @@ def test_what_finishes_is_counted_from_the_launch_on(served, gate):
     queue.enqueue(work).get_result()
     finished = lambda queue: metrics_of(served.admin_port)["durable_workflows_finished_total", "SUCCESS", "work", queue]
     assert (finished(""), finished("line")) == (20, 1)
+
+
+def logs_late(place):
+    """Log before and after the application has set up its own logging: at the root, or for our lines alone."""
+    DBOS(config={"admin_port": 0})
+    DBOS.launch()
+    DBOS.logger.warning("said before")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("app: %(message)s"))
+    logging.getLogger(place).addHandler(handler)
+    DBOS.logger.warning("said after")
+    logging.getLogger(place).removeHandler(handler)
+    DBOS.logger.warning("said at the end")
+    stay()
+
+
+@pytest.mark.parametrize("place", [None, "durable"], ids=str)
+def test_a_log_line_comes_once(programs, place):
+    """Whenever the application says where log lines go; for as long as it has not, we print them."""
+    process = programs.start(logs_late, place)
+    process.await_ready()
+    process.end()
+    lines = [line for line in process.errors().splitlines() if "said" in line]
+    assert ["app:" in line for line in lines] == [False, True, False]
 
 
 def test_the_launch_is_told_in_one_line(executor, finished, url, witness, caplog):
