@@ -118,7 +118,7 @@ M = TypeVar("M", bound="_Management")
 B = TypeVar("B", bound="_OptionBlock")
 Conn = psycopg.Connection[Any]
 
-_SCHEMA_VERSION = 2  # the edition of schema.sql that this code was written for
+_SCHEMA_VERSION = 3  # the edition of schema.sql that this code was written for
 _LOCKS = 730624  # first key of our advisory locks, the second is an incarnation, or 0 for the schema; -_LOCKS: queues
 _CHANNEL = "durable"  # where hints travel
 _INTERNAL_QUEUE = "_dbos_internal_queue"  # the library's names, kept so that tools know them
@@ -188,6 +188,9 @@ class DBOSException(Exception):
         self.message = message
         self.__dict__.update(about)
 
+class _NotThereNow(DBOSException, AttributeError):
+    """What can be told only after a launch, or inside a step: to `hasattr`, an attribute that is not there."""
+
 class DBOSInitializationError(DBOSException):
     """The configuration or the database does not allow a launch."""
 
@@ -212,7 +215,12 @@ class DBOSMaxStepRetriesExceeded(DBOSException):
     errors: list[Exception]
 
 class DBOSQueueDeduplicatedError(DBOSException):
-    """An unfinished workflow of the queue has the same deduplication ID."""
+    """An unfinished workflow of the queue, `holder_id`, has the same deduplication ID."""
+
+    workflow_id: str  # which was not enqueued
+    queue_name: str
+    deduplication_id: str
+    holder_id: str
 
 class DBOSAwaitedWorkflowCancelledError(DBOSException):
     """The workflow whose result was asked for is cancelled."""
@@ -416,6 +424,16 @@ def _block(body: Coroutine[Any, Any, T]) -> T:
                 wait = body.send(value)
     except StopIteration as end:
         return cast(T, end.value)
+    except RuntimeError as error:
+        if _raised(error) is error:
+            raise
+        raise _raised(error) from _raised(error).__cause__
+
+
+def _raised(error: Exception) -> Exception:
+    """What was raised: Python lets no StopIteration out of a coroutine, and makes a RuntimeError of it."""
+    stop = error.__cause__
+    return stop if isinstance(stop, StopIteration) and str(error) == "coroutine raised StopIteration" else error
 
 
 @types.coroutine
@@ -764,7 +782,8 @@ def _claims(conn: Conn, ids: list[str]) -> dict[str, tuple[int | None, str]]:
 
 
 _UNFINISHED = ("DELAYED", "ENQUEUED", "PENDING")  # as Python writes a tuple, SQL reads a list
-_MS = "(extract(epoch from {0}) * 1000)::bigint"  # instants leave the database as milliseconds since 1970
+_FINISHED = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
+_MS = "floor(extract(epoch from {0}) * 1000)::bigint"  # instants leave the database as milliseconds since 1970, cut
 
 _STATUS_COLUMNS = f"""
     id as workflow_id, status, name, class_name, config_name, inputs as input, output, error,
@@ -807,7 +826,14 @@ def _list(
     load_input: bool, load_output: bool,
 ) -> list[dict[str, Any]]:
     """Read the rows that meet all conditions of `where` (see _CONDITIONS), by age; also under WorkflowStatus' names."""
-    conditions = " and ".join(["true", *(_CONDITIONS[name] for name in where)])
+    prefixes = {f"prefix_{n}": each for n, each in enumerate(where.get("workflow_id_prefix", ()))}
+    likes = {name: re.sub(r"([\\%_])", r"\\\1", prefix) + "%" for name, prefix in prefixes.items()}
+    alternatives = {
+        "status": [_OF_STATUS[each] for each in where.get("status", ())],
+        "workflow_id_prefix": [f"id like %({name})s" for name in likes],
+    }
+    words = _CONDITIONS | {name: f"({' or '.join(each or ['false'])})" for name, each in alternatives.items()}
+    conditions = " and ".join(["true", *(words[name] for name in where)])
     columns = _STATUS_COLUMNS if load_input else _STATUS_COLUMNS.replace("inputs as", "null as")
     columns = columns if load_output else columns.replace("output, error", "null as output, null as error")
     order = "desc" if sort_desc else "asc"  # of the column, which has an index, and not of what is made of it above
@@ -815,24 +841,29 @@ def _list(
         select {columns} from durable.workflows where {conditions}
          order by workflows.created_at {order}, number {order} limit %(limit)s offset %(offset)s
     """
-    parameters = {**where, "limit": limit, "offset": offset}
-    return conn.cursor(row_factory=dict_row).execute(query, parameters).fetchall()
+    parameters = {**where, **likes, "limit": limit, "offset": offset}
+    return conn.cursor(row_factory=dict_row).execute(query, parameters, prepare=False).fetchall()  # see _OF_STATUS
 
 
-# What `where` may say, and in which words: an array for most, epoch seconds for times.
+# What `where` may say, and in which words: an array for most, epoch seconds for times.  A time that we told
+# is cut to its millisecond: as an end it means all of that, so that it finds the workflow it was told of.
 _CONDITIONS = {
     name: f"{column} = any(%({name})s::text[])"
     for name, column in {
-        "workflow_ids": "id", "status": "status", "name": "name", "app_version": "application_version",
+        "workflow_ids": "id", "name": "name", "app_version": "application_version",
         "forked_from": "forked_from", "parent_workflow_id": "parent_workflow_id",
         "executor_id": "executor_id", "queue_name": "queue",
     }.items()
 } | {
     "start_time": "created_at >= to_timestamp(%(start_time)s)",
-    "end_time": "created_at <= to_timestamp(%(end_time)s)",
-    "workflow_id_prefix": "exists (select from unnest(%(workflow_id_prefix)s::text[]) as p where starts_with(id, p))",
+    "end_time": "created_at < date_trunc('milliseconds', to_timestamp(%(end_time)s)) + interval '1 ms'",
     "queues_only": "queue is not null",
 }
+
+# The planner finds an index for words that stand in the statement, one by one, and for a pattern that it sees
+# when it plans; in an array, or in a statement prepared for all patterns, it would find none.
+_OF_STATUS = {status: f"status = '{status}'" for status in (*_UNFINISHED, *_FINISHED)}
+_OF_STATUS["PENDING"] = "(status = 'PENDING' and incarnation is not null)"
 
 
 def _children_of(conn: Conn, ids: list[str]) -> list[str]:
@@ -1215,34 +1246,45 @@ def _delete(conn: Conn, ids: list[str], even_unfinished: bool = True) -> list[tu
     return cur.fetchall()
 
 
-def _begun_before(conn: Conn, cutoff_s: float, finished: bool, limit: int | None = None) -> list[str]:
-    """The finished, or the unfinished, workflows that began before a time; the oldest first."""
+def _begun_until(conn: Conn, cutoff_s: float) -> list[str]:
+    """The unfinished workflows that began up to a time; the oldest first."""
     query = f"""
-        select id from durable.workflows
-         where created_at < to_timestamp(%s) and status {"not" if finished else ""} in {_UNFINISHED}
-         order by created_at limit %s
+        select id from durable.workflows where {_CONDITIONS["end_time"]} and status in {_UNFINISHED} order by created_at
+    """
+    return [id for (id,) in conn.execute(query, {"end_time": cutoff_s})]
+
+
+# When a workflow came to its end: what waits as a dead letter completed nothing.  Both in the words of the index.
+_ENDED = f"status not in {_UNFINISHED}"
+_ENDED_AT = "coalesce(completed_at, updated_at)"
+
+
+def _ended_before(conn: Conn, cutoff_s: float, limit: int) -> list[str]:
+    """The workflows that ended before a time; the first to end first."""
+    query = f"""
+        select id from durable.workflows where {_ENDED} and {_ENDED_AT} < to_timestamp(%s) order by {_ENDED_AT} limit %s
     """
     return [id for (id,) in conn.execute(query, (cutoff_s, limit))]
 
 
+def _last_ended(conn: Conn, number: int) -> float | None:
+    """When the first of the last `number` workflows to end did, in seconds since 1970; None: there are fewer."""
+    query = f"select extract(epoch from {_ENDED_AT})::float8 from durable.workflows where {_ENDED}"
+    found = conn.execute(f"{query} order by {_ENDED_AT} desc limit 1 offset %s", (number - 1,)).fetchone()
+    return found and found[0]
+
+
 def _forget_executors(conn: Conn, cutoff_s: float) -> None:
-    """Forget launches before a time that are over, and that no unfinished workflow refers to."""
+    """Forget launches that were over before a time, and that no unfinished workflow refers to."""
     conn.execute(
         f"""
         delete from durable.executors as e
-         where launched_at < to_timestamp(%s) and incarnation not in {_ALIVE}
+         where coalesce(stopped_at, lost_at) < to_timestamp(%s) and incarnation not in {_ALIVE}
            and not exists (select from durable.workflows as w
                             where w.incarnation = e.incarnation and w.status = 'PENDING')
         """,
         (cutoff_s,),
     )
-
-
-def _youngest_since(conn: Conn, number: int) -> float | None:
-    """When the oldest of the youngest `number` workflows began, in seconds since 1970; None: there are fewer."""
-    query = "select extract(epoch from created_at)::float8 from durable.workflows order by created_at desc"
-    found = conn.execute(f"{query} limit 1 offset %s", (number - 1,)).fetchone()
-    return found and found[0]
 
 
 def _requeue(conn: Conn, names: list[str]) -> tuple[list[str], int]:
@@ -1263,7 +1305,8 @@ def _requeue(conn: Conn, names: list[str]) -> tuple[list[str], int]:
 def _view(conn: Conn, name: str, ids: list[str]) -> list[dict[str, Any]]:
     """Read one of the views for operators; of some workflows, where IDs are given."""
     query = f"select * from durable.{name}" + (" where workflow_id = any(%s)" if ids else "")
-    return conn.cursor(row_factory=dict_row).execute(query, (ids,) if ids else ()).fetchall()
+    # Binary, since times as text are written as the session's DateStyle has it, which behind a PgBouncer is anybody's.
+    return conn.cursor(row_factory=dict_row, binary=True).execute(query, (ids,) if ids else ()).fetchall()
 
 
 def _stranded(conn: Conn, version: str) -> list[tuple[str, int]]:
@@ -1361,6 +1404,14 @@ def _notify(conn: Conn, sender: int, keys: Iterable[tuple[str, ...]]) -> None:
     """Give hints to the other processes.  (What does not fit a notification is found by polling.)"""
     payloads = [payload for key in keys if len(payload := f"{sender} {json.dumps(key)}") < 7900]
     conn.execute("select pg_notify(%s, payload) from unnest(%s::text[]) as payload", (_CHANNEL, payloads))
+
+
+def _empty(conn: Conn) -> None:
+    """Delete all that the tables hold, where there are any."""
+    query = "select quote_ident(tablename) from pg_tables where schemaname = 'durable' and tablename <> 'version'"
+    names = [f"durable.{name}" for (name,) in conn.execute(query)]
+    if names:
+        conn.execute(f"truncate {', '.join(names)}")
 
 
 def _migrate(conn: Conn, apply: bool) -> None:
@@ -1818,7 +1869,7 @@ async def _checkpointed(
     try:
         value = await perform()
     except Exception as raised:
-        error = raised
+        error = _raised(raised)
     # Die here and the call is made again; one line later, it never will be.
     return cast(T, await run.record(position, name, value, error, time.monotonic() - began, child))
 
@@ -2248,6 +2299,7 @@ async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None
                     f"workflow {row['id']} was not enqueued on {row['queue']}: unfinished workflow {holder} has the "
                     f"deduplication ID {row['deduplication_id']!r}",
                     workflow_id=row["id"], queue_name=row["queue"], deduplication_id=row["deduplication_id"],
+                    holder_id=holder,
                 )
                 if parent is not None:
                     await parent.record(row["position"], row["name"], None, refusal, 0.0)
@@ -2823,30 +2875,39 @@ _CRON_NAMES = {
     "weekday": ("SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT"),
 }
 
+_CRON_WORDS = {
+    "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *", "@weekly": "0 0 * * 0",
+    "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@hourly": "0 * * * *",
+}
+
 
 class _Cron:
     """A cron expression: minute, hour, day, month, weekday, with a field for seconds in front if there are six.
 
-    As in Vixie's cron: where both day and weekday are limited, either will do; 0 and 7 are Sunday.  In a
-    time zone, what falls in the hour that is skipped runs as much later; in the hour that comes twice,
-    fixed hours run once, and what runs every hour goes on running.
+    Or a word for one, such as @daily.  As in Vixie's cron: where both day and weekday are limited, either will
+    do; 0 and 7 are Sunday.  A range may go around: FRI-MON, 22-4.  In a time zone, what falls in the hour that
+    is skipped runs as much later; in the hour that comes twice, fixed hours run once, and what runs every hour
+    goes on running.
     """
 
     def __init__(self, expression: str, zone: str | None) -> None:
-        fields = expression.split() if isinstance(expression, str) else []
+        text = expression.strip().lower() if isinstance(expression, str) else ""
+        fields = _CRON_WORDS.get(text, text).split()
         if len(fields) not in (5, 6):
-            raise ValueError(f"cron {expression!r} has {len(fields)} fields: it must have 5, or 6 with seconds first")
+            raise ValueError(
+                f"cron {expression!r} has {len(fields)} fields: it must have 5, or 6 with seconds first, "
+                f"or be one of {', '.join(_CRON_WORDS)}"
+            )
         fields = fields if len(fields) == 6 else ["0", *fields]
         self.expression, self.zone = expression, _zone(zone)
         numbers = [self._numbers(*what, field) for what, field in zip(_CRON_FIELDS, fields, strict=True)]
-        seconds, minutes, self.hours, self.days, self.months, weekdays = map(sorted, numbers)
+        seconds, minutes, self.hours, self.days, self.months, self.weekdays = map(sorted, numbers)
         self.times = [(h * 60 + m) * 60 + s for h in self.hours for m in minutes for s in seconds]  # in seconds
-        self.weekdays = {day % 7 for day in weekdays}
         if self._next_on_clock(datetime(2000, 1, 1)) is None:
             raise ValueError(f"cron {expression!r}: no such day ever comes")
 
     def _numbers(self, what: str, least: int, most: int, field: str) -> set[int]:
-        """The numbers that a field stands for: 5, 1-5, */10, 0-30/5, MON-FRI, and lists of these."""
+        """The numbers that a field stands for: 5, 1-5, */10, 0-30/5, MON-FRI, 22-4, and lists of these."""
         numbers: set[int] = set()
         for part in field.upper().split(","):
             span, _, step = part.partition("/")
@@ -2855,13 +2916,15 @@ class _Cron:
                 low = least if first == "*" else self._number(what, first)
                 high = most if first == "*" or (step and not dash) else self._number(what, last if dash else first)
                 stride = int(step) if "/" in part else 1
-                if not (least <= low <= high <= most and stride > 0):
+                if not (least <= low <= most and least <= high <= most and stride > 0):
                     raise ValueError
             except ValueError:
                 raise ValueError(
                     f"cron {self.expression!r}: {part!r} is no {what}, or range of them; they go from {least} to {most}"
                 ) from None
-            numbers.update(range(low, high + 1, stride))
+            around = 7 if what == "weekday" else most - least + 1
+            high += around if high < low else 0
+            numbers.update(least + (number - least) % around for number in range(low, high + 1, stride))
         return numbers
 
     def _number(self, what: str, text: str) -> int:
@@ -3119,10 +3182,14 @@ class _Executor:
         return options if self.listens else {**options, "prepare_threshold": None}
 
     def _configure(self, conn: Conn) -> None:
-        if self.listens:  # how soon the server misses us: at once in a crash, in 30 s if our host vanished
+        if self.listens:  # whatever the role, the database or the server says
+            newer = {"idle_session_timeout": 140000, "transaction_timeout": 170000}  # and since which Postgres
+            known = [f"set {name} = 0;" for name, since in newer.items() if conn.info.server_version >= since]
             conn.execute(f"""
+                set datestyle = 'ISO'; set extra_float_digits = 1; set standard_conforming_strings = on;
                 set default_transaction_isolation = 'read committed'; set statement_timeout = 0; set lock_timeout = 0;
-                set idle_in_transaction_session_timeout = '{_IDLE_TRANSACTION_S}s';
+                set idle_in_transaction_session_timeout = '{_IDLE_TRANSACTION_S}s'; {" ".join(known)}
+                -- How soon the server misses us: at once in a crash, in 30 s if our host vanished.
                 set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 4;
             """)
 
@@ -3137,7 +3204,7 @@ class _Executor:
     def here(self) -> "_Executor":
         """This executor, unless the process was forked since."""
         if self.pid != os.getpid():
-            raise DBOSException("launched before a fork, which no connection survives: launch in the child instead")
+            raise _NotThereNow("launched before a fork, which no connection survives: launch in the child instead")
         return self
 
     def hosts(self, run: _Run) -> bool:
@@ -3404,6 +3471,9 @@ class _Executor:
                 ", ".join(f"{count} of version {version}" for version, count in stranded),
             )
         self.now(_note_lost)
+        undeclared = (self.registry._listened or set()) - set(self.registry._queues)
+        if undeclared:
+            _log.warning("listen_queues names queues that are not declared here: %s", ", ".join(sorted(undeclared)))
         taken = _recover(self)
         if self.config.get("run_admin_server", True):
             self.admin = _AdminServer.start(self)
@@ -3415,7 +3485,7 @@ class _Executor:
 
     def offer(self) -> dict[str, Any]:
         """What this executor would take: the functions it knows, from the queues it declares; and what it dropped."""
-        queues = [queue._describe() for queue in tuple(self.registry._queues.values())]
+        queues = [queue._describe() for queue in self.registry._served()]
         interrupted = json.dumps(sorted(self.interrupted))
         return {
             "known": self.me["known"], "queues": json.dumps(queues), "deactivated": self.deactivated,
@@ -3481,7 +3551,7 @@ class _Executor:
                 if now >= next_tick and not (self.deactivated or self.stopping.is_set()):
                     next_tick = min(_tick(self) - self.clock_ahead, now + _POLL_S)
                 if now >= next_look:
-                    intervals = [queue.polling_interval_sec for queue in tuple(self.registry._queues.values())]
+                    intervals = [queue.polling_interval_sec for queue in self.registry._served()]
                     next_look = now + min(_POLL_S, *intervals)
                     self._look(polled, now)
                 if now >= next_sweep and not self.stopping.is_set():
@@ -3492,7 +3562,7 @@ class _Executor:
                         _log.info("recovered %s", _some(taken))
                 while self.due:
                     queue = self.registry._queues.get(self.due.pop())
-                    if queue is not None:
+                    if queue is not None and self.registry._serves(queue.name):
                         _dequeue_round(self, queue)
             except _Closing:
                 return
@@ -3548,7 +3618,7 @@ class _Executor:
             return
         self.now(_release_delayed)
         names = []
-        for queue in tuple(self.registry._queues.values()):
+        for queue in self.registry._served():
             if now >= polled.get(queue.name, 0.0) + queue.polling_interval_sec * 0.9:
                 polled[queue.name] = now
                 names.append(queue.name)
@@ -4055,20 +4125,20 @@ class _Management:
     async def _garbage_collect(
         self, cutoff_epoch_timestamp_ms: float | None = None, rows_threshold: int | None = None
     ) -> int:
-        """Delete finished workflows that were created before a time, or are not among the youngest so many rows.
+        """Delete workflows that ended before a time, or are not among the so many that ended last.
 
-        Returns how many.  Unfinished ones are never deleted, but count as rows.  A batch at a time: a crash in
-        between leaves some for the next call, and no workflow by halves.
+        Returns how many.  Those that have not ended are neither deleted nor counted.  A batch at a time: a crash
+        in between leaves some for the next call, and no workflow by halves.
         """
         executor = self._launched()
         cutoffs = [] if cutoff_epoch_timestamp_ms is None else [cutoff_epoch_timestamp_ms / 1000]
         if rows_threshold is not None:
             if type(rows_threshold) is not int or rows_threshold < 1:
                 raise ValueError(f"rows_threshold is {rows_threshold!r}; it must be a whole number from 1")
-            youngest = await executor.ask(_youngest_since, rows_threshold)
-            cutoffs += [] if youngest is None else [youngest]
+            last = await executor.ask(_last_ended, rows_threshold)
+            cutoffs += [] if last is None else [last]
         count = 0
-        while cutoffs and (ids := await executor.ask(_begun_before, max(cutoffs), True, _DELETE_BATCH)):
+        while cutoffs and (ids := await executor.ask(_ended_before, max(cutoffs), _DELETE_BATCH)):
             count += len(await executor.ask(_delete, ids, False))
         if cutoffs:
             await executor.ask(_forget_executors, max(cutoffs))
@@ -4077,9 +4147,9 @@ class _Management:
     garbage_collect, garbage_collect_async = _twins(_garbage_collect)
 
     async def _global_timeout(self, cutoff_epoch_timestamp_ms: float) -> None:
-        """Cancel the unfinished workflows that were created before a time, in milliseconds since 1970."""
+        """Cancel the unfinished workflows that were created up to a time, in milliseconds since 1970."""
         executor = self._launched()
-        ids = await executor.ask(_begun_before, cutoff_epoch_timestamp_ms / 1000, False)
+        ids = await executor.ask(_begun_until, cutoff_epoch_timestamp_ms / 1000)
         for id, queue, claim in await executor.ask(_cancel, ids):
             executor.ended(id, queue, claim, "CANCELLED")
 
@@ -4091,9 +4161,8 @@ def _alternatives(what: str, value: Any) -> list[str]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, (list, tuple, set)) or not all(isinstance(each, str) for each in values):
         raise ValueError(f"{what} is {value!r}; it must be a string or a list of strings")
-    known = (*_UNFINISHED, "SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
-    if what == "status" and not set(values) <= set(known):
-        raise ValueError(f"status is {value!r}; there are {', '.join(known)}")
+    if what == "status" and not set(values) <= set(_OF_STATUS):
+        raise ValueError(f"status is {value!r}; there are {', '.join(_OF_STATUS)}")
     return [each for each in values if _storable(each)]  # of what cannot be stored, none is there
 
 
@@ -4361,6 +4430,9 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
 
     def _guard(self) -> None:
         """Refuse who has no token, and what a web page may have sent (directly, or through DNS rebinding)."""
+        for name in ("Host", "Origin", "Sec-Fetch-Site", "Authorization"):
+            if len(self.headers.get_all(name, [])) > 1:
+                raise _Refusal(400, f"there is more than one {name} header: which of them is meant?")
         if self.server.token is not None:
             given = self.headers.get("Authorization", "").encode("utf-8", "replace")
             if not hmac.compare_digest(given, f"Bearer {self.server.token}".encode()):
@@ -4543,8 +4615,9 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
     # Reading and writing.
 
     def _fields(self, kinds: dict[str, "_Kind"]) -> dict[str, Any]:
-        """Read an object with these fields, all optional; null is unset."""
-        given = self._json()
+        """Read an object with these fields, all optional; null is unset, and no body at all is an empty object."""
+        lengths = set(self.headers.get_all("Content-Length", ["0"]))
+        given = {} if lengths == {"0"} and "Transfer-Encoding" not in self.headers else self._json()
         if not isinstance(given, dict):
             raise _Refusal(400, "the body must be a JSON object")
         for name, value in given.items():
@@ -4964,6 +5037,7 @@ class Durable(_Management):
         self._executor: _Executor | None = None
         self._functions: dict[str, _Function] = {}
         self._queues: dict[str, Queue] = {}
+        self._listened: set[str] | None = None  # to which queues, where listen_queues() said so
         self._classes: dict[str, type] = {}
         self._instances: dict[tuple[str | None, str | None], object] = {}
         self._schedules: list[tuple[_Cron, Callable[..., Any]]] = []
@@ -5191,6 +5265,25 @@ class Durable(_Management):
                 known.set_limits(**limits)
             return known
 
+    def listen_queues(self, queues: "Sequence[Queue | str]") -> None:
+        """Take work from these queues only, of all that are declared: one process enqueues, another takes.
+
+        For before the launch.  What is resumed, forked or scheduled is taken all the same; an empty list takes
+        nothing else.
+        """
+        if self._executor is not None:
+            raise DBOSException("listen_queues comes too late, after the launch: call it before, or destroy() first")
+        given = [queues] if isinstance(queues, (str, Queue)) else queues
+        names = [queue.name if isinstance(queue, Queue) else queue for queue in given]
+        self._listened = {_INTERNAL_QUEUE, *(_valid_name("queue", name) for name in names)}
+
+    def _served(self) -> list[Queue]:
+        """The queues that this process takes from."""
+        return [queue for queue in tuple(self._queues.values()) if self._serves(queue.name)]
+
+    def _serves(self, queue: str) -> bool:
+        return self._listened is None or queue in self._listened
+
     async def register_queue_async(self, name: str, **options: Any) -> Queue:
         """Do as `register_queue`, which does not block."""
         return self.register_queue(name, **options)
@@ -5236,11 +5329,25 @@ class Durable(_Management):
             if destroy_registry:
                 for known in (self._functions, self._queues, self._classes, self._instances, self._schedules):
                     cast(Any, known).clear()
+                self._listened = None
                 Queue(_INTERNAL_QUEUE, durable=self)
+
+    def reset_system_database(self, *, system_database_url: str | None = None, truncate: bool = True) -> None:
+        """Empty all tables: for tests, before the launch.  (`truncate` is accepted as in DBOS.)
+
+        Raises DBOSException when launched, DBOSInitializationError without a database.
+        """
+        with self._life:
+            if self._executor is not None:
+                raise DBOSException("launched: reset_system_database() is for before the launch; destroy() first")
+            config = _resolved(self._config)
+            url = _postgres_url(system_database_url or config["system_database_url"])
+            with _Executor(self, url, config)._first_connection() as conn:
+                _empty(conn)
 
     def _launched(self) -> _Executor:
         if self._executor is None:
-            raise DBOSException("not launched: call DBOS.launch() first")
+            raise _NotThereNow("not launched: call DBOS.launch() first")
         return self._executor.here()
 
     def _own(self) -> _Executor:
@@ -5325,7 +5432,7 @@ class Durable(_Management):
     def step_key(self) -> str:
         """The same at each try of this step, and of no other: the idempotency key for calls to the outside."""
         if self.step_id is None:
-            raise DBOSException("DBOS.step_key is for code inside a step of a workflow")
+            raise _NotThereNow("DBOS.step_key is for code inside a step of a workflow")
         return f"{self.workflow_id}:{self.step_id}"
 
     @property
@@ -5333,7 +5440,7 @@ class Durable(_Management):
         """The psycopg connection of the transaction that this code runs in; it is committed for you."""
         frame = _frame.get()
         if frame is None or frame.connection is None:
-            raise DBOSException("DBOS.connection is for code inside a DBOS.transaction")
+            raise _NotThereNow("DBOS.connection is for code inside a DBOS.transaction")
         return frame.connection
 
     # Starting workflows and steps.
@@ -5526,7 +5633,7 @@ class DBOSClient(_Management):
 
     def _launched(self) -> _Executor:
         if self._executor.closed.is_set:
-            raise DBOSException("this client was destroyed: make a new one")
+            raise _NotThereNow("this client was destroyed: make a new one")
         return self._executor.here()
 
     async def _enqueue(self, options: EnqueueOptions, *args: Any, **kwargs: Any) -> str:
@@ -5542,7 +5649,8 @@ class DBOSClient(_Management):
         run = _current_run()
         position = run.advance() if run else 0
         generated = f"{run.id}-{position}" if run else str(uuid.uuid4())
-        id = _valid_name("workflow ID", str(options.get("workflow_id") or generated))
+        given = options.get("workflow_id")
+        id = _valid_name("workflow ID", str(generated if given is None else given))
         inputs = _text_for("list of arguments", executor, {"args": list(args), "kwargs": kwargs})
         with SetWorkflowTimeout(options.get("workflow_timeout")), SetEnqueueOptions(
             deduplication_id=options.get("deduplication_id"), priority=options.get("priority"),
@@ -5566,6 +5674,15 @@ def _class_name(cls: type) -> str:
     return str(getattr(cls, "_durable_class_name", cls.__qualname__))
 
 
+class _OwnLines(logging.StreamHandler[Any]):
+    """Prints log lines for as long as the application has not said where they go; it may do so at any time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        inherited = _log.propagate and _log.parent is not None and _log.parent.hasHandlers()
+        if _log.handlers == [self] and not inherited:
+            super().emit(record)
+
+
 def _set_up_logging(level: str) -> None:
     """Set the level, and print log lines if the application has not said where they go."""
     try:
@@ -5573,7 +5690,7 @@ def _set_up_logging(level: str) -> None:
     except ValueError:
         raise DBOSInitializationError(f"the setting 'log_level' is {level!r}; try DEBUG, INFO, WARNING") from None
     if not _log.hasHandlers():
-        handler = logging.StreamHandler()
+        handler = _OwnLines()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         _log.addHandler(handler)
 

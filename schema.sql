@@ -114,8 +114,15 @@ create index if not exists workflows_running on durable.workflows (queue, incarn
 create index if not exists workflows_deadline on durable.workflows (deadline_at)
     where deadline_at is not null and status in ('DELAYED', 'ENQUEUED', 'PENDING');
 
--- For _list, _begun_before, _youngest_since and _count: by age.
+-- For _list, _begun_until and _count: by age.
 create index if not exists workflows_created on durable.workflows (created_at);
+
+-- For _ended_before and _last_ended: in the order in which they came to their ends.
+create index if not exists workflows_ended on durable.workflows (coalesce(completed_at, updated_at))
+    where status not in ('DELAYED', 'ENQUEUED', 'PENDING');
+
+-- For _list: by the beginning of an ID, in whatever collation the database has.
+create index if not exists workflows_prefix on durable.workflows (id text_pattern_ops);
 
 -- For _children_of: the children of a workflow.
 create index if not exists workflows_children on durable.workflows (parent_workflow_id)
@@ -320,4 +327,4 @@ select u.id as workflow_id, u.status, u.name, u.queue, u.application_version, u.
   left join durable.workflows as c on c.id = s.child_workflow_id and c.completed_at is null
  order by since;
 
-insert into durable.version (number) select 2 where not exists (select from durable.version where number >= 2);
+insert into durable.version (number) select 3 where not exists (select from durable.version where number >= 3);

@@ -39,6 +39,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -1084,6 +1085,57 @@ def test_destroy_leaves_nothing_running(executor, witness):
     eventually(lambda: witness.one(sessions) <= before[2])
 
 
+def test_a_reset_empties_the_tables(executor, empty_url):
+    """Before the launch only; a database without our tables is empty already; the edition stays."""
+    dbos = executor(system_database_url=empty_url)
+    dbos.reset_system_database()
+    greet = dbos.workflow(name="greet")(lambda: dbos.set_event("said", "hello"))
+    dbos.launch()
+    with SetWorkflowID("w"):
+        greet()
+    with pytest.raises(DBOSException, match="before"):
+        dbos.reset_system_database()
+    assert dbos.get_workflow_status("w") is not None
+    dbos.destroy()
+    dbos.reset_system_database(truncate=True)
+    witness = Witness(empty_url)
+    with contextlib.closing(witness.connection):
+        tables = witness.column("select tablename from pg_tables where schemaname = 'durable'")
+        assert [table for table in tables if witness.one(f"select count(*) from durable.{table}")] == ["version"]
+    dbos.launch()
+    with SetWorkflowID("w"):
+        greet()
+    assert dbos.get_event("w", "said") == "hello"
+
+
+def test_the_fixture_of_the_readme_gives_each_test_an_empty_database(empty_url, tmp_path):
+    """Pasted as it stands there, over a workflow that both tests start under one ID."""
+    (fixture,) = re.findall(r"```python\n(@pytest\.fixture\n.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    uses = """
+        @DBOS.workflow()
+        def greet(name):
+            return f"hello {name}"
+
+        @pytest.mark.parametrize("name", ["ada", "bob"])
+        def test_greeting(dbos, name):
+            with SetWorkflowID("w"):
+                assert greet(name) == f"hello {name}"
+    """
+    head = "import os\nimport pytest\nfrom durable import DBOS, SetWorkflowID\n"
+    (tmp_path / "test_shop.py").write_text(head + fixture + textwrap.dedent(uses))
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_shop.py"], check=False, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(HERE), "TEST_DATABASE_URL": empty_url}, capture_output=True, text=True,
+    )
+    assert "2 passed" in ran.stdout, ran.stdout + ran.stderr
+
+
+def test_a_reset_without_a_database_is_a_clear_error(executor):
+    """As a launch would be."""
+    with pytest.raises(DBOSInitializationError, match="connect"):
+        executor(system_database_url="postgresql://127.0.0.1:1/nowhere").reset_system_database()
+
+
 def test_destroy_waits_for_running_workflows(dbos, gate, witness):
     """Within workflow_completion_timeout_sec, what runs may finish."""
 
@@ -1189,6 +1241,8 @@ def test_ten_executors_may_launch_at_once_on_an_empty_database(programs, empty_u
         assert connection.execute("select count(*) from durable.executors").fetchone() == (10,)
 
 
+INDEXES = "select indexdef from pg_indexes where schemaname = 'durable' order by indexname"
+
 EDITION_1 = """
     drop view durable.why, durable.versions, durable.unfinished, durable.living;
     drop table durable.messages, durable.events, durable.streams;
@@ -1199,7 +1253,14 @@ EDITION_1 = """
 """
 
 
-def test_a_database_of_an_earlier_edition_is_brought_up_in_place(executor, empty_url):
+EDITION_2 = """
+    drop index durable.workflows_ended, durable.workflows_prefix;
+    update durable.version set number = 2;
+"""
+
+
+@pytest.mark.parametrize("edition", [EDITION_1, EDITION_2], ids=["1", "2"])
+def test_a_database_of_an_earlier_edition_is_brought_up_in_place(executor, empty_url, edition):
     """What was there stays, and everything works."""
 
     def greet(name):
@@ -1210,7 +1271,8 @@ def test_a_database_of_an_earlier_edition_is_brought_up_in_place(executor, empty
     dbos.launch()
     dbos.destroy()
     with contextlib.closing(Witness(empty_url).connection) as connection:
-        connection.execute(EDITION_1)
+        schema = connection.execute(INDEXES).fetchall()
+        connection.execute(edition)
         dbos = executor(system_database_url=empty_url)
         workflow = dbos.workflow()(greet)
         dbos.launch()
@@ -1219,7 +1281,40 @@ def test_a_database_of_an_earlier_edition_is_brought_up_in_place(executor, empty
         dbos.send("w", "hello")
         assert handle.get_result() == "hello ada"
         assert connection.execute("select count(*) from durable.executors").fetchone() == (2,)
-        assert connection.execute("select max(number) > 1 from durable.version").fetchone() == (True,)
+        assert connection.execute("select max(number) > 2 from durable.version").fetchone() == (True,)
+        assert connection.execute(INDEXES).fetchall() == schema
+
+
+SESSION_SETTINGS = {"DateStyle": "German", "TimeZone": "Asia/Kathmandu", "search_path": "pg_temp"}
+OUR_SETTINGS = {
+    **dict.fromkeys(["statement_timeout", "lock_timeout", "idle_session_timeout", "transaction_timeout"], "10min"),
+    "default_transaction_isolation": "serializable", "extra_float_digits": "-15", "standard_conforming_strings": "off",
+}
+
+
+@pytest.mark.parametrize("sessions", [True, False])
+def test_settings_of_the_database_change_nothing(executor, empty_url, witness, sessions):
+    """DateStyle, time zone, search_path and the like; where sessions are ours (no PgBouncer), timeouts and more."""
+    known = witness.column("select name from pg_settings")
+    settings = {**SESSION_SETTINGS, **(OUR_SETTINGS if sessions else {})}
+    with contextlib.closing(Witness(empty_url).connection) as connection:
+        for name in settings.keys() & set(known):
+            connection.execute(f"alter database {connection.info.dbname} set {name} = '{settings[name]}'")
+    dbos = executor(system_database_url=empty_url, run_admin_server=True, admin_port=0, use_listen_notify=sessions)
+    greet = dbos.workflow(name="greet")(lambda: dbos.sleep(0) or "hello")
+    dbos.launch()
+    with SetWorkflowID("w"), SetWorkflowTimeout(60):
+        assert greet() == "hello"
+    assert abs(dbos.get_workflow_status("w").created_at / 1000 - time.time()) < 60
+    with SetEnqueueOptions(delay_seconds=3600):
+        dbos.enqueue_workflow("line", greet)
+    for view in ("why", "versions", "living"):
+        assert len(dbos._executor.now(durable._view, view, [])) == 1
+    assert ask(dbos.admin_port, "GET", "/metrics").status == 200
+    if sessions:
+        with dbos._executor.pool.connection() as connection:
+            shown = {name: connection.execute(f"show {name}").fetchone() for name in OUR_SETTINGS.keys() & set(known)}
+        assert not [name for name, (value,) in shown.items() if value == OUR_SETTINGS[name]]
 
 
 def test_a_newer_schema_than_the_code_is_an_error(executor, empty_url):
@@ -1644,6 +1739,65 @@ def test_a_step_knows_where_it_is(dbos):
     assert (dbos.workflow_id, dbos.step_id, dbos.step_status) == (None, None, None)
     with pytest.raises(DBOSException, match="step_key"):
         dbos.step_key  # noqa: B018
+
+
+def test_what_cannot_be_told_yet_is_no_attribute(executor):
+    """hasattr, getattr with a default and inspect.getmembers may look at DBOS at any time, as at anything."""
+    dbos = executor()
+    for name in ("admin_port", "incarnation", "database_url", "step_key", "connection"):
+        assert (hasattr(dbos, name), getattr(dbos, name, "none")) == (False, "none")
+    assert dict(inspect.getmembers(dbos))["executor_id"] == "local"
+    with pytest.raises(DBOSException, match="launch"):
+        dbos.admin_port  # noqa: B018
+    dbos.launch()
+    assert dbos.admin_port is None
+    assert hasattr(dbos, "incarnation")
+
+
+@pytest.mark.parametrize("retries", [False, True])
+def test_a_step_may_raise_stop_iteration(dbos, witness, retries):
+    """next() of an iterator that is at its end: the exception is what the caller sees, at once and in a replay."""
+    seen = []
+
+    def take():
+        seen.append("take")
+        return next(iter(()))
+
+    def refuse(error):
+        return not isinstance(error, StopIteration)
+
+    step = dbos.step(name="take", retries_allowed=retries, should_retry=refuse if retries else None)(take)
+    transaction = dbos.transaction(name="take_too")(take)
+
+    def caught(call):
+        with pytest.raises(StopIteration):
+            call()
+        return "caught"
+
+    @dbos.workflow(name="child")
+    def child():
+        raise StopIteration("no more", 7)
+
+    @dbos.workflow()
+    def work():
+        result = [caught(step), caught(transaction), caught(child)]
+        return [*result, caught(lambda: dbos.run_step({"name": "take"}, take)), caught(lambda: next(iter(())))]
+
+    caught(step)
+    with SetWorkflowID("w"):
+        assert work() == ["caught"] * 5
+    assert len(seen) == 4
+    witness.run("delete from durable.workflows where id <> 'w'")
+    rewind(dbos, witness, "w", keep=9)
+    assert (result_of(dbos, "w"), len(seen)) == (["caught"] * 5, 4)
+    with pytest.raises(StopIteration) as ended:
+        begin(dbos, child, id="c").get_result()
+    dbos.destroy()
+    dbos.launch()
+    with pytest.raises(StopIteration) as recalled:
+        result_of(dbos, "c")
+    assert ended.value.args == recalled.value.args == ("no more", 7)
+    assert all(isinstance(step["error"], StopIteration) for step in steps(dbos, "w") if step["function_name"] == "take")
 
 
 def test_the_step_key_is_the_same_at_each_try(dbos, witness):
@@ -4430,6 +4584,46 @@ def test_an_enqueued_workflow_waits_its_turn_and_runs(queue, job, gate, witness)
     assert (after.recovery_attempts, after.claim) == (1, row.claim + 1)
 
 
+@pytest.mark.parametrize("listened", [[], ["mine"], None], ids=str)
+def test_a_process_takes_from_the_queues_that_it_listens_to(executor, witness, listened):
+    """Of those that it declares: from all if it says nothing; others may enqueue there and take."""
+
+    def make(name, queues):
+        dbos = executor(executor_id=name)
+        where = dbos.workflow(name="where")(lambda: name)
+        declared = {queue: dbos.register_queue(queue) for queue in ("mine", "theirs")}
+        if queues is not None:
+            dbos.listen_queues([declared[queue] for queue in queues])
+        dbos.launch()
+        return dbos, where
+
+    web, where = make("web", listened)
+    handles = {queue: web.enqueue_workflow(queue, where) for queue in ("mine", "theirs")}
+    taken = ["mine", "theirs"] if listened is None else listened
+    assert [handles[queue].get_result() for queue in taken] == ["web"] * len(taken)
+    said = "select workflow_id from durable.why where why like 'no live executor that knows where serves queue %'"
+    assert set(witness.column(said)) == {h.workflow_id for queue, h in handles.items() if queue not in taken}
+    assert web.fork_workflow(handles["mine"].workflow_id, 1).get_result() == "web"
+    make("worker", ["mine", "theirs"])
+    assert [handles[queue].get_result() for queue in handles if queue not in taken] == ["worker"] * (2 - len(taken))
+
+
+def test_what_to_listen_to_is_said_before_the_launch(executor, caplog):
+    """Later is an error; a queue that is not declared is a warning; one name will do instead of a list."""
+    dbos = executor()
+    dbos.listen_queues("nowhere")
+    for wrong in ([""], [None]):
+        with pytest.raises(DBOSException, match="queue"):
+            dbos.listen_queues(wrong)
+    dbos.launch()
+    assert warnings_in(caplog, "nowhere", "not declared")
+    with pytest.raises(DBOSException, match="before"):
+        dbos.listen_queues([])
+    dbos.destroy(destroy_registry=True)
+    dbos.launch()
+    assert len(warnings_in(caplog, "nowhere", "not declared")) == 1
+
+
 def test_first_in_is_first_out(queue, job, gate):
     """Jobs of one priority run in the order of their arrival."""
     handles = [queue.enqueue(job, name) for name in ["plug", *range(20)]]
@@ -4498,8 +4692,9 @@ def test_a_dequeue_that_waits_takes_nothing_once_deactivated(dbos, job, witness,
 def test_a_deduplication_id_is_held_until_its_workflow_ends(queue, job, gate):
     """While one is enqueued or runs, a second is refused by name; afterwards the ID is free."""
     first = enqueue(queue, job, "plug", deduplication_id="d")
-    with pytest.raises(DBOSQueueDeduplicatedError, match="d"):
+    with pytest.raises(DBOSQueueDeduplicatedError, match="d") as refused:
         enqueue(queue, job, "second", deduplication_id="d")
+    assert refused.value.holder_id == first.workflow_id
     gate.await_body()
     with pytest.raises(DBOSQueueDeduplicatedError):
         enqueue(queue, job, "third", deduplication_id="d")
@@ -4684,8 +4879,7 @@ def test_options_of_queues_are_refused_elsewhere(dbos, greet):
 
 def test_a_refused_enqueue_many_is_refused_in_the_replay_too(dbos, queue, job, witness):
     """The refusal is on record at the child's position, and raised again."""
-    with SetEnqueueOptions(deduplication_id="d", delay_seconds=3600):
-        queue.enqueue(job, "first")
+    holder = enqueue(queue, job, "first", deduplication_id="d", delay_seconds=3600)
 
     @dbos.workflow()
     def parent():
@@ -4693,14 +4887,14 @@ def test_a_refused_enqueue_many_is_refused_in_the_replay_too(dbos, queue, job, w
             with SetEnqueueOptions(deduplication_id="d"):
                 queue.enqueue_many(job, ["second"])
         except DBOSQueueDeduplicatedError as error:
-            return error.deduplication_id
+            return [error.queue_name, error.deduplication_id, error.holder_id]
         return "no refusal"
 
     with SetWorkflowID("parent"):
-        assert parent() == "d"
+        assert parent() == ["line", "d", holder.workflow_id]
     witness.run("delete from durable.workflows where queue is not null")
     rewind(dbos, witness, "parent", keep=9)
-    assert result_of(dbos, "parent") == "d"
+    assert result_of(dbos, "parent") == ["line", "d", holder.workflow_id]
 
 
 def test_the_same_id_in_another_queue_is_a_warning(dbos, queue, job, caplog):
@@ -4903,6 +5097,22 @@ def ticks(cron, after, count, zone="UTC"):
         ("0 0 * * FRI", "2026-11-30T00:00", "2026-12-04T00:00 2026-12-11T00:00"),
         *((f"0 0 * * {sun}", "2026-11-23T00:00", "2026-11-29T00:00 2026-12-06T00:00") for sun in ("0", "7", "SUN")),
         ("0 0 * * 5-7", "2026-11-23T00:00", "2026-11-27T00:00 2026-11-28T00:00 2026-11-29T00:00 2026-12-04T00:00"),
+        # Around the end of the day, the week, the year, the hour.
+        ("0 22-4 * * *", "2026-11-23T22:30", "2026-11-23T23:00 2026-11-24T00:00 2026-11-24T01:00"),
+        ("0 22-4 * * *", "2026-11-24T03:00", "2026-11-24T04:00 2026-11-24T22:00"),
+        ("0 22-4/3 * * *", "2026-11-23T12:00", "2026-11-23T22:00 2026-11-24T01:00 2026-11-24T04:00 2026-11-24T22:00"),
+        ("0 0 * * FRI-MON", "2026-11-23T00:00", "2026-11-27T00:00 2026-11-28T00:00 2026-11-29T00:00 2026-11-30T00:00"),
+        ("0 0 * * 7-1", "2026-11-23T00:00", "2026-11-29T00:00 2026-11-30T00:00 2026-12-06T00:00"),
+        ("0 0 1 nov-Jan *", "2026-11-23T00:00", "2026-12-01T00:00 2027-01-01T00:00 2027-11-01T00:00"),
+        ("0 0 31-1 * *", "2026-11-23T00:00", "2026-12-01T00:00 2026-12-31T00:00 2027-01-01T00:00"),
+        ("59-0 * * * *", "2026-11-23T00:30", "2026-11-23T00:59 2026-11-23T01:00 2026-11-23T01:59"),
+        # In a word.
+        ("@hourly", "2026-11-23T00:30", "2026-11-23T01:00 2026-11-23T02:00"),
+        *((word, "2026-11-23T00:30", "2026-11-24T00:00 2026-11-25T00:00") for word in ("@daily", "@midnight")),
+        (" @Daily ", "2026-11-23T00:30", "2026-11-24T00:00 2026-11-25T00:00"),
+        ("@weekly", "2026-11-23T00:30", "2026-11-29T00:00 2026-12-06T00:00"),
+        ("@monthly", "2026-11-23T00:30", "2026-12-01T00:00 2027-01-01T00:00"),
+        *((word, "2026-11-23T00:30", "2027-01-01T00:00 2028-01-01T00:00") for word in ("@yearly", "@annually")),
         # Six fields: seconds first.
         ("*/20 59 23 31 12 *", "2026-12-31T23:59:00", "2026-12-31T23:59:20 2026-12-31T23:59:40 2027-12-31T23:59"),
         ("* * * * * *", "2026-12-31T23:59:58.500", "2026-12-31T23:59:59 2027-01-01T00:00 2027-01-01T00:00:01"),
@@ -4943,7 +5153,7 @@ def test_a_schedule_keeps_the_time_of_its_zone(cron, after, expected):
     [
         ("60 * * * *", "minute"),
         ("*/0 * * * *", "minute"),
-        ("5-1 * * * *", "minute"),
+        ("5-60 * * * *", "minute"),
         ("x * * * *", "minute"),
         ("1,,2 * * * *", "minute"),
         ("-1 * * * *", "minute"),
@@ -4959,6 +5169,10 @@ def test_a_schedule_keeps_the_time_of_its_zone(cron, after, expected):
         ("* * * *", "field"),
         ("* * * * * * *", "field"),
         ("", "field"),
+        ("@noon", "@daily"),
+        ("@daily @hourly", "field"),
+        ("* 22-24 * * *", "hour"),
+        ("* * 5-0 * *", "day"),
         ("* * 31 2 *", "31 2"),
     ],
 )
@@ -5816,7 +6030,7 @@ MINUTE_3 = (NEW_YEAR + datetime.timedelta(minutes=3)).timestamp() * 1000
 
 @pytest.fixture
 def crowd(dbos, executor, queue, job, witness):
-    """Workflows of all kinds, by ID, created one minute apart in this order from 2026-01-01 on."""
+    """Workflows of all kinds, by ID, begun (and ended) one minute apart in this order from 2026-01-01 on."""
 
     @dbos.workflow(name="greet")
     def greet(name):
@@ -5851,9 +6065,20 @@ def crowd(dbos, executor, queue, job, witness):
     witness.run("update durable.workflows set application_version = 'v0', executor_id = 'web-2' where id = 'ab3'")
     ids = ["a_1", "a%2", "ab3", "failed", "parent", "child", "delayed", "forked", "stopped"]
     for minute, workflow_id in enumerate(ids):
-        created_at = NEW_YEAR + datetime.timedelta(minutes=minute)
-        witness.run("update durable.workflows set created_at = %s where id = %s", created_at, workflow_id)
+        backdate(witness, workflow_id, began=NEW_YEAR + datetime.timedelta(minutes=minute))
     return ids
+
+
+def backdate(witness, workflow_id, began, ended=None):
+    """Have a workflow begun at that time, and, if it has ended, ended then, too, or later."""
+    witness.run(
+        """
+        update durable.workflows
+           set created_at = %s, updated_at = %s, completed_at = case when completed_at is not null then %s end
+         where id = %s
+        """,
+        began, ended or began, ended or began, workflow_id,
+    )
 
 
 @pytest.mark.parametrize(
@@ -5914,6 +6139,54 @@ def test_a_filter_that_makes_no_sense_is_refused(dbos, filters, named):
     """The error names it."""
     with pytest.raises((ValueError, DBOSException), match=named):
         dbos.list_workflows(**filters)
+
+
+class Explainer:
+    """Stands for a connection, and keeps the plan of what is executed."""
+
+    def __init__(self, witness):
+        self.witness, self.plan = witness, ""
+
+    def cursor(self, **_):
+        return self
+
+    def execute(self, query, parameters, prepare):
+        assert prepare is False
+        rows = self.witness.connection.execute(f"explain {query}", parameters, prepare=False).fetchall()
+        self.plan = "\n".join(line for (line,) in rows)
+        return self
+
+    def fetchall(self):
+        return []
+
+
+@pytest.mark.parametrize(
+    ("filters", "limit", "index"),
+    [
+        *(({"workflow_id_prefix": ["order-9"]}, limit, "workflows_prefix") for limit in (None, 100)),
+        ({"workflow_id_prefix": ["order-9", "basket_", "a%"]}, None, "workflows_prefix"),
+        ({"status": ["DELAYED", "ENQUEUED", "PENDING"], "queues_only": True}, None, "workflows_due"),
+        ({"status": ["DELAYED", "ENQUEUED", "PENDING"], "queues_only": True}, 100, "workflows_due"),
+        ({"status": ["PENDING"]}, None, "workflows_running"),
+        ({"status": ["MAX_RECOVERY_ATTEMPTS_EXCEEDED"]}, None, "workflows_dead"),
+        ({}, 100, "workflows_created"),
+    ],
+    ids=str,
+)
+def test_a_list_reads_what_it_lists(dbos, witness, filters, limit, index):
+    """Through an index, however many workflows have ended; by age, up to the limit, where all are wanted."""
+    witness.run(
+        """
+        insert into durable.workflows (id, name, inputs, claim, status, created_at, completed_at)
+        select 'done-' || n, 'f', '', 1, 'SUCCESS', now() - n * interval '1 minute', now()
+          from generate_series(1, 20000) as n
+        """
+    )
+    witness.run("vacuum analyze durable.workflows")
+    explainer = Explainer(witness)
+    assert durable._list(explainer, filters, limit, None, True, False, False) == []
+    assert index in explainer.plan
+    assert "Seq Scan" not in explainer.plan
 
 
 def test_a_list_shows_each_workflow_whole(dbos, crowd):
@@ -6667,6 +6940,116 @@ def test_garbage_is_what_is_more_than_enough(dbos, crowd, witness):
     assert [each.workflow_id for each in dbos.list_workflows()] == ["delayed", "forked", "stopped"]
 
 
+@pytest.mark.parametrize("dead_letter", [False, True])
+def test_garbage_goes_by_the_end_and_not_by_the_beginning(dbos, greet, witness, dead_letter):
+    """What ran for a month, or was given up today, stays as long as what began today."""
+    for workflow_id, began, ended in (("long", 40, 1), ("short", 3, 2), ("old", 40, 35)):
+        with SetWorkflowID(workflow_id):
+            greet()
+        if dead_letter:
+            witness.run(
+                """
+                update durable.workflows
+                   set status = 'MAX_RECOVERY_ATTEMPTS_EXCEEDED', completed_at = null
+                 where id = %s
+                """,
+                workflow_id,
+            )
+        today = datetime.datetime.now(datetime.timezone.utc)
+        backdate(witness, workflow_id, today - datetime.timedelta(days=began), today - datetime.timedelta(days=ended))
+    assert dbos.garbage_collect((time.time() - 30 * 86400) * 1000) == 1
+    assert {each.workflow_id for each in dbos.list_workflows()} == {"long", "short"}
+    assert dbos.garbage_collect(rows_threshold=1) == 1
+    assert [each.workflow_id for each in dbos.list_workflows()] == ["long"]
+
+
+def test_launches_are_forgotten_by_their_end_too(dbos, executor, witness):
+    """An executor that worked for a month is on record for as long as one that worked for a minute."""
+    for ended in ("stopped_at", "lost_at"):
+        for name, days in (("lately", 1), ("long ago", 35)):
+            each = executor(executor_id=f"{name}, {ended}")
+            each.launch()
+            each.destroy()
+            witness.run(
+                """
+                update durable.executors
+                   set stopped_at = null, launched_at = now() - interval '40 days'
+                 where executor_id = %s
+                """,
+                each.executor_id,
+            )
+            witness.run(
+                f"update durable.executors set {ended} = now() - make_interval(days => %s) where executor_id = %s",
+                days, each.executor_id,
+            )
+    witness.run("update durable.executors set launched_at = now() - interval '40 days' where executor_id = 'local'")
+    dbos.garbage_collect((time.time() - 30 * 86400) * 1000)
+    names = set(witness.column("select executor_id from durable.executors"))
+    assert names == {"local", "lately, stopped_at", "lately, lost_at"}
+
+
+MICROSECONDS = pytest.mark.parametrize("microsecond", [0, 123_000, 123_400, 123_500, 123_999, 999_999])
+
+
+@MICROSECONDS
+def test_a_time_that_was_told_finds_its_workflow(dbos, greet, witness, microsecond):
+    """Milliseconds are cut, and as a filter they mean all of that millisecond."""
+    with SetWorkflowID("w"):
+        greet()
+    began = NEW_YEAR.replace(microsecond=microsecond)
+    backdate(witness, "w", began)
+    told = dbos.get_workflow_status("w").created_at
+    assert told == int(NEW_YEAR.timestamp()) * 1000 + microsecond // 1000
+    times = [told, datetime.datetime.fromtimestamp(told / 1000, datetime.timezone.utc)]
+    for moment in times:
+        for filters in ({"start_time": moment}, {"end_time": moment}, {"start_time": moment, "end_time": moment}):
+            assert [each.workflow_id for each in dbos.list_workflows(**filters)] == ["w"], filters
+    assert dbos.list_workflows(start_time=told + 1) == dbos.list_workflows(end_time=told - 1) == []
+    dbos.garbage_collect(told)
+    assert dbos.get_workflow_status("w") is not None
+
+
+@MICROSECONDS
+def test_all_times_are_cut_to_milliseconds(dbos, greet, witness, microsecond):
+    """Of workflows, steps and executors: none is told to be later than it was."""
+
+    @dbos.workflow()
+    def outer():
+        return greet()
+
+    with SetWorkflowID("w"):
+        outer()
+    moment = NEW_YEAR.replace(microsecond=microsecond)
+    witness.run(
+        """
+        update durable.workflows
+           set created_at = %(t)s, updated_at = %(t)s, completed_at = %(t)s, dequeued_at = %(t)s,
+               delayed_until = %(t)s, deadline_at = %(t)s
+        """.replace("%(t)s", f"'{moment}'")
+    )
+    witness.run("update durable.steps set started_at = %s, completed_at = %s", moment, moment)
+    witness.run("update durable.executors set lost_at = %s, stopped_at = %s, launched_at = %s", *[moment] * 3)
+    status, (step, *_) = vars(dbos.get_workflow_status("w")), dbos.list_workflow_steps("w")
+    (row,) = durable._executors(witness.connection, 10)
+    told = [status[name] for name in ("created_at", "updated_at", "completed_at", "dequeued_at")]
+    told += [status["delay_until_epoch_ms"], status["workflow_deadline_epoch_ms"]]
+    told += [step["started_at_epoch_ms"], step["completed_at_epoch_ms"]]
+    told += [row["lost_at"], row["stopped_at"], row["launched_at"]]
+    assert set(told) == {int(NEW_YEAR.timestamp()) * 1000 + microsecond // 1000}
+
+
+@MICROSECONDS
+def test_a_global_timeout_takes_in_the_millisecond_it_names(dbos, sleeper, witness, microsecond):
+    """With the creation that was told of a workflow, that workflow is cancelled; a millisecond before, it is not."""
+    handle = begin(dbos, sleeper, id="w")
+    backdate(witness, "w", NEW_YEAR.replace(microsecond=microsecond))
+    told = handle.get_status().created_at
+    dbos.global_timeout(told - 1)
+    assert handle.get_status().status == "PENDING"
+    dbos.global_timeout(told)
+    assert is_cancelled(handle)
+
+
 def test_a_global_timeout_cancels_what_began_before_it(dbos, sleeper, witness, crowd):
     """Unfinished workflows that are older; nothing that has ended, nothing that is younger."""
     handle = begin(dbos, sleeper, id="young")
@@ -6920,6 +7303,8 @@ def test_a_client_has_the_options_of_an_enqueue(dbos, client, queue, job, gate, 
     assert witness.status("later") == "DELAYED"
     with pytest.raises(DBOSConflictingWorkflowError, match="w"):
         client.enqueue({"workflow_name": "another", "queue_name": "line", "workflow_id": "w"})
+    with pytest.raises(DBOSException, match="workflow ID ''"):
+        client.enqueue({"workflow_name": "job", "queue_name": "line", "workflow_id": ""})
 
 
 def test_a_client_reaches_methods(dbos, client, shop, witness):
@@ -7683,6 +8068,18 @@ def send(port, data, half_close=True):
     return answer
 
 
+@pytest.mark.parametrize("header", [b"Host", b"Origin", b"Sec-Fetch-Site", b"Authorization"], ids=ascii)
+def test_what_guards_the_port_is_said_once(served, header):
+    """Two Host headers, say, the second of another site, are 400: who believes the first may be wrong."""
+    good = {b"Host": b"localhost", b"Origin": b"http://localhost", b"Sec-Fetch-Site": b"none", b"Authorization": b"x"}
+    head = b"".join(b"%b: %b\r\n" % each for each in good.items())
+    assert b" 200 " in send(served.admin_port, b"GET /dbos-healthz HTTP/1.1\r\n" + head + b"\r\n")
+    twice = head + header.lower() + b": evil.example\r\n\r\n"
+    answer = send(served.admin_port, b"GET /deactivate HTTP/1.1\r\n" + twice)
+    assert b" 400 " in answer and header in answer
+    assert not served._executor.deactivated
+
+
 HEALTHZ = b"GET /dbos-healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
@@ -8045,7 +8442,19 @@ def test_a_list_too_long_for_one_answer_is_refused(desk, monkeypatch):
     assert desk.ids(limit=2, offset=1) == ["a-2", "b"]
 
 
-@pytest.mark.parametrize("body", [[], "x", 1, None, b"", b"{", b"nil"], ids=str)
+@pytest.mark.parametrize("head", [b"", b"Content-Length: 0\r\n"])
+def test_no_body_is_no_filter(desk, head):
+    """As curl -X POST sends it, without a length, and as other clients do; chunks are refused, as ever."""
+    desk.run("w", 7)
+    for path in (b"/workflows", b"/queues"):
+        request = b"POST " + path + b" HTTP/1.1\r\nHost: localhost\r\n" + head
+        assert b" 200 OK" in (answer := send(desk.port, request + b"\r\n"))
+        assert (b'"w"' in answer) == (path == b"/workflows")
+        assert b" 411 " in send(desk.port, request + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
+    assert desk.post("/dbos-global-timeout", b"").status == 400
+
+
+@pytest.mark.parametrize("body", [[], "x", 1, None, b" ", b"{", b"nil"], ids=str)
 def test_filters_that_are_no_object_are_refused(served, body):
     """400: the filters are one JSON object."""
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -8163,9 +8572,11 @@ def test_a_fork_that_makes_no_sense_is_refused(desk, body):
 
 
 def test_what_has_ended_is_collected(desk, witness):
-    """Before a time, or beyond a number of rows."""
+    """Before a time, or all but so many that ended last."""
     for workflow_id in "abc":
         desk.run(workflow_id, 1)
+    for minute, workflow_id in enumerate(desk.ids()):
+        backdate(witness, workflow_id, NEW_YEAR + datetime.timedelta(minutes=minute))
     cutoff = int(desk.get("/workflows/b").json["CreatedAt"])
     answer = desk.post("/dbos-garbage-collect", {"cutoff_epoch_timestamp_ms": cutoff, "rows_threshold": None})
     assert (answer.status, answer.text) == (204, "")
@@ -8603,6 +9014,30 @@ def test_what_finishes_is_counted_from_the_launch_on(served, gate):
     queue.enqueue(work).get_result()
     finished = lambda queue: metrics_of(served.admin_port)["durable_workflows_finished_total", "SUCCESS", "work", queue]
     assert (finished(""), finished("line")) == (20, 1)
+
+
+def logs_late(place):
+    """Log before and after the application has set up its own logging: at the root, or for our lines alone."""
+    DBOS(config={"admin_port": 0})
+    DBOS.launch()
+    DBOS.logger.warning("said before")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("app: %(message)s"))
+    logging.getLogger(place).addHandler(handler)
+    DBOS.logger.warning("said after")
+    logging.getLogger(place).removeHandler(handler)
+    DBOS.logger.warning("said at the end")
+    stay()
+
+
+@pytest.mark.parametrize("place", [None, "durable"], ids=str)
+def test_a_log_line_comes_once(programs, place):
+    """Whenever the application says where log lines go; for as long as it has not, we print them."""
+    process = programs.start(logs_late, place)
+    process.await_ready()
+    process.end()
+    lines = [line for line in process.errors().splitlines() if "said" in line]
+    assert ["app:" in line for line in lines] == [False, True, False]
 
 
 def test_the_launch_is_told_in_one_line(executor, finished, url, witness, caplog):
