@@ -61,6 +61,7 @@ import hashlib
 import hmac
 import http.server
 import importlib
+import importlib.util
 import inspect
 import io
 import ipaddress
@@ -285,12 +286,81 @@ class _JSONElsePickle(JSONSerializer):
     def serialize(self, data: Any) -> str:
         if _survives_json(data):
             return json.dumps(data)
-        return self._MARK + base64.b64encode(pickle.dumps(data)).decode()
+        pickled = io.BytesIO()
+        _Pickler(pickled).dump(data)
+        return self._MARK + base64.b64encode(pickled.getvalue()).decode()
 
     def deserialize(self, serialized_data: str) -> Any:
         if serialized_data.startswith(self._MARK):
-            return pickle.loads(base64.b64decode(serialized_data[len(self._MARK) :]))
+            return _Unpickler(io.BytesIO(base64.b64decode(serialized_data[len(self._MARK) :]))).load()
         return json.loads(serialized_data)
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles so that what the program's main file defines is found where that file is imported.
+
+    To pickle, such a class is called `__main__.Order`, which in the next process may be another file.
+    """
+
+    def reducer_override(self, value: Any) -> Any:
+        main, module = sys.modules["__main__"], getattr(value, "__module__", None)
+        if isinstance(value, (type, types.FunctionType)) and module in ("__main__", "__mp_main__") and _main_name():
+            with suppress(AttributeError):  # it is local: pickle has words for that
+                if _attribute(main, value.__qualname__) is value:
+                    return _of_main, (_main_name(), value.__qualname__)
+        return NotImplemented
+
+
+class _Unpickler(pickle.Unpickler):
+    """And the other way round: what was imported is found in the main file, which is not run a second time."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return super().find_class(_known_as(module, name, ["__main__"]), name)
+
+
+def _of_main(module: str, name: str) -> Any:
+    """What a pickle says for something that a file defined which ran as `__main__`, and is imported as `module`."""
+    here = "__main__" if module == _main_name() else _known_as(module, name, [*sys.modules])
+    return _attribute(importlib.import_module(here), name)
+
+
+def _attribute(module: types.ModuleType, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), cast(Any, module))
+
+
+@functools.cache
+def _main_name() -> str | None:
+    """What the main file is called by those who import it; None where there is none (a notebook, `python -`)."""
+    main = vars(sys.modules["__main__"])
+    if main.get("__spec__") is not None:  # python -m
+        return str(main["__spec__"].name)
+    if not main.get("__file__"):
+        return None
+    name, folder = Path(main["__file__"]).stem, Path(main["__file__"]).resolve().parent
+    while (folder / "__init__.py").exists():
+        name, folder = f"{folder.name}.{name}", folder.parent
+    return name
+
+
+def _known_as(module: str, name: str, candidates: list[str]) -> str:
+    """What this process calls a module that has `name`; it is not to load a file again under another name."""
+    if module in sys.modules:
+        return module
+    with suppress(Exception):  # a package above it is missing, or cannot be imported
+        if (spec := importlib.util.find_spec(module)) is not None:
+            return next(iter(_names_of(spec.origin or "")), module)
+    for each in candidates:  # shop/app.py, run as a script or from its folder, is plain app
+        full = (_main_name() if each == "__main__" else each) or ""
+        if full.rpartition(".")[2] == module.rpartition(".")[2] and hasattr(sys.modules[each], name.partition(".")[0]):
+            return each
+    return module
+
+
+def _names_of(file: str) -> list[str]:
+    """The names under which this process has loaded a file."""
+    base, path = os.path.basename(file), os.path.realpath(file)
+    loaded = {name: str(getattr(module, "__dict__", {}).get("__file__")) for name, module in sys.modules.copy().items()}
+    return [name for name, each in loaded.items() if os.path.basename(each) == base and os.path.realpath(each) == path]
 
 
 _SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # two that JSON would take for one character
@@ -5560,18 +5630,11 @@ def _set_up_logging(level: str) -> None:
 DBOS = Durable()
 
 
-def _twin() -> types.ModuleType | None:
-    """This file as a module that was imported before, under another name (`durable` and `shop.durable`)."""
-    for module in [each for name, each in sys.modules.items() if name not in (__name__, "__main__")]:
-        file = str(getattr(module, "__dict__", {}).get("__file__"))
-        same = os.path.basename(file) == os.path.basename(__file__)
-        if same and os.path.realpath(file) == os.path.realpath(__file__):
-            return module
-    return None
-
-
+# There is one DBOS, also where this file is imported under two names (`durable` and `shop.durable`).
 if __name__ != "__main__" and vars(sys.modules.get(__name__, types)) is globals():
-    sys.modules[__name__] = _twin() or sys.modules[__name__]  # there is one DBOS, whatever it was imported as
+    for _name in _names_of(__file__):
+        if _name not in (__name__, "__main__"):
+            sys.modules[__name__] = sys.modules[_name]
 
 
 # --- Command line -------------------------------------------------------------------------------------

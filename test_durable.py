@@ -678,6 +678,89 @@ def test_plain_values_are_stored_as_json_that_people_can_read(carry, witness):
     assert json.loads(witness.one("select output from durable.steps")) == json.loads(stored.output)
 
 
+MAIN_FILE = """
+    import dataclasses
+    import enum
+    import os
+    from durable import DBOS, SetWorkflowID
+
+    @dataclasses.dataclass
+    class Order:
+        n: int
+
+        class Size(enum.Enum):
+            SMALL = 1
+
+    class Refused(Exception):
+        pass
+
+    @DBOS.step()
+    def load(order):
+        return Order(order.n + 1), Order.Size.SMALL, load
+
+    @DBOS.step()
+    def refuse(order):
+        raise Refused(order)
+
+    @DBOS.workflow()
+    def fulfil(order):
+        order, size, step = load(order)
+        try:
+            refuse(order)
+        except Refused as error:
+            assert error.args == (order,) == (Order(2),)
+        if "DIE" in os.environ:
+            os.kill(os.getpid(), 9)
+        assert size is Order.Size.SMALL and step is load
+        return order
+
+    def main():
+        DBOS(config={"run_admin_server": False})
+        DBOS.launch()
+        with SetWorkflowID("w"):
+            result = fulfil(Order(1))
+        assert type(result) is Order
+        print(result)
+        DBOS.destroy()
+
+    if __name__ == "__main__":
+        main()
+"""
+
+
+@pytest.mark.parametrize("package", ["", "shop/", "shop/__init__.py"])
+@pytest.mark.parametrize("runs", ["script, import", "import, script", "-m, import", "script, -m", "script, from afar"])
+def test_classes_of_the_main_file_are_found_however_it_is_run(programs, package, runs):
+    """Begun by `python app.py` and recovered where `app` is imported, or the other way round, and in packages."""
+    folder = programs.folder / package.removesuffix("__init__.py")
+    folder.mkdir(exist_ok=True)
+    if package.endswith(".py"):
+        (folder / "__init__.py").touch()
+    (folder / "app.py").write_text(textwrap.dedent(MAIN_FILE))
+    name = "shop.app" if package else "app"
+    ways = {
+        "script": [folder / "app.py"], "import": ["-c", f"import {name}; {name}.main()"], "-m": ["-m", name],
+        "from afar": ["-c", f"import sys; sys.path.insert(0, {str(folder)!r}); import app; app.main()"],
+    }
+    first, second = ([sys.executable, *ways[way]] for way in runs.split(", "))
+    environment = {**programs.environment, "DIE": "now"}
+    assert subprocess.run(first, check=False, cwd=programs.folder, env=environment).returncode == -signal.SIGKILL
+    del environment["DIE"]
+    for _ in range(2):  # recovered, and read again
+        done = subprocess.run(second, check=False, cwd=programs.folder, env=environment, capture_output=True, text=True)
+        assert done.stdout == "Order(n=2)\n", done.stderr
+
+
+def test_a_main_file_that_is_imported_too_keeps_its_own_classes(programs):
+    """There are two of each class then, and a value comes back as one of that which it was of."""
+    check = "import app; assert type(app.fulfil(app.Order(1))) is app.Order"
+    program = MAIN_FILE.replace("DBOS.destroy", f"{check}; DBOS.destroy")
+    (programs.folder / "app.py").write_text(textwrap.dedent(program))
+    command = [sys.executable, programs.folder / "app.py"]
+    done = subprocess.run(command, check=False, env=programs.environment, capture_output=True, text=True)
+    assert done.stdout == "Order(n=2)\n", done.stderr
+
+
 class Odd(Exception):
     """Its constructor does not take its args."""
 
