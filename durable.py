@@ -5149,7 +5149,10 @@ class Durable(_Management):
                     f"give one of them another name (in a decorator, functools.wraps keeps that of the function)"
                 )
             if site.run is not self._rerun:
-                _log.warning("%s is run again: what it declares replaces what it declared before", site.module)
+                _log.warning(
+                    "%s is run again: its %s %s replaces the former one, and so does whatever it declares anew",
+                    *(site.module, what, name.removeprefix("<temp>.")),
+                )
                 self._rerun = site.run
         self._sites[what, name] = site
 

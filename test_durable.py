@@ -1063,6 +1063,15 @@ def test_calling_dbos_with_a_config_returns_dbos(url):
     DBOS.destroy(destroy_registry=True)
 
 
+def test_the_same_config_once_more_is_accepted(executor):
+    """A module that configures and launches may be run again; what is launched cannot be configured otherwise."""
+    dbos = executor()
+    dbos.launch()
+    assert dbos(config=dict(dbos._config)) is dbos
+    with pytest.raises(DBOSInitializationError, match="launched already"):
+        dbos(config={**dbos._config, "name": "other"})
+
+
 @pytest.mark.parametrize(
     ("config", "named"),
     [
@@ -2639,7 +2648,8 @@ def test_the_same_definition_run_again_replaces_the_former(executor, caplog, run
     run_code(DEFINITIONS.format(result="old", cron="* * * * *", limit=1), first)
     queue = first["queue"]
     run_code("\n" + DEFINITIONS.format(result="new", cron="0 0 24 12 *", limit=2), second)
-    assert len(warnings_in(caplog, "run again")) == 1
+    (warning,) = warnings_in(caplog, "run again")
+    assert "inner" in warning  # the first that is replaced
     dbos.launch()
     for job, *args in ([second["wrapped"]], [second["shop"].sell], [second["tick"], 1, 2]):
         assert queue.enqueue(job, *args).get_result() == "new"
