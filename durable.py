@@ -61,6 +61,7 @@ import hashlib
 import hmac
 import http.server
 import importlib
+import importlib.util
 import inspect
 import io
 import ipaddress
@@ -294,12 +295,81 @@ class _JSONElsePickle(JSONSerializer):
     def serialize(self, data: Any) -> str:
         if _survives_json(data):
             return json.dumps(data)
-        return self._MARK + base64.b64encode(pickle.dumps(data)).decode()
+        pickled = io.BytesIO()
+        _Pickler(pickled).dump(data)
+        return self._MARK + base64.b64encode(pickled.getvalue()).decode()
 
     def deserialize(self, serialized_data: str) -> Any:
         if serialized_data.startswith(self._MARK):
-            return pickle.loads(base64.b64decode(serialized_data[len(self._MARK) :]))
+            return _Unpickler(io.BytesIO(base64.b64decode(serialized_data[len(self._MARK) :]))).load()
         return json.loads(serialized_data)
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles so that what the program's main file defines is found where that file is imported.
+
+    To pickle, such a class is called `__main__.Order`, which in the next process may be another file.
+    """
+
+    def reducer_override(self, value: Any) -> Any:
+        main, module = sys.modules["__main__"], getattr(value, "__module__", None)
+        if isinstance(value, (type, types.FunctionType)) and module in ("__main__", "__mp_main__") and _main_name():
+            with suppress(AttributeError):  # it is local: pickle has words for that
+                if _attribute(main, value.__qualname__) is value:
+                    return _of_main, (_main_name(), value.__qualname__)
+        return NotImplemented
+
+
+class _Unpickler(pickle.Unpickler):
+    """And the other way round: what was imported is found in the main file, which is not run a second time."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return super().find_class(_known_as(module, name, ["__main__"]), name)
+
+
+def _of_main(module: str, name: str) -> Any:
+    """What a pickle says for something that a file defined which ran as `__main__`, and is imported as `module`."""
+    here = "__main__" if module == _main_name() else _known_as(module, name, [*sys.modules])
+    return _attribute(importlib.import_module(here), name)
+
+
+def _attribute(module: types.ModuleType, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), cast(Any, module))
+
+
+@functools.cache
+def _main_name() -> str | None:
+    """What the main file is called by those who import it; None where there is none (a notebook, `python -`)."""
+    main = vars(sys.modules["__main__"])
+    if main.get("__spec__") is not None:  # python -m
+        return str(main["__spec__"].name)
+    if not main.get("__file__"):
+        return None
+    name, folder = Path(main["__file__"]).stem, Path(main["__file__"]).resolve().parent
+    while (folder / "__init__.py").exists():
+        name, folder = f"{folder.name}.{name}", folder.parent
+    return name
+
+
+def _known_as(module: str, name: str, candidates: list[str]) -> str:
+    """What this process calls a module that has `name`; it is not to load a file again under another name."""
+    if module in sys.modules:
+        return module
+    with suppress(Exception):  # a package above it is missing, or cannot be imported
+        if (spec := importlib.util.find_spec(module)) is not None:
+            return next(iter(_names_of(spec.origin or "")), module)
+    for each in candidates:  # shop/app.py, run as a script or from its folder, is plain app
+        full = (_main_name() if each == "__main__" else each) or ""
+        if full.rpartition(".")[2] == module.rpartition(".")[2] and hasattr(sys.modules[each], name.partition(".")[0]):
+            return each
+    return module
+
+
+def _names_of(file: str) -> list[str]:
+    """The names under which this process has loaded a file."""
+    base, path = os.path.basename(file), os.path.realpath(file)
+    loaded = {name: str(getattr(module, "__dict__", {}).get("__file__")) for name, module in sys.modules.copy().items()}
+    return [name for name, each in loaded.items() if os.path.basename(each) == base and os.path.realpath(each) == path]
 
 
 _SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # two that JSON would take for one character
@@ -2015,43 +2085,131 @@ def _name_of(fn: Callable[..., Any]) -> str:
 class _Function:
     """A registered function: what a row's `name` means in this process."""
 
-    def __init__(self, name: str, call: Callable[..., Any], source: Callable[..., Any], most: int | None) -> None:
-        self.name, self.call, self.max_recovery_attempts = name, call, most
+    def __init__(
+        self, name: str, call: Callable[..., Any], source: Callable[..., Any], most: int | None, kind: str = "workflow"
+    ) -> None:
+        self.name, self.call, self.max_recovery_attempts, self.kind = name, call, most, kind
+        self.given, self.held = source, _held(source)
         self.is_async = inspect.iscoroutinefunction(call)
         self.signature = inspect.signature(source)
-        self.source = inspect.unwrap(source)
-        self.code: types.CodeType | None = getattr(self.source, "__code__", None)  # a callable object has none
+        while isinstance(source, functools.partial):
+            source = source.func
+        source = inspect.unwrap(source)
+        self.source: Any = source if hasattr(source, "__code__") else type(source).__call__  # of a callable object
         self.receiver: Literal["class", "instance"] | None = None  # set by dbos_class for methods
-
-    def where(self) -> tuple[str, int]:
-        """Where it is defined: one function met again (a closure made anew, a module loaded twice) keeps its place."""
-        return (self.code.co_filename, self.code.co_firstlineno) if self.code else (repr(self.source), 0)
 
     @functools.cached_property
     def hash(self) -> str:
-        """Tell this code from another; what has no source (in a REPL) is known by its bytecode."""
+        """Tell this code from another; what has no source (a .pyc alone, `python -`) is known by its bytecode."""
         try:
             source = inspect.getsource(self.source)
             tree = ast.parse(f"if 1:\n{source}" if source[0].isspace() else source)
             kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
             code: object = _shape(next((node for node in ast.walk(tree) if isinstance(node, kinds)), tree))
         except (OSError, TypeError, SyntaxError):
-            code = self.code.co_code.hex() if self.code else _name_of(self.source)
+            given = [*(getattr(self.source, "__defaults__", None) or ())]
+            given += (getattr(self.source, "__kwdefaults__", None) or {}).values()
+            defaults = [each if _survives_json(each) else _type_name(each) for each in given]
+            code = _shape([getattr(self.source, "__code__", None), defaults])
         return hashlib.sha256(f"{self.name}\n{code}".encode()).hexdigest()[:16]
+
+
+_CODE = "code", "exceptiontable", "consts", "names", "varnames", "freevars", "argcount", "kwonlyargcount", "flags"
 
 
 def _shape(node: object) -> object:
     """A piece of syntax as nested lists, so that comments, blank lines and layout do not count.
 
     What is empty is left out: so are the fields that newer versions of Python add, in older code, and
-    the empty pieces that 3.12 sees in f-strings.
+    the empty pieces that 3.12 sees in f-strings.  Compiled code is instructions, names and constants.
     """
+    if isinstance(node, types.CodeType):
+        return [_shape(getattr(node, f"co_{each}", None)) for each in _CODE]
+    if isinstance(node, frozenset):  # a constant, whose order is another in each process
+        return sorted(ascii(_shape(each)) for each in node)
     if isinstance(node, ast.JoinedStr):
         return [_shape(piece) for piece in node.values if getattr(piece, "value", None) != ""]
     if isinstance(node, ast.AST):
         fields = [(name, _shape(value)) for name, value in ast.iter_fields(node) if value not in (None, [])]
         return [type(node).__name__, *fields]
-    return [_shape(each) for each in node] if isinstance(node, list) else ascii(node)
+    return [_shape(each) for each in node] if isinstance(node, (list, tuple)) else ascii(node)
+
+
+class _Site(NamedTuple):
+    """Where something is declared: by which run of which module's code."""
+
+    run: types.CodeType | None = None  # each run of a module, or of a cell of a notebook, compiles or loads it anew
+    module: str | None = None  # its file, under whichever name it was imported; its name, where there is none
+    line: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.run.co_filename}, line {self.line}" if self.run else "a thread"
+
+
+def _site() -> _Site:
+    """Find the code outside of all functions and classes that led here."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None and frame.f_locals is not frame.f_globals:
+        frame = frame.f_back
+    if frame is None:
+        return _Site()
+    file, name = (frame.f_globals.get(each) for each in ("__file__", "__name__"))
+    return _Site(frame.f_code, os.path.realpath(file) if file else name, frame.f_lineno)
+
+
+_UNSET = object()  # what a variable holds that has no value yet
+
+
+def _alike(new: Any, former: Any, again: bool = False, seen: frozenset[int] = frozenset()) -> bool:
+    """Whether two things are one, as far as a function's behaviour depends on them.
+
+    Two functions are if they have the same code and hold alike things: one line can make many functions.
+    Where their module was run `again`, their code may have been edited, and their names tell; for a name
+    that stands for nothing by itself (of a function within another, a lambda), what they hold does, too.
+    """
+    new, held = _as_written(new)
+    former, before = _as_written(former)
+    if new is _UNSET or former is _UNSET:
+        return again
+    if new is former or id(new) in seen:
+        return True
+    if not (isinstance(new, types.FunctionType) and isinstance(former, types.FunctionType)):
+        if again and not _survives_json(new):
+            return _name_of(new) == _name_of(former)
+        lasting = again or type(new).__hash__ is not None  # two lists may be equal now, and differ later
+        return type(new) is type(former) and lasting and bool(new == former)
+    if not again:
+        same = new.__code__ is former.__code__
+    elif new.__name__ == "<lambda>":
+        same = _shape(new.__code__) == _shape(former.__code__)
+    else:
+        same = new.__qualname__ == former.__qualname__
+    if not same or (again and "<" not in new.__qualname__):
+        return same
+    return (again or held.keys() == before.keys()) and all(
+        _alike(held[name], before[name], again, seen | {id(new)}) for name in held.keys() & before.keys()
+    )
+
+
+def _held(fn: object) -> dict[object, Any]:
+    """What a function has besides its code: its defaults, and the variables of the functions around it."""
+    if not isinstance(fn, types.FunctionType):
+        return {}
+    held: dict[object, Any] = dict(enumerate(fn.__defaults__ or ()))
+    held.update(fn.__kwdefaults__ or {})
+    for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+        if name not in ("__class__", fn.__name__):  # which are being defined, as it is
+            try:
+                held[name] = cell.cell_contents
+            except ValueError:
+                held[name] = _UNSET
+    return held
+
+
+def _as_written(fn: Any) -> tuple[Any, dict[object, Any]]:
+    """A function without our decoration, and what it held when it was registered (or holds now, if it was not)."""
+    function = vars(fn).get("_durable_function") if isinstance(fn, types.FunctionType) else fn
+    return (function.given, function.held) if isinstance(function, _Function) else (fn, _held(fn))
 
 
 @dataclass
@@ -5041,16 +5199,18 @@ class Durable(_Management):
         self._classes: dict[str, type] = {}
         self._instances: dict[tuple[str | None, str | None], object] = {}
         self._schedules: list[tuple[_Cron, Callable[..., Any]]] = []
+        self._sites: dict[tuple[str, str], _Site] = {}  # where each of these was declared
+        self._rerun: types.CodeType | None = None  # the last run of a module that was warned of
         self.logger = _log
         Queue(_INTERNAL_QUEUE, durable=self)
 
     def __call__(self, *, config: DBOSConfig | None = None) -> "Durable":
-        """Configure the instance (before its launch) and return it.
+        """Configure the instance (before its launch, or once more with the same) and return it.
 
         Raises DBOSInitializationError for an unknown setting or a value of the wrong type.
         """
         if config is not None:
-            if self._executor is not None:
+            if self._executor is not None and _checked(config) != self._config:
                 raise DBOSInitializationError("it is launched already: configure it before, or destroy() it first")
             self._config = _checked(config)
         return self
@@ -5077,7 +5237,7 @@ class Durable(_Management):
 
             return self._register(registered, _in_colour_of(fn, body))
 
-        return decorate
+        return _decorator("workflow", decorate)
 
     def step(
         self, *, name: str | None = None, retries_allowed: bool = False, interval_seconds: float = 1.0,
@@ -5101,9 +5261,9 @@ class Durable(_Management):
                 return await _step(known_as, retries, functools.partial(fn, *args, **kwargs))
 
             call = _in_colour_of(fn, body)
-            return self._register(_Function(f"<temp>.{known_as}", call, fn, 100), call)
+            return self._register(_Function(f"<temp>.{known_as}", call, fn, 100, "step"), call)
 
-        return decorate
+        return _decorator("step", decorate)
 
     def transaction(
         self, isolation_level: Literal["SERIALIZABLE", "REPEATABLE READ", "READ COMMITTED"] = "SERIALIZABLE", *,
@@ -5141,10 +5301,10 @@ class Durable(_Management):
                     return fn(*args, **kwargs)  # a transaction within a transaction is part of it
                 return cast(R, _transaction(known_as, isolation_level, functools.partial(fn, *args, **kwargs)))
 
-            alone = _Function(f"<temp>.{known_as}", call, fn, 100)
+            alone = _Function(f"<temp>.{known_as}", call, fn, 100, "transaction")
             return self._register(alone, call)
 
-        return decorate
+        return _decorator("transaction", decorate)
 
     def scheduled(self, cron: str, timezone: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Run a workflow (this goes above its decorator) at each tick of a cron expression, once over all executors.
@@ -5157,14 +5317,14 @@ class Durable(_Management):
         parsed = _Cron(cron, timezone)
 
         def decorate(fn: Callable[P, R]) -> Callable[P, R]:
-            function, _ = self._function_of(fn, ())
+            function, _ = self._function_of(getattr(fn, "__func__", fn), ())
             try:
                 function.signature.bind(None, None)
             except TypeError as cause:
                 raise DBOSException(
                     f"{function.name} is scheduled, and must take two arguments, scheduled and actual time: {cause}"
                 ) from None
-            self._schedules.append((parsed, fn))
+            self._schedules.append((parsed, getattr(fn, "__func__", fn)))
             return fn
 
         return decorate
@@ -5172,15 +5332,35 @@ class Durable(_Management):
     def _register(self, function: _Function, call: Callable[P, R]) -> Callable[P, R]:
         with self._lock:
             former = self._functions.get(function.name)
-            if former is not None and former.where() != function.where():
-                raise DBOSConflictingRegistrationError(
-                    "two functions are called {}: one in {}, line {}, one in {}, line {}; give one of them a "
-                    "name=".format(function.name.removeprefix("<temp>."), *former.where(), *function.where())
-                )
+            same = former is not None and function.kind == former.kind and _alike(function, former)
+            self._declare("function", function.name, function, former, same)
+            self._schedules = [each for each in self._schedules if cast(Any, each[1])._durable_function is not former]
             self._functions[function.name] = function
             self._publish()
         call._durable_function = function  # type: ignore[attr-defined]
         return call
+
+    def _declare(self, what: str, name: str, new: object, former: object, same: bool) -> None:
+        """Note where something is declared; refuse a name that something else has, which is not the `same`.
+
+        A module that is run twice (a cell of a notebook, importlib.reload, a file that is both `__main__`
+        and imported) declares its things anew: they replace the former ones, with one warning.
+        """
+        site, before = _site(), self._sites.get((what, name), _Site())
+        if former is not None and not same:
+            again = site.run is not before.run and site.module is not None and site.module == before.module
+            if not (again and _alike(new, former, again)):
+                raise DBOSConflictingRegistrationError(
+                    f"a second {what} is called {name.removeprefix('<temp>.')}: one from {before}, one from {site}; "
+                    f"give one of them another name (in a decorator, functools.wraps keeps that of the function)"
+                )
+            if site.run is not self._rerun:
+                _log.warning(
+                    "%s is run again: its %s %s replaces the former one, and so does whatever it declares anew",
+                    *(site.module, what, name.removeprefix("<temp>.")),
+                )
+                self._rerun = site.run
+        self._sites[what, name] = site
 
     def dbos_class(self, class_name: str | None = None) -> Callable[[type[T]], type[T]]:
         """Let the class methods and instance methods of a class be workflows and steps.
@@ -5190,8 +5370,8 @@ class Durable(_Management):
 
         def decorate(cls: type[T]) -> type[T]:
             known_as = class_name or cls.__qualname__
-            if self._classes.get(known_as, cls) is not cls:
-                raise DBOSConflictingRegistrationError(f"two classes are called {known_as}: give one a class_name")
+            former = self._classes.get(known_as)
+            self._declare("class", known_as, cls, former, cls is former)
             self._classes[known_as] = cls
             cls._durable_class_name = known_as  # type: ignore[attr-defined]
             for attribute in [each for base in cls.__mro__ for each in vars(base).values()]:
@@ -5206,8 +5386,9 @@ class Durable(_Management):
     def register_instance(self, instance: "DBOSConfiguredInstance") -> None:
         """Make an instance known by its class and `config_name`; its constructor does so for `DBOS`."""
         key = (_class_name(type(instance)), instance.config_name)
-        if self._instances.get(key, instance) is not instance:
-            raise DBOSConflictingRegistrationError(f"two instances of {key[0]} are called {key[1]!r}")
+        former = self._instances.get(key)
+        same = type(instance) is type(former) and vars(instance) == vars(former)
+        self._declare("instance", f"{key[1]!r} of {key[0]}", instance, former, same)
         self._instances[key] = instance
         self._publish()
 
@@ -5248,9 +5429,11 @@ class Durable(_Management):
 
     def _add_queue(self, queue: Queue) -> None:
         with self._lock:
-            if queue.name in self._queues:
-                raise DBOSConflictingRegistrationError(f"queue {queue.name} is declared twice")
-            self._queues[queue.name] = queue
+            known = self._queues.setdefault(queue.name, queue)
+            self._declare("queue", queue.name, queue, known, vars(queue) == vars(known))
+            if known is not queue:
+                vars(known).update(vars(queue))
+                queue.__dict__ = known.__dict__  # two objects, and one queue
 
     def register_queue(self, name: str, *, on_conflict: str = "always_update", **limits: Any) -> Queue:
         """Declare a queue of this instance, or set its limits anew; the keywords are those of `Queue`.
@@ -5327,7 +5510,8 @@ class Durable(_Management):
                 finally:
                     self._executor = None
             if destroy_registry:
-                for known in (self._functions, self._queues, self._classes, self._instances, self._schedules):
+                for known in (self._functions, self._queues, self._classes, self._instances, self._schedules,
+                              self._sites):
                     cast(Any, known).clear()
                 self._listened = None
                 Queue(_INTERNAL_QUEUE, durable=self)
@@ -5670,6 +5854,25 @@ class DBOSClient(_Management):
     enqueue, enqueue_async = _handle_twins(_enqueue)
 
 
+def _decorator(
+    kind: str, decorate: Callable[[Callable[P, R]], Callable[P, R]]
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a decorator go above `@staticmethod` and `@classmethod`, too, but not above one of another kind."""
+
+    def above(fn: Any) -> Any:
+        if isinstance(fn, (staticmethod, classmethod)):
+            return type(fn)(above(fn.__func__))
+        former = getattr(fn, "_durable_function", None)
+        if isinstance(former, _Function) and former.kind != kind:
+            raise DBOSConflictingRegistrationError(
+                f"{_name_of(fn)} is a {former.kind} already and cannot be a {kind}, too: make that another function, "
+                f"which calls it"
+            )
+        return decorate(fn)
+
+    return above
+
+
 def _class_name(cls: type) -> str:
     return str(getattr(cls, "_durable_class_name", cls.__qualname__))
 
@@ -5696,6 +5899,13 @@ def _set_up_logging(level: str) -> None:
 
 
 DBOS = Durable()
+
+
+# There is one DBOS, also where this file is imported under two names (`durable` and `shop.durable`).
+if __name__ != "__main__" and vars(sys.modules.get(__name__, types)) is globals():
+    for _name in _names_of(__file__):
+        if _name not in (__name__, "__main__"):
+            sys.modules[__name__] = sys.modules[_name]
 
 
 # --- Command line -------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ import itertools
 import json
 import logging
 import os
+import py_compile
 import re
 import shutil
 import signal
@@ -680,6 +681,89 @@ def test_plain_values_are_stored_as_json_that_people_can_read(carry, witness):
     assert json.loads(witness.one("select output from durable.steps")) == json.loads(stored.output)
 
 
+MAIN_FILE = """
+    import dataclasses
+    import enum
+    import os
+    from durable import DBOS, SetWorkflowID
+
+    @dataclasses.dataclass
+    class Order:
+        n: int
+
+        class Size(enum.Enum):
+            SMALL = 1
+
+    class Refused(Exception):
+        pass
+
+    @DBOS.step()
+    def load(order):
+        return Order(order.n + 1), Order.Size.SMALL, load
+
+    @DBOS.step()
+    def refuse(order):
+        raise Refused(order)
+
+    @DBOS.workflow()
+    def fulfil(order):
+        order, size, step = load(order)
+        try:
+            refuse(order)
+        except Refused as error:
+            assert error.args == (order,) == (Order(2),)
+        if "DIE" in os.environ:
+            os.kill(os.getpid(), 9)
+        assert size is Order.Size.SMALL and step is load
+        return order
+
+    def main():
+        DBOS(config={"run_admin_server": False})
+        DBOS.launch()
+        with SetWorkflowID("w"):
+            result = fulfil(Order(1))
+        assert type(result) is Order
+        print(result)
+        DBOS.destroy()
+
+    if __name__ == "__main__":
+        main()
+"""
+
+
+@pytest.mark.parametrize("package", ["", "shop/", "shop/__init__.py"])
+@pytest.mark.parametrize("runs", ["script, import", "import, script", "-m, import", "script, -m", "script, from afar"])
+def test_classes_of_the_main_file_are_found_however_it_is_run(programs, package, runs):
+    """Begun by `python app.py` and recovered where `app` is imported, or the other way round, and in packages."""
+    folder = programs.folder / package.removesuffix("__init__.py")
+    folder.mkdir(exist_ok=True)
+    if package.endswith(".py"):
+        (folder / "__init__.py").touch()
+    (folder / "app.py").write_text(textwrap.dedent(MAIN_FILE))
+    name = "shop.app" if package else "app"
+    ways = {
+        "script": [folder / "app.py"], "import": ["-c", f"import {name}; {name}.main()"], "-m": ["-m", name],
+        "from afar": ["-c", f"import sys; sys.path.insert(0, {str(folder)!r}); import app; app.main()"],
+    }
+    first, second = ([sys.executable, *ways[way]] for way in runs.split(", "))
+    environment = {**programs.environment, "DIE": "now"}
+    assert subprocess.run(first, check=False, cwd=programs.folder, env=environment).returncode == -signal.SIGKILL
+    del environment["DIE"]
+    for _ in range(2):  # recovered, and read again
+        done = subprocess.run(second, check=False, cwd=programs.folder, env=environment, capture_output=True, text=True)
+        assert done.stdout == "Order(n=2)\n", done.stderr
+
+
+def test_a_main_file_that_is_imported_too_keeps_its_own_classes(programs):
+    """There are two of each class then, and a value comes back as one of that which it was of."""
+    check = "import app; assert type(app.fulfil(app.Order(1))) is app.Order"
+    program = MAIN_FILE.replace("DBOS.destroy", f"{check}; DBOS.destroy")
+    (programs.folder / "app.py").write_text(textwrap.dedent(program))
+    command = [sys.executable, programs.folder / "app.py"]
+    done = subprocess.run(command, check=False, env=programs.environment, capture_output=True, text=True)
+    assert done.stdout == "Order(n=2)\n", done.stderr
+
+
 class Odd(Exception):
     """Its constructor does not take its args."""
 
@@ -980,6 +1064,15 @@ def test_calling_dbos_with_a_config_returns_dbos(url):
     assert isinstance(DBOS, Durable)
     assert DBOS(config={"name": "shop", "system_database_url": url}) is DBOS
     DBOS.destroy(destroy_registry=True)
+
+
+def test_the_same_config_once_more_is_accepted(executor):
+    """A module that configures and launches may be run again; what is launched cannot be configured otherwise."""
+    dbos = executor()
+    dbos.launch()
+    assert dbos(config=dict(dbos._config)) is dbos
+    with pytest.raises(DBOSInitializationError, match="launched already"):
+        dbos(config={**dbos._config, "name": "other"})
 
 
 @pytest.mark.parametrize(
@@ -2565,6 +2658,222 @@ def test_two_functions_under_one_name_are_an_error(executor):
         dbos.workflow(name="pay")(lambda: 2)
 
 
+def plainly(fn):
+    """A decorator as people write it: without functools.wraps."""
+
+    def inner(*args):
+        return fn(*args)
+
+    return inner
+
+
+def charge():
+    return "charged"
+
+
+def refund():
+    return "refunded"
+
+
+def in_a_factory(register):
+    def make(result):
+        @register
+        def job():
+            return result
+
+    make("charged")
+    make("refunded")
+
+
+def in_a_factory_above(register):
+    def make(result):
+        @register
+        def job():
+            return work()
+
+        def work():
+            return result
+
+    make("charged")
+    make("refunded")
+
+
+def below_a_decorator(register):
+    register(plainly(charge))
+    register(plainly(refund))
+
+
+def in_a_loop(register):
+    for result in ("charged", "refunded"):
+        register(lambda: result)  # noqa: B023 (as people write it)
+
+
+def as_a_default(register):
+    for result in ("charged", "refunded"):
+        register(lambda result=result: result)
+
+
+def of_two_objects(register):
+    for _ in range(2):
+        register(Gate().open)
+
+
+@pytest.mark.parametrize("kind", ["workflow", "step", "transaction"])
+@pytest.mark.parametrize(
+    "make_two",
+    [in_a_factory, in_a_factory_above, below_a_decorator, in_a_loop, as_a_default, of_two_objects],
+)
+def test_two_functions_of_one_line_are_an_error_too(executor, kind, make_two):
+    """The same code that holds something else is another function: one would run in place of the other."""
+    with pytest.raises(DBOSConflictingRegistrationError, match=r"a second function .* another name"):
+        make_two(getattr(executor(), kind)())
+
+
+def test_a_step_and_a_transaction_under_one_name_are_an_error(executor):
+    """Each could be enqueued, and only one be found."""
+    dbos = executor()
+    dbos.step()(charge)
+    with pytest.raises(DBOSConflictingRegistrationError, match="charge"):
+        dbos.transaction()(charge)
+
+
+def test_a_function_that_is_made_anew_and_is_the_same_is_no_error(executor):
+    """As in a function that makes an application, and is called again: nothing tells the two apart."""
+    dbos = executor()
+
+    def make_application(rate):
+        @dbos.step()
+        def work(n=1):
+            return n * rate
+
+        @dbos.workflow()
+        def count_down(n):
+            return work() if n == 0 else count_down(n - 1)
+
+        return count_down
+
+    make_application(2)
+    count_down = make_application(2)
+    dbos.launch()
+    assert count_down(1) == 2
+    with pytest.raises(DBOSConflictingRegistrationError, match="work"):
+        make_application(3)
+
+
+DEFINITIONS = """
+    @dbos.workflow()
+    @plainly
+    def wrapped():
+        return {result!r}
+
+    @dbos.scheduled({cron!r})
+    @dbos.workflow()
+    def tick(scheduled, actual):
+        return {result!r}
+
+    queue = Queue("line", worker_concurrency={limit}, durable=dbos)
+
+    @dbos.dbos_class()
+    class Shop:
+        config_name = "corner"
+
+        @dbos.workflow()
+        def sell(self):
+            return __class__.__name__ and {result!r}
+
+    shop = Shop()
+    dbos.register_instance(shop)
+"""
+CELL = {"__name__": "__main__"}
+MAIN, IMPORTED = ({"__name__": name, "__file__": "main.py"} for name in ("__main__", "main"))
+OTHER = {"__name__": "other", "__file__": "other.py"}
+
+
+def run_code(source, names):
+    exec(compile(textwrap.dedent(source), names.get("__file__", f"<cell {uuid.uuid4()}>"), "exec"), names)
+
+
+@pytest.mark.parametrize(
+    "runs", [(CELL, CELL), (IMPORTED, IMPORTED), (MAIN, IMPORTED)], ids=["cell", "reload", "main and imported"]
+)
+def test_the_same_definition_run_again_replaces_the_former(executor, caplog, runs):
+    """With one warning, whatever it says now; what it scheduled before comes no more."""
+    dbos = executor()
+    namespaces = {id(names): {**names, "dbos": dbos, "Queue": Queue, "plainly": plainly} for names in runs}
+    first, second = (namespaces[id(names)] for names in runs)
+    run_code(DEFINITIONS.format(result="old", cron="* * * * *", limit=1), first)
+    queue = first["queue"]
+    run_code("\n" + DEFINITIONS.format(result="new", cron="0 0 24 12 *", limit=2), second)
+    (warning,) = warnings_in(caplog, "run again")
+    assert "inner" in warning  # the first that is replaced
+    dbos.launch()
+    for job, *args in ([second["wrapped"]], [second["shop"].sell], [second["tick"], 1, 2]):
+        assert queue.enqueue(job, *args).get_result() == "new"
+    assert [(cron.expression, fn) for cron, fn in dbos._schedules] == [("0 0 24 12 *", second["tick"])]
+    assert queue.worker_concurrency == second["queue"].worker_concurrency == 2
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        "dbos.workflow()(plainly(refund))",
+        "dbos.workflow(name='charge')(refund)",
+        "dbos.workflow(name='charge')(lambda: 2)",
+    ],
+)
+def test_another_definition_in_another_cell_is_an_error(executor, second):
+    """The names of two functions tell them apart, or what they do, where they have none."""
+    dbos = executor()
+    names = {**CELL, "dbos": dbos, "plainly": plainly}
+    run_code("def charge():\n    return 1", names)
+    run_code("def refund():\n    return 2", names)
+    first = "dbos.workflow()(plainly(charge))" if "plainly" in second else "dbos.workflow(name='charge')(lambda: 1)"
+    run_code(first, names)
+    run_code(first, names)
+    with pytest.raises(DBOSConflictingRegistrationError, match=r"charge|inner"):
+        run_code(second, names)
+
+
+def test_the_same_name_in_another_module_is_an_error(executor):
+    """Two modules are two programs, also where one decorator made both functions."""
+    dbos = executor()
+    for definition in ("@dbos.workflow()\ndef pay():\n    pass", "@dbos.step()\n@plainly\ndef pay():\n    pass"):
+        run_code(definition, {**MAIN, "dbos": dbos, "plainly": plainly})
+        with pytest.raises(DBOSConflictingRegistrationError, match=r"main\.py, line 1, one from other\.py, line 1"):
+            run_code(definition, {**OTHER, "dbos": dbos, "plainly": plainly})
+
+
+def test_a_file_may_be_run_as_main_imported_and_reloaded(tmp_path):
+    """As by `uvicorn.run("main:app")`; and durable.py itself may be imported under two names."""
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "durable.py").symlink_to(HERE / "durable.py")
+    (tmp_path / "main.py").write_text(
+        textwrap.dedent("""
+            import importlib
+            import shop.durable
+            from durable import DBOS, Queue
+
+            DBOS(config={"name": "shop"})
+            queue = Queue("line")
+
+            @DBOS.workflow()
+            def pay():
+                pass
+
+            if __name__ == "__main__":
+                import main
+
+                importlib.reload(main)
+                print(DBOS is shop.durable.DBOS, DBOS._functions["pay"].given.__module__)
+        """)
+    )
+    command = [sys.executable, "-B", str(tmp_path / "main.py")]
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "True main\n"
+    assert done.stderr.count("run again") == 2
+
+
 def test_keyword_and_default_arguments_arrive(dbos, witness):
     """Arguments reach the function as they were given, in the first run and in a recovered one."""
     got = []
@@ -2666,12 +2975,71 @@ def test_static_and_class_methods_work_as_workflows(dbos, shop, witness):
     assert [result_of(dbos, f"started-{n}") for n in range(2)] == [6, 15]
 
 
+@pytest.mark.parametrize("kind", ["workflow", "step", "transaction"])
+def test_the_decorators_go_above_and_below_those_of_methods(dbos, witness, kind):
+    """`@staticmethod` and `@classmethod` may stand on either side of ours."""
+    decorate = getattr(dbos, kind)
+
+    @dbos.dbos_class("Shop")
+    class Shop:
+        @decorate()
+        @staticmethod
+        def opened(n):
+            return n + 1
+
+        @decorate()
+        @classmethod
+        def named(cls, n):
+            return f"{cls.__name__} {n}"
+
+        @staticmethod
+        @decorate()
+        def closed(n):
+            return n - 1
+
+        @dbos.scheduled("0 0 1 1 *")
+        @dbos.workflow()
+        @staticmethod
+        def tick(scheduled, actual):
+            return "ticked"
+
+    expected = {Shop.opened: 6, Shop.named: "Shop 5", Shop().closed: 4}
+    assert {method: method(5) for method in expected} == expected
+    handles = [dbos.start_workflow(method, 5) for method in expected]
+    assert [handle.get_result() for handle in handles] == list(expected.values())
+    rewind(dbos, witness, *(handle.workflow_id for handle in handles))
+    assert [result_of(dbos, handle.workflow_id) for handle in handles] == list(expected.values())
+    assert Shop.tick(1, 2) == dbos.start_workflow(dbos._schedules[0][1], 1, 2).get_result() == "ticked"
+
+
+@pytest.mark.parametrize("inner", ["workflow", "step", "transaction"])
+@pytest.mark.parametrize("outer", ["workflow", "step", "transaction"])
+def test_a_function_is_decorated_once(executor, outer, inner):
+    """A second kind is a conflict, and so is the same kind under the same name."""
+    dbos = executor()
+
+    def log(fn):
+        return functools.wraps(fn)(lambda: [fn()])
+
+    decorated = getattr(dbos, inner)()(charge)
+    for once_more in (decorated, log(decorated), staticmethod(decorated)):
+        with pytest.raises(DBOSConflictingRegistrationError, match="charge"):
+            getattr(dbos, outer)()(once_more)
+
+
 def test_two_instances_under_one_name_are_an_error(shop):
     """Recovery could not tell them apart."""
     first = shop("same", 1)
     with pytest.raises(DBOSConflictingRegistrationError, match="same"):
         shop("same", 2)
     assert first.config_name == "same"
+
+
+def test_an_instance_declared_again_with_the_same_settings_is_accepted(shop, caplog):
+    """It makes no difference which of them recovery finds."""
+    with SetWorkflowID("w"):
+        assert shop("same", 1).sell(1) == shop("same", 1).sell(1)
+    assert not warnings_in(caplog, "again")
 
 
 def test_an_unfinished_workflow_of_a_missing_instance_waits(dbos, shop, witness, caplog):
@@ -5935,6 +6303,81 @@ def curious(x: int, *, y="a b", z=None) -> str:
 def test_a_hash_is_the_same_in_every_python():
     """The number was taken on 3.10, 3.11, 3.12 and 3.13: processes of two editions share their work."""
     assert durable._Function("curious", curious, curious, 1).hash == "c61904797071f0a2"
+
+
+UNSOURCED = """
+    from durable import DBOS, Durable
+
+    def charge(): pass
+    def refund(): pass
+
+    @DBOS.workflow()
+    def pay(amount, note="none", *, limit=5, how=object()):
+        if note not in {"none", "gift", "refund", "loan"}:
+            return [each + 1 for each in charge()]
+        return amount - 1
+
+    print(DBOS.application_version)
+"""
+
+
+@pytest.fixture(params=["python -", ".pyc"])
+def unsourced_version_of(request, tmp_path):
+    """The version of a program that has no source when it runs, in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+
+    def version_of(source, seed=0):
+        source, command = textwrap.dedent(source), [sys.executable, "-"]
+        if request.param == ".pyc":
+            (tmp_path / "program.py").write_text(source)
+            command[1] = py_compile.compile(str(tmp_path / "program.py"), str(tmp_path / "program.pyc"))
+            (tmp_path / "program.py").unlink()
+        environment["PYTHONHASHSEED"] = str(seed)
+        done = subprocess.run(command, input=source, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    return version_of
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("in charge()", "in refund()"),
+        ("each + 1", "each + 2"),
+        ("amount - 1", "amount - 2"),
+        ('"gift"', '"present"'),
+        ('="none"', '="some"'),
+        ("limit=5", "limit=6"),
+        ("amount", "sum"),
+    ],
+)
+def test_without_source_too_changed_code_is_another_version(unsourced_version_of, old, new):
+    """Names, constants and defaults count, those within the function's inner ones too."""
+    assert unsourced_version_of(UNSOURCED.replace(old, new)) != unsourced_version_of(UNSOURCED)
+
+
+def test_without_source_too_each_process_has_the_same_version(unsourced_version_of):
+    """Neither the order of a set nor the place in the file or in memory counts."""
+    moved = UNSOURCED.replace("def charge", "# a comment\n\n    def charge").replace("return amount", "return   amount")
+    assert unsourced_version_of(moved, seed=1) == unsourced_version_of(UNSOURCED, seed=2)
+
+
+def test_the_code_of_a_callable_that_is_no_function_counts(executor):
+    """It is what a partial calls, or the `__call__` of its class."""
+
+    def one(self=None):
+        return 1
+
+    def two(self=None):
+        return 2
+
+    versions = set()
+    for function in (one, two):
+        for each in (functools.partial(function), type("Job", (), {"__call__": function})()):
+            dbos = executor(application_version=None)
+            dbos.workflow(name="job")(each)
+            versions.add(dbos.application_version)
+    assert len(versions) == 2
 
 
 def test_the_executors_row_tells_each_workflows_hash(executor, tmp_path, witness):
