@@ -98,6 +98,7 @@ from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, Ty
 
 import psycopg
 from psycopg import pq
+from psycopg.abc import PQGen
 from psycopg.rows import class_row, dict_row
 from psycopg_pool import ConnectionPool
 
@@ -138,6 +139,7 @@ _DEQUEUE_BATCH = 100  # rows of a queue claimed at a time
 _DELETE_BATCH = 1000  # finished workflows deleted at a time
 _IDLE_TRANSACTION_S = 300  # a transaction function that leaves its transaction idle for longer is cut off
 _LONGEST_NAME = 1000  # bytes of an ID or a queue's name: an entry of an index takes 2,700
+_TRIES = 10  # of a transaction's function, before a conflict is its outcome
 _LARGEST_VALUE = 200_000_000  # characters: JSON may double them, and a message to Postgres holds 1 GB
 _HEAD_LIMIT = 1 << 16  # bytes of a request's head, and
 _BODY_LIMIT = 1 << 20  # of its body, that the admin server takes
@@ -1827,15 +1829,54 @@ async def _attempts(run: _Run, position: int, name: str, retries: _Retries, call
 
 
 class _Connection(psycopg.Connection[Any]):
-    """The connection a transaction function sees: all psycopg, but committing is not the function's to do."""
+    """A connection of ours, which may lend its session to a transaction function."""
 
-    in_function = False
+    stage = "begin"  # of a transaction: then it is the "function"'s, and then it writes the "record"
     hints: list[tuple[str, ...]]  # to be given once the transaction is committed
+    met: list[psycopg.Error]  # the errors of this session, which are not those of another database
+    borrowed: "_Borrowed"
+
+    def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+        try:
+            return super().wait(gen, *args, **kwargs)
+        except psycopg.Error as error:
+            if self.stage == "function":
+                self.met.append(error)
+            raise
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Show the session to a function as another object, which ends with it."""
+        kept = self.prepare_threshold, self.prepared_max
+        self.borrowed = _Borrowed(self.pgconn)
+        self.borrowed.owner, self.borrowed.autocommit = self, True
+        self.borrowed._prepared = self._prepared  # which names are taken is the session's, not the object's
+        try:
+            yield
+        finally:
+            self.prepare_threshold, self.prepared_max = kept
+            self.borrowed.pgconn = cast(pq.abc.PGconn, psycopg.errors.FinishedPGconn())
+            del self.borrowed
+
+
+class _Borrowed(psycopg.Connection[Any]):
+    """What a transaction function sees: all psycopg, but to end the transaction is not the function's to do.
+
+    Row factory, adapters and handlers are set on this object, and go with it.
+    """
+
+    owner: _Connection
+
+    def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+        if isinstance(self.pgconn, psycopg.errors.FinishedPGconn):  # said of its cursors, too
+            raise DBOSException("this DBOS.connection was that of a transaction which is over")
+        return self.owner.wait(gen, *args, **kwargs)
 
     def commit(self) -> None:
-        if self.in_function:
-            raise DBOSException(_PARTED.format("called commit()"))
-        super().commit()
+        raise DBOSException(_PARTED.format("called commit()"))
+
+    def close(self) -> None:
+        raise DBOSException(_PARTED.format("called close()"))
 
 
 _PARTED = (
@@ -1853,8 +1894,9 @@ def _transaction(name: str, isolation: str, call: Callable[[], Any]) -> Any:
     past = _block(run.recall(position, name))
     if past is not None:
         return run.outcome(past)
-    began = time.monotonic()
+    began, tries = time.monotonic(), 0
     for pause in _pauses():
+        conn = None
         try:
             with run.executor.pool.connection() as conn:
                 value, raised = _commit_together(conn, run, position, name, isolation, call, began)
@@ -1864,8 +1906,13 @@ def _transaction(name: str, isolation: str, call: Callable[[], Any]) -> Any:
             standing = _block(run.settle(position, name))
             if standing is not None:
                 return run.outcome(standing)
-            if _may_pass(error):
-                run.executor.pause(pause, error)
+            undone = conn is not None and _undone(conn, error)
+            tries += undone
+            if _may_pass(error) and tries < _TRIES:
+                if undone and conn is not None and not conn.closed:
+                    _block(_pause_run(run.executor, timeout=pause))
+                else:
+                    run.executor.pause(pause, error)
                 continue
             value, raised = None, error
         if raised is None:
@@ -1873,38 +1920,66 @@ def _transaction(name: str, isolation: str, call: Callable[[], Any]) -> Any:
         return _block(run.record(position, name, None, raised, time.monotonic() - began))
 
 
+def _undone(conn: _Connection, error: Exception) -> bool:
+    """Whether an error counts as a try of the function: it may be of its making.
+
+    Else the database is in trouble, before the function was called or with our record, and is waited for.
+    """
+    if conn.stage == "record":
+        return conn.closed or str(getattr(error, "sqlstate", None))[:2] in ("40", "25")
+    return conn.stage == "function"
+
+
 def _commit_together(
-    conn: Conn, run: _Run, position: int, name: str, isolation: str, call: Callable[[], Any], began: float
+    conn: _Connection, run: _Run, position: int, name: str, isolation: str, call: Callable[[], Any], began: float
 ) -> tuple[Any, Exception | None]:
     """Call the function and commit; or roll back and return what it raised of its own accord."""
-    assert isinstance(conn, _Connection)
+    conn.stage, conn.hints, conn.met = "begin", [], []
+    clean = _CLEAN.format(settings=run.executor.settings)
     try:
-        conn.execute(f"begin isolation level {isolation}")  # so that `with connection.transaction()` is a savepoint
-        try:
-            conn.in_function, conn.hints = True, []
-            with _framed(_Frame(run, StepStatus(position), conn)):
-                value = call()
-            if conn.info.transaction_status == pq.TransactionStatus.IDLE:
-                raise DBOSException(_PARTED.format("ended its transaction by itself"))
-            output, _, unstorable = run.store(f"transaction {name}", value, None)
-        except Exception as error:
-            if conn.closed or str(getattr(error, "sqlstate", None))[:2] in ("40", "53", "25"):
-                raise  # lost, a conflict, out of resources, read-only: the whole may be tried again
-            return None, error
-        finally:
-            conn.in_function = False
+        with conn.lent():
+            # Begun in SQL, so that `with connection.transaction()` is a savepoint.
+            begun = conn.execute(f"begin isolation level {isolation}; show transaction_read_only")
+            if begun.nextset() and begun.fetchone() != ("off",):  # later, it is the function's own doing
+                raise psycopg.errors.ReadOnlySqlTransaction("the database is read-only")
+            conn.stage = "function"
+            try:
+                with _framed(_Frame(run, StepStatus(position), conn)):
+                    value = call()
+                if conn.info.transaction_status == pq.TransactionStatus.IDLE:
+                    raise DBOSException(_PARTED.format("ended its transaction by itself"))
+                output, _, unstorable = run.store(f"transaction {name}", value, None)
+            except Exception as error:
+                if conn.closed or (error in conn.met and str(getattr(error, "sqlstate", None))[:2] in ("40", "53")):
+                    raise  # lost, a conflict, out of resources: the whole may be tried again
+                return None, error
         if unstorable is not None:
             return None, unstorable
+        conn.stage = "record"
         row = {"id": run.id, "claim": run.claim, "position": position, "name": name, "output": output}
-        with conn.pipeline():  # the record's lock on the workflow's row lives within this one round trip
-            conn.execute(_RECORD_OR_FAIL, {**row, "took_s": time.monotonic() - began})
-            conn.commit()
+        # One message, so that the record's lock on the workflow's row lives within this one round trip.
+        psycopg.ClientCursor(conn).execute(
+            f"set constraints all immediate; {clean}; {_RECORD_OR_FAIL}; commit; {_UNLOCK}",
+            {**row, "took_s": time.monotonic() - began},
+        )
+        conn.stage = "committed"
         for key in conn.hints:
             run.executor.hints.send(*key)
         return value, None
     finally:
-        with suppress(psycopg.Error):
-            conn.rollback()  # of what was not committed; the pool would do it too, and say so
+        conn.met = []
+        if conn.stage != "committed":
+            with suppress(psycopg.Error):
+                conn.execute(f"rollback; {clean}; {_UNLOCK}")
+
+
+# What a function did to the session ends with its transaction; what it deferred still sees its settings.
+# (DISCARD ALL would do most of that, but no transaction may contain it, and it unprepares our statements.)
+_CLEAN = """
+    set session authorization default; reset role; reset all; {settings}
+    close all; unlisten *; discard temp
+"""
+_UNLOCK = "select pg_advisory_unlock_all()"
 
 
 # --- Workflows ----------------------------------------------------------------------------------------
@@ -2977,8 +3052,9 @@ def _may_pass(error: BaseException) -> bool:
     serialization failures (all OperationalError), and a server that is read-only for a while.
     """
     more = (psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.IdleInTransactionSessionTimeout)
-    too_large = str(getattr(error, "sqlstate", "")).startswith("54")  # for an index, or for Postgres at all
-    return isinstance(error, (psycopg.OperationalError, *more)) and not too_large
+    never = ("54", "53400")  # too large for an index or for Postgres at all, and limits that somebody set
+    lasting = str(getattr(error, "sqlstate", "")).startswith(never)
+    return isinstance(error, (psycopg.OperationalError, *more)) and not lasting
 
 
 class _Executor:
@@ -3046,12 +3122,17 @@ class _Executor:
         return options if self.listens else {**options, "prepare_threshold": None}
 
     def _configure(self, conn: Conn) -> None:
-        if self.listens:  # how soon the server misses us: at once in a crash, in 30 s if our host vanished
-            conn.execute(f"""
-                set default_transaction_isolation = 'read committed'; set statement_timeout = 0; set lock_timeout = 0;
-                set idle_in_transaction_session_timeout = '{_IDLE_TRANSACTION_S}s';
-                set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 4;
-            """)
+        if self.settings:
+            conn.execute(self.settings)
+
+    @property
+    def settings(self) -> str:
+        """What our sessions are set to."""
+        return "" if not self.listens else f"""
+            set default_transaction_isolation = 'read committed'; set statement_timeout = 0; set lock_timeout = 0;
+            set idle_in_transaction_session_timeout = '{_IDLE_TRANSACTION_S}s';
+            set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 4;
+        """  # how soon the server misses us: at once in a crash, in 30 s if our host vanished
 
     def connect(self) -> Conn:
         """Open a connection outside of the pool, as those in it are."""
@@ -4911,8 +4992,9 @@ class Durable(_Management):
         """Make a plain function a step whose writes through `DBOS.connection` commit together with its record.
 
         It happens exactly once.  It is run again, from its begin, on a serialization failure, a deadlock
-        or a lost connection, so everything but its SQL may happen more than once.  Left idle within the
-        transaction for five minutes, Postgres cuts it off.  Called outside a workflow, it is one; inside a
+        or a lost connection (the tenth in a row is its outcome), so everything but its SQL may happen more
+        than once.  Row factories, settings, roles, session locks and the like end with it.  Left idle within
+        the transaction for five minutes, Postgres cuts it off.  Called outside a workflow, it is one; inside a
         step it raises DBOSException, for a step must be free to run again as a whole.
         """
         if isolation_level not in ("SERIALIZABLE", "REPEATABLE READ", "READ COMMITTED"):
@@ -5197,7 +5279,7 @@ class Durable(_Management):
         frame = _frame.get()
         if frame is None or frame.connection is None:
             raise DBOSException("DBOS.connection is for code inside a DBOS.transaction")
-        return frame.connection
+        return frame.connection.borrowed
 
     # Starting workflows and steps.
 
