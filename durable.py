@@ -84,6 +84,7 @@ import types
 import urllib.parse
 import uuid
 import warnings
+import weakref
 import zoneinfo
 from abc import ABC, abstractmethod
 from collections import Counter, deque
@@ -171,6 +172,8 @@ class _Origin(logging.Filter):
 
 
 _local_executors: "set[_Executor]" = set()  # those that live in this process
+_sessions: "weakref.WeakSet[_Connection]" = weakref.WeakSet()  # their connections
+_forks: list[None] = []  # one for each time that this process was forked
 _log = logging.getLogger("durable")
 _log.addFilter(_Origin())
 
@@ -1425,6 +1428,7 @@ class _Journal:
 
     def write(self, write: _Write, *rows: dict[str, Any]) -> _Wait[list[bool]]:
         """Commit the rows together; tell for each whether it took effect."""
+        self._executor.here()
         return _Wait(lambda: self._write_on_thread(write, rows), lambda: self._write_off_loop(write, rows))
 
     def _write_on_thread(self, write: _Write, rows: Sequence[dict[str, Any]]) -> list[bool]:
@@ -1618,8 +1622,16 @@ _frame: contextvars.ContextVar[_Frame | None] = contextvars.ContextVar("durable_
 
 def _current_run() -> "_Run | None":
     """The run whose workflow function is calling; None outside workflows, and inside a step."""
-    frame = _frame.get()
+    frame = _here()
     return frame.run if frame is not None and frame.step is None else None
+
+
+def _here() -> _Frame | None:
+    """Where this code stands; an error in a process that was forked from there."""
+    frame = _frame.get()
+    if frame is not None:
+        frame.run.executor.here()
+    return frame
 
 
 @contextmanager
@@ -1835,6 +1847,16 @@ class _Connection(psycopg.Connection[Any]):
     hints: list[tuple[str, ...]]  # to be given once the transaction is committed
     met: list[psycopg.Error]  # the errors of this session, which are not those of another database
     borrowed: "_Borrowed"
+
+    @classmethod
+    def connect(cls, *args: Any, **kwargs: Any) -> "_Connection":
+        forks = len(_forks)
+        conn = super().connect(*args, **kwargs)
+        _sessions.add(conn)
+        if len(_forks) != forks:  # some child may hold this socket, and did not know
+            conn.close()
+            raise psycopg.OperationalError("the process was forked while it connected")
+        return conn
 
     def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
         try:
@@ -2518,7 +2540,7 @@ async def _write_step(
 
     If it is not taken, and not on record either, `refusal` finds out why.  Returned is whose step it is.
     """
-    frame = _frame.get()
+    frame = _here()
     if frame is None:
         raise DBOSException(f"{name} is for the code of a workflow and its steps")
     if frame.connection is not None:  # it would be committed whatever becomes of the transaction
@@ -3145,7 +3167,10 @@ class _Executor:
     def here(self) -> "_Executor":
         """This executor, unless the process was forked since."""
         if self.pid != os.getpid():
-            raise DBOSException("launched before a fork, which no connection survives: launch in the child instead")
+            raise DBOSException(
+                "launched before a fork, which no connection survives: call what is durable in the parent (or start "
+                "processes by spawn instead of fork), or launch in the child"
+            )
         return self
 
     def serialize(self, value: Any) -> str:
@@ -3193,6 +3218,7 @@ class _Executor:
         for pause in _pauses():
             if self.closed.is_set:
                 break
+            self.here()
             try:
                 return attempt()
             except Exception as error:
@@ -3573,6 +3599,31 @@ class _Executor:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         loop.stop()
+
+
+def _let_go() -> None:
+    """In a child that was forked: hold on to nothing of the parent's.
+
+    The sockets would keep its sessions open, with the lock that says "alive", after its end; and whatever we
+    write into them it would take for its own.  They are put out, not closed: psycopg closes them yet.
+    """
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for conn in tuple(_sessions):
+        with suppress(psycopg.Error):  # closed already
+            os.dup2(nothing, conn.fileno(), inheritable=False)
+    os.close(nothing)
+    for executor in tuple(_local_executors):
+        registry = executor.registry
+        registry._lock, registry._life = threading.RLock(), threading.RLock()  # a thread that is not here may hold them
+        if executor.admin is not None:
+            for held in (executor.admin.socket, *executor.admin.clients):
+                os.close(held.detach())
+    _sessions.clear()
+    _local_executors.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_parent=lambda: _forks.append(None), after_in_child=_let_go)
 
 
 def _recover(executor: _Executor, listed: Sequence[str] = ()) -> list[str]:
@@ -4978,6 +5029,7 @@ class Durable(_Management):
             retries.check(known_as, fn)
 
             async def body(*args: Any, **kwargs: Any) -> Any:
+                self._refuse_in_a_child()
                 return await _step(known_as, retries, functools.partial(fn, *args, **kwargs))
 
             call = _in_colour_of(fn, body)
@@ -5010,7 +5062,7 @@ class Durable(_Management):
 
             @functools.wraps(fn)
             def call(*args: P.args, **kwargs: P.kwargs) -> R:
-                frame = _frame.get()
+                frame = _here()
                 if frame is None:
                     return cast(R, _block(_call(self._launched(), alone, args, kwargs)))
                 if frame.connection is not None:
@@ -5153,8 +5205,11 @@ class Durable(_Management):
         Harmless when launched already.  Raises DBOSInitializationError when it cannot.
         """
         with self._life:
-            if self._executor is not None:
+            if self._executor is not None and self._executor.pid == os.getpid():
                 return
+            frame = _frame.get()
+            if frame is not None and frame.run.executor.pid != os.getpid():
+                _frame.set(None)  # forked within a workflow, which goes on in the parent
             config = _resolved(self._config)
             guarded = config.get("admin_token") or _is_loopback(config["admin_host"])
             if config.get("run_admin_server", True) and not guarded:
@@ -5180,7 +5235,8 @@ class Durable(_Management):
             executor = self._executor  # stays in place while it closes: what still runs may need it
             if executor is not None:
                 try:
-                    executor.close(workflow_completion_timeout_sec)
+                    if executor.pid == os.getpid():  # nothing of a parent's is ours to close
+                        executor.close(workflow_completion_timeout_sec)
                 finally:
                     self._executor = None
             if destroy_registry:
@@ -5192,6 +5248,10 @@ class Durable(_Management):
         if self._executor is None:
             raise DBOSException("not launched: call DBOS.launch() first")
         return self._executor.here()
+
+    def _refuse_in_a_child(self) -> None:
+        if self._executor is not None:
+            self._executor.here()
 
     def _identity(self) -> dict[str, Any]:
         """What this executor is called, which version it has and what it can run."""
@@ -5276,7 +5336,7 @@ class Durable(_Management):
     @property
     def connection(self) -> Conn:
         """The psycopg connection of the transaction that this code runs in; it is committed for you."""
-        frame = _frame.get()
+        frame = _here()
         if frame is None or frame.connection is None:
             raise DBOSException("DBOS.connection is for code inside a DBOS.transaction")
         return frame.connection.borrowed
@@ -5349,6 +5409,7 @@ class Durable(_Management):
     def _run_step(
         self, options: StepOptions | None, func: Callable[..., Any], call: Callable[[], Any]
     ) -> Coroutine[Any, Any, Any]:
+        self._refuse_in_a_child()
         given = dict(options or {})
         name = given.pop("name", None) or _name_of(func)
         unknown = given.keys() - StepOptions.__annotations__.keys()
@@ -5462,7 +5523,7 @@ class DBOSClient(_Management):
 
     def destroy(self) -> None:
         """Close all connections.  Can be called again."""
-        if not self._executor.closed.is_set:
+        if not self._executor.closed.is_set and self._executor.pid == os.getpid():
             self._executor.close(0)
 
     def _launched(self) -> _Executor:

