@@ -85,6 +85,7 @@ import types
 import urllib.parse
 import uuid
 import warnings
+import weakref
 import zoneinfo
 from abc import ABC, abstractmethod
 from collections import Counter, deque
@@ -99,6 +100,7 @@ from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, Ty
 
 import psycopg
 from psycopg import pq
+from psycopg.abc import PQGen
 from psycopg.rows import class_row, dict_row
 from psycopg_pool import ConnectionPool
 
@@ -140,6 +142,7 @@ _DEQUEUE_BATCH = 100  # rows of a queue claimed at a time
 _DELETE_BATCH = 1000  # finished workflows deleted at a time
 _IDLE_TRANSACTION_S = 300  # a transaction function that leaves its transaction idle for longer is cut off
 _LONGEST_NAME = 1000  # bytes of an ID or a queue's name: an entry of an index takes 2,700
+_TRIES = 10  # of a transaction's function, before a conflict is its outcome
 _LARGEST_VALUE = 200_000_000  # characters: JSON may double them, and a message to Postgres holds 1 GB
 _HEAD_LIMIT = 1 << 16  # bytes of a request's head, and
 _BODY_LIMIT = 1 << 20  # of its body, that the admin server takes
@@ -171,6 +174,8 @@ class _Origin(logging.Filter):
 
 
 _local_executors: "set[_Executor]" = set()  # those that live in this process
+_sessions: "weakref.WeakSet[_Connection]" = weakref.WeakSet()  # their connections
+_forks: list[None] = []  # one for each time that this process was forked
 _log = logging.getLogger("durable")
 _log.addFilter(_Origin())
 
@@ -1562,6 +1567,7 @@ class _Journal:
 
     def write(self, write: _Write, *rows: dict[str, Any]) -> _Wait[list[bool]]:
         """Commit the rows together; tell for each whether it took effect."""
+        self._executor.here()
         return _Wait(lambda: self._write_on_thread(write, rows), lambda: self._write_off_loop(write, rows))
 
     def _write_on_thread(self, write: _Write, rows: Sequence[dict[str, Any]]) -> list[bool]:
@@ -1755,8 +1761,16 @@ _frame: contextvars.ContextVar[_Frame | None] = contextvars.ContextVar("durable_
 
 def _current_run() -> "_Run | None":
     """The run whose workflow function is calling; None outside workflows, and inside a step."""
-    frame = _frame.get()
+    frame = _here()
     return frame.run if frame is not None and frame.step is None else None
+
+
+def _here() -> _Frame | None:
+    """Where this code stands; an error in a process that was forked from there."""
+    frame = _frame.get()
+    if frame is not None:
+        frame.run.executor.here()
+    return frame
 
 
 @contextmanager
@@ -1989,15 +2003,64 @@ async def _attempts(run: _Run, position: int, name: str, retries: _Retries, call
 
 
 class _Connection(psycopg.Connection[Any]):
-    """The connection a transaction function sees: all psycopg, but committing is not the function's to do."""
+    """A connection of ours, which may lend its session to a transaction function."""
 
-    in_function = False
+    stage = "begin"  # of a transaction: then it is the "function"'s, and then it writes the "record"
     hints: list[tuple[str, ...]]  # to be given once the transaction is committed
+    met: list[psycopg.Error]  # the errors of this session, which are not those of another database
+    borrowed: "_Borrowed"
+
+    @classmethod
+    def connect(cls, *args: Any, **kwargs: Any) -> "_Connection":
+        forks = len(_forks)
+        conn = super().connect(*args, **kwargs)
+        _sessions.add(conn)
+        if len(_forks) != forks:  # some child may hold this socket, and did not know
+            conn.close()
+            raise psycopg.OperationalError("the process was forked while it connected")
+        return conn
+
+    def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+        try:
+            return super().wait(gen, *args, **kwargs)
+        except psycopg.Error as error:
+            if self.stage == "function":
+                self.met.append(error)
+            raise
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Show the session to a function as another object, which ends with it."""
+        kept = self.prepare_threshold, self.prepared_max
+        self.borrowed = _Borrowed(self.pgconn)
+        self.borrowed.owner, self.borrowed.autocommit = self, True
+        self.borrowed._prepared = self._prepared  # which names are taken is the session's, not the object's
+        try:
+            yield
+        finally:
+            self.prepare_threshold, self.prepared_max = kept
+            self.borrowed.pgconn = cast(pq.abc.PGconn, psycopg.errors.FinishedPGconn())
+            del self.borrowed
+
+
+class _Borrowed(psycopg.Connection[Any]):
+    """What a transaction function sees: all psycopg, but to end the transaction is not the function's to do.
+
+    Row factory, adapters and handlers are set on this object, and go with it.
+    """
+
+    owner: _Connection
+
+    def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+        if isinstance(self.pgconn, psycopg.errors.FinishedPGconn):  # said of its cursors, too
+            raise DBOSException("this DBOS.connection was that of a transaction which is over")
+        return self.owner.wait(gen, *args, **kwargs)
 
     def commit(self) -> None:
-        if self.in_function:
-            raise DBOSException(_PARTED.format("called commit()"))
-        super().commit()
+        raise DBOSException(_PARTED.format("called commit()"))
+
+    def close(self) -> None:
+        raise DBOSException(_PARTED.format("called close()"))
 
 
 _PARTED = (
@@ -2015,8 +2078,9 @@ def _transaction(name: str, isolation: str, call: Callable[[], Any]) -> Any:
     past = _block(run.recall(position, name))
     if past is not None:
         return run.outcome(past)
-    began = time.monotonic()
+    began, tries = time.monotonic(), 0
     for pause in _pauses():
+        conn = None
         try:
             with run.executor.pool.connection() as conn:
                 value, raised = _commit_together(conn, run, position, name, isolation, call, began)
@@ -2026,8 +2090,13 @@ def _transaction(name: str, isolation: str, call: Callable[[], Any]) -> Any:
             standing = _block(run.settle(position, name))
             if standing is not None:
                 return run.outcome(standing)
-            if _may_pass(error):
-                run.executor.pause(pause, error)
+            undone = conn is not None and _undone(conn, error)
+            tries += undone
+            if _may_pass(error) and tries < _TRIES:
+                if undone and conn is not None and not conn.closed:
+                    _block(_pause_run(run.executor, timeout=pause))
+                else:
+                    run.executor.pause(pause, error)
                 continue
             value, raised = None, error
         if raised is None:
@@ -2035,38 +2104,66 @@ def _transaction(name: str, isolation: str, call: Callable[[], Any]) -> Any:
         return _block(run.record(position, name, None, raised, time.monotonic() - began))
 
 
+def _undone(conn: _Connection, error: Exception) -> bool:
+    """Whether an error counts as a try of the function: it may be of its making.
+
+    Else the database is in trouble, before the function was called or with our record, and is waited for.
+    """
+    if conn.stage == "record":
+        return conn.closed or str(getattr(error, "sqlstate", None))[:2] in ("40", "25")
+    return conn.stage == "function"
+
+
 def _commit_together(
-    conn: Conn, run: _Run, position: int, name: str, isolation: str, call: Callable[[], Any], began: float
+    conn: _Connection, run: _Run, position: int, name: str, isolation: str, call: Callable[[], Any], began: float
 ) -> tuple[Any, Exception | None]:
     """Call the function and commit; or roll back and return what it raised of its own accord."""
-    assert isinstance(conn, _Connection)
+    conn.stage, conn.hints, conn.met = "begin", [], []
+    clean = _CLEAN.format(settings=run.executor.settings(conn))
     try:
-        conn.execute(f"begin isolation level {isolation}")  # so that `with connection.transaction()` is a savepoint
-        try:
-            conn.in_function, conn.hints = True, []
-            with _framed(_Frame(run, StepStatus(position), conn)):
-                value = call()
-            if conn.info.transaction_status == pq.TransactionStatus.IDLE:
-                raise DBOSException(_PARTED.format("ended its transaction by itself"))
-            output, _, unstorable = run.store(f"transaction {name}", value, None)
-        except Exception as error:
-            if conn.closed or str(getattr(error, "sqlstate", None))[:2] in ("40", "53", "25"):
-                raise  # lost, a conflict, out of resources, read-only: the whole may be tried again
-            return None, error
-        finally:
-            conn.in_function = False
+        with conn.lent():
+            # Begun in SQL, so that `with connection.transaction()` is a savepoint.
+            begun = conn.execute(f"begin isolation level {isolation}; show transaction_read_only")
+            if begun.nextset() and begun.fetchone() != ("off",):  # later, it is the function's own doing
+                raise psycopg.errors.ReadOnlySqlTransaction("the database is read-only")
+            conn.stage = "function"
+            try:
+                with _framed(_Frame(run, StepStatus(position), conn)):
+                    value = call()
+                if conn.info.transaction_status == pq.TransactionStatus.IDLE:
+                    raise DBOSException(_PARTED.format("ended its transaction by itself"))
+                output, _, unstorable = run.store(f"transaction {name}", value, None)
+            except Exception as error:
+                if conn.closed or (error in conn.met and str(getattr(error, "sqlstate", None))[:2] in ("40", "53")):
+                    raise  # lost, a conflict, out of resources: the whole may be tried again
+                return None, error
         if unstorable is not None:
             return None, unstorable
+        conn.stage = "record"
         row = {"id": run.id, "claim": run.claim, "position": position, "name": name, "output": output}
-        with conn.pipeline():  # the record's lock on the workflow's row lives within this one round trip
-            conn.execute(_RECORD_OR_FAIL, {**row, "took_s": time.monotonic() - began})
-            conn.commit()
+        # One message, so that the record's lock on the workflow's row lives within this one round trip.
+        psycopg.ClientCursor(conn).execute(
+            f"set constraints all immediate; {clean}; {_RECORD_OR_FAIL}; commit; {_UNLOCK}",
+            {**row, "took_s": time.monotonic() - began},
+        )
+        conn.stage = "committed"
         for key in conn.hints:
             run.executor.hints.send(*key)
         return value, None
     finally:
-        with suppress(psycopg.Error):
-            conn.rollback()  # of what was not committed; the pool would do it too, and say so
+        conn.met = []
+        if conn.stage != "committed":
+            with suppress(psycopg.Error):
+                conn.execute(f"rollback; {clean}; {_UNLOCK}")
+
+
+# What a function did to the session ends with its transaction; what it deferred still sees its settings.
+# (DISCARD ALL would do most of that, but no transaction may contain it, and it unprepares our statements.)
+_CLEAN = """
+    set session authorization default; reset role; reset all; {settings}
+    close all; unlisten *; discard temp
+"""
+_UNLOCK = "select pg_advisory_unlock_all()"
 
 
 # --- Workflows ----------------------------------------------------------------------------------------
@@ -2705,7 +2802,7 @@ async def _write_step(
 
     If it is not taken, and not on record either, `refusal` finds out why.  Returned is whose step it is.
     """
-    frame = _frame.get()
+    frame = _here()
     if frame is None:
         raise DBOSException(f"{name} is for the code of a workflow and its steps")
     if frame.connection is not None:  # it would be committed whatever becomes of the transaction
@@ -3269,8 +3366,9 @@ def _may_pass(error: BaseException) -> bool:
     serialization failures (all OperationalError), and a server that is read-only for a while.
     """
     more = (psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.IdleInTransactionSessionTimeout)
-    too_large = str(getattr(error, "sqlstate", "")).startswith("54")  # for an index, or for Postgres at all
-    return isinstance(error, (psycopg.OperationalError, *more)) and not too_large
+    never = ("54", "53400")  # too large for an index or for Postgres at all, and limits that somebody set
+    lasting = str(getattr(error, "sqlstate", "")).startswith(never)
+    return isinstance(error, (psycopg.OperationalError, *more)) and not lasting
 
 
 class _Executor:
@@ -3340,16 +3438,22 @@ class _Executor:
         return options if self.listens else {**options, "prepare_threshold": None}
 
     def _configure(self, conn: Conn) -> None:
-        if self.listens:  # whatever the role, the database or the server says
-            newer = {"idle_session_timeout": 140000, "transaction_timeout": 170000}  # and since which Postgres
-            known = [f"set {name} = 0;" for name, since in newer.items() if conn.info.server_version >= since]
-            conn.execute(f"""
-                set datestyle = 'ISO'; set extra_float_digits = 1; set standard_conforming_strings = on;
-                set default_transaction_isolation = 'read committed'; set statement_timeout = 0; set lock_timeout = 0;
-                set idle_in_transaction_session_timeout = '{_IDLE_TRANSACTION_S}s'; {" ".join(known)}
-                -- How soon the server misses us: at once in a crash, in 30 s if our host vanished.
-                set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 4;
-            """)
+        if settings := self.settings(conn):
+            conn.execute(settings)
+
+    def settings(self, conn: Conn) -> str:
+        """What our sessions are set to, whatever the role, the database or the server says."""
+        if not self.listens:
+            return ""
+        newer = {"idle_session_timeout": 140000, "transaction_timeout": 170000}  # and since which Postgres
+        known = [f"set {name} = 0;" for name, since in newer.items() if conn.info.server_version >= since]
+        return f"""
+            set datestyle = 'ISO'; set extra_float_digits = 1; set standard_conforming_strings = on;
+            set default_transaction_isolation = 'read committed'; set statement_timeout = 0; set lock_timeout = 0;
+            set idle_in_transaction_session_timeout = '{_IDLE_TRANSACTION_S}s'; {" ".join(known)}
+            -- How soon the server misses us: at once in a crash, in 30 s if our host vanished.
+            set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 4;
+        """
 
     def connect(self) -> Conn:
         """Open a connection outside of the pool, as those in it are."""
@@ -3362,7 +3466,10 @@ class _Executor:
     def here(self) -> "_Executor":
         """This executor, unless the process was forked since."""
         if self.pid != os.getpid():
-            raise _NotThereNow("launched before a fork, which no connection survives: launch in the child instead")
+            raise _NotThereNow(
+                "launched before a fork, which no connection survives: call what is durable in the parent (or start "
+                "processes by spawn instead of fork), or launch in the child"
+            )
         return self
 
     def hosts(self, run: _Run) -> bool:
@@ -3423,6 +3530,7 @@ class _Executor:
         for pause in _pauses():
             if self.closed.is_set:
                 break
+            self.here()
             try:
                 return attempt()
             except Exception as error:
@@ -3825,6 +3933,31 @@ class _Executor:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         loop.stop()
+
+
+def _let_go() -> None:
+    """In a child that was forked: hold on to nothing of the parent's.
+
+    The sockets would keep its sessions open, with the lock that says "alive", after its end; and whatever we
+    write into them it would take for its own.  They are put out, not closed: psycopg closes them yet.
+    """
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for conn in tuple(_sessions):
+        with suppress(psycopg.Error):  # closed already
+            os.dup2(nothing, conn.fileno(), inheritable=False)
+    os.close(nothing)
+    for executor in tuple(_local_executors):
+        registry = executor.registry
+        registry._lock, registry._life = threading.RLock(), threading.RLock()  # a thread that is not here may hold them
+        if executor.admin is not None:
+            for held in (executor.admin.socket, *executor.admin.clients):
+                os.close(held.detach())
+    _sessions.clear()
+    _local_executors.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_parent=lambda: _forks.append(None), after_in_child=_let_go)
 
 
 def _recover(executor: _Executor, listed: Sequence[str] = ()) -> list[str]:
@@ -5258,6 +5391,7 @@ class Durable(_Management):
             retries.check(known_as, fn)
 
             async def body(*args: Any, **kwargs: Any) -> Any:
+                self._refuse_in_a_child()
                 return await _step(known_as, retries, functools.partial(fn, *args, **kwargs))
 
             call = _in_colour_of(fn, body)
@@ -5272,8 +5406,9 @@ class Durable(_Management):
         """Make a plain function a step whose writes through `DBOS.connection` commit together with its record.
 
         It happens exactly once.  It is run again, from its begin, on a serialization failure, a deadlock
-        or a lost connection, so everything but its SQL may happen more than once.  Left idle within the
-        transaction for five minutes, Postgres cuts it off.  Called outside a workflow, it is one; inside a
+        or a lost connection (the tenth in a row is its outcome), so everything but its SQL may happen more
+        than once.  Row factories, settings, roles, session locks and the like end with it.  Left idle within
+        the transaction for five minutes, Postgres cuts it off.  Called outside a workflow, it is one; inside a
         step it raises DBOSException, for a step must be free to run again as a whole.
         """
         if isolation_level not in ("SERIALIZABLE", "REPEATABLE READ", "READ COMMITTED"):
@@ -5289,7 +5424,7 @@ class Durable(_Management):
 
             @functools.wraps(fn)
             def call(*args: P.args, **kwargs: P.kwargs) -> R:
-                frame = _frame.get()
+                frame = _here()
                 if frame is None:
                     return cast(R, _block(_call(self._launched(), alone, args, kwargs)))
                 if self._executor is not None and not self._executor.hosts(frame.run):
@@ -5479,8 +5614,11 @@ class Durable(_Management):
         Harmless when launched already.  Raises DBOSInitializationError when it cannot.
         """
         with self._life:
-            if self._executor is not None:
+            if self._executor is not None and self._executor.pid == os.getpid():
                 return
+            frame = _frame.get()
+            if frame is not None and frame.run.executor.pid != os.getpid():
+                _frame.set(None)  # forked within a workflow, which goes on in the parent
             config = _resolved(self._config)
             guarded = config.get("admin_token") or _is_loopback(config["admin_host"])
             if config.get("run_admin_server", True) and not guarded:
@@ -5506,7 +5644,8 @@ class Durable(_Management):
             executor = self._executor  # stays in place while it closes: what still runs may need it
             if executor is not None:
                 try:
-                    executor.close(workflow_completion_timeout_sec)
+                    if executor.pid == os.getpid():  # nothing of a parent's is ours to close
+                        executor.close(workflow_completion_timeout_sec)
                 finally:
                     self._executor = None
             if destroy_registry:
@@ -5536,8 +5675,12 @@ class Durable(_Management):
 
     def _own(self) -> _Executor:
         """The executor of the workflow that calls: what it says of itself is for its own database."""
-        frame = _frame.get()
-        return self._launched() if frame is None else frame.run.executor.here()
+        frame = _here()
+        return self._launched() if frame is None else frame.run.executor
+
+    def _refuse_in_a_child(self) -> None:
+        if self._executor is not None:
+            self._executor.here()
 
     def _identity(self) -> dict[str, Any]:
         """What this executor is called, which version it has and what it can run."""
@@ -5622,10 +5765,10 @@ class Durable(_Management):
     @property
     def connection(self) -> Conn:
         """The psycopg connection of the transaction that this code runs in; it is committed for you."""
-        frame = _frame.get()
+        frame = _here()
         if frame is None or frame.connection is None:
             raise _NotThereNow("DBOS.connection is for code inside a DBOS.transaction")
-        return frame.connection
+        return frame.connection.borrowed
 
     # Starting workflows and steps.
 
@@ -5699,6 +5842,7 @@ class Durable(_Management):
     def _run_step(
         self, options: StepOptions | None, func: Callable[..., Any], call: Callable[[], Any]
     ) -> Coroutine[Any, Any, Any]:
+        self._refuse_in_a_child()
         given = dict(options or {})
         name = given.pop("name", None) or _name_of(func)
         unknown = given.keys() - StepOptions.__annotations__.keys()
@@ -5812,7 +5956,7 @@ class DBOSClient(_Management):
 
     def destroy(self) -> None:
         """Close all connections.  Can be called again."""
-        if not self._executor.closed.is_set:
+        if not self._executor.closed.is_set and self._executor.pid == os.getpid():
             self._executor.close(0)
 
     def _launched(self) -> _Executor:

