@@ -88,7 +88,7 @@ import zoneinfo
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta, timezone, tzinfo
@@ -418,14 +418,21 @@ def _block(body: Coroutine[Any, Any, T]) -> T:
 
 
 @types.coroutine
-def _suspend(body: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
-    """Run an operation on the event loop; what is not our own wait comes from the user's code: pass it on."""
+def _suspend(body: Coroutine[Any, Any, T], run: "_Run | None" = None) -> Generator[Any, Any, T]:
+    """Run an operation on the event loop; what is not our own wait comes from the user's code: pass it on.
+
+    If the body is the code of a `run`, that is told when the code goes on and when it waits.
+    """
     step: Callable[[], Any] = functools.partial(body.send, None)
     while True:
+        if run is not None:
+            run.go_on()
         try:
             wait = step()
         except StopIteration as end:
             return cast(T, end.value)
+        if run is not None and run.turn is not None:
+            run.turn.waits = True
         try:
             value = (yield from wait.on_loop().__await__()) if isinstance(wait, _Wait) else (yield wait)
         except BaseException as error:
@@ -1609,9 +1616,22 @@ class _Frame(NamedTuple):
     run: "_Run"
     step: StepStatus | None = None
     connection: "_Connection | None" = None
+    reserved: tuple[int, str] | None = None  # position and name, taken already for the transaction called next
+
+
+class _Turn:
+    """A coroutine workflow from a call of its own, or the end of a wait, to the next; and who calls in it."""
+
+    __slots__ = ("caller", "waits")
+
+    def __init__(self) -> None:
+        self.waits = False
+        self.caller: tuple[int, object] | None = None  # a thread, and one call there
 
 
 _frame: contextvars.ContextVar[_Frame | None] = contextvars.ContextVar("durable_frame", default=None)
+_turn: contextvars.ContextVar[_Turn | None] = contextvars.ContextVar("durable_turn", default=None)
+_caller: contextvars.ContextVar[tuple[int, object]] = contextvars.ContextVar("durable_caller", default=(0, None))
 
 
 def _current_run() -> "_Run | None":
@@ -1629,6 +1649,36 @@ def _framed(frame: _Frame) -> Iterator[None]:
         _frame.reset(token)
 
 
+def _keep_places() -> None:
+    """Let threads know whose work they do.
+
+    asyncio.to_thread tells them, but a pool or a thread that a workflow hands its work to knows of no
+    workflow: steps there would go unrecorded, without a word.
+    """
+    pools: Any = ThreadPoolExecutor
+    threads: Any = threading.Thread
+    submit, start = pools.submit, threads.start
+
+    @functools.wraps(submit)
+    def submit_placed(pool: Any, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Any:
+        if _frame.get() is None:
+            return submit(pool, fn, *args, **kwargs)
+        placed = functools.partial(contextvars.copy_context().run, fn)
+        return contextvars.Context().run(submit, pool, placed, *args, **kwargs)  # a thread it begins serves others, too
+
+    @functools.wraps(start)
+    def start_placed(thread: Any) -> None:
+        frame = _frame.get()
+        if frame is not None and frame.step is None:  # in a step it may be some library's, that outlives the step
+            thread.run = functools.partial(contextvars.copy_context().run, thread.run)
+        start(thread)
+
+    pools.submit, threads.start = submit_placed, start_placed
+
+
+_keep_places()
+
+
 class _Run:
     """One run of a workflow by this process, under one claim."""
 
@@ -1643,7 +1693,11 @@ class _Run:
         self.stop = _Signal()  # and at the same time this, for those who wait
         self.awaited_elsewhere = row.queue is not None  # more than its caller may wait for it
         self.tries: dict[int, int] = {}  # of steps that are not on record yet
+        self.thread = 0  # on which the workflow's code runs,
+        self.turn: _Turn | None = None  # and what it does there, if it is a coroutine
+        self.breach: DBOSException | None = None  # it left the order of its calls to chance
         self._position = 0
+        self._taking = threading.Lock()
         self._history: dict[int, _Record] = {}
         self.history_to: int | None = 0 if row.has_history else None  # None: nothing left to read
 
@@ -1663,8 +1717,40 @@ class _Run:
 
     def advance(self, by: int = 1) -> int:
         """Take the next position.  Callers do so before their first wait, so that `gather` keeps the order."""
-        self._position += by
-        return self._position - by + 1
+        with self._taking:
+            if self.breach is None and not self._in_order():
+                self.breach = DBOSException(_DISORDER.format(self.id))
+            if self.breach is not None:
+                raise self.breach
+            self._position += by
+            return self._position - by + 1
+
+    def _in_order(self) -> bool:
+        """Whether this call's place among the others is the same in every replay.
+
+        It is in the workflow's own code, and while a coroutine waits, in its tasks; or else in one thing
+        on another thread that it waits for, as in `await asyncio.to_thread(step)`, but not in two.
+        """
+        turn, thread = self.turn, threading.get_ident()
+        caller: tuple[int, object] = (thread, None)
+        if turn is None:
+            return thread == self.thread
+        if thread != self.thread:
+            if _turn.get() is not turn:
+                return False  # the code did not wait for it
+            if _caller.get()[0] != thread:
+                _caller.set((thread, object()))  # in the context of this call; each has its own
+            caller = _caller.get()
+        elif not turn.waits:
+            self.go_on()  # whatever it handed to a thread before this call is late from now on
+            return turn.caller is None
+        turn.caller = turn.caller or caller
+        return turn.caller == caller
+
+    def go_on(self) -> None:
+        """The code of the coroutine goes on: a new turn begins."""
+        self.turn = _Turn()
+        _turn.set(self.turn)
 
     async def recall(self, position: int, name: str) -> _Record | None:
         """Find what is on record at this position, and check that it is the record of this call."""
@@ -1764,6 +1850,13 @@ class _Run:
         self.stop.set()
 
 
+_DISORDER = (
+    "workflow {} makes durable calls on several threads: their order, by which results are recalled, is left to "
+    "chance; make them in the workflow's own code, with asyncio.gather over async steps or "
+    "DBOS.run_step_async(None, step, ...), or start child workflows"
+)
+
+
 async def _recorded(name: str, perform: Callable[[], Awaitable[T]], child: str | None = None) -> T:
     """Make a call: in a workflow as its next step, elsewhere plainly."""
     run = _current_run()
@@ -1846,10 +1939,10 @@ _PARTED = (
 
 def _transaction(name: str, isolation: str, call: Callable[[], Any]) -> Any:
     """Run a transaction function; its work and its record commit together, or neither does."""
-    run = _current_run()
-    if run is None:
+    run, frame = _current_run(), _frame.get()
+    if run is None or frame is None:
         raise DBOSException(f"transaction {name} was called inside a step: call it from the workflow itself")
-    position = run.advance()
+    position, name = frame.reserved or (run.advance(), name)
     past = _block(run.recall(position, name))
     if past is not None:
         return run.outcome(past)
@@ -1871,6 +1964,13 @@ def _transaction(name: str, isolation: str, call: Callable[[], Any]) -> Any:
         if raised is None:
             return value
         return _block(run.record(position, name, None, raised, time.monotonic() - began))
+
+
+async def _transact(name: str, call: Callable[[], Any]) -> Any:
+    """Call a transaction function, perhaps on another thread, at the position that is taken here."""
+    run = _current_run()
+    with nullcontext() if run is None else _framed(_Frame(run, reserved=(run.advance(), name))):
+        return await _value_of(call())
 
 
 def _commit_together(
@@ -1930,6 +2030,7 @@ class _Function:
         self.source = inspect.unwrap(source)
         self.code: types.CodeType | None = getattr(self.source, "__code__", None)  # a callable object has none
         self.receiver: Literal["class", "instance"] | None = None  # set by dbos_class for methods
+        self.is_transaction = False
 
     def where(self) -> tuple[str, int]:
         """Where it is defined: one function met again (a closure made anew, a module loaded twice) keeps its place."""
@@ -2231,16 +2332,19 @@ async def _execute(run: _Run) -> Any:
     try:
         if run.stopped is not None:  # while it waited for a thread
             raise run.stopped
+        run.thread = threading.get_ident()
         with _OptionBlock(**vars(_NO_OPTIONS)), _framed(_Frame(run)):  # a block around the call is not for the body
             try:
                 args, kwargs = run.arguments()
                 value = run.function.call(*args, **kwargs)
                 if run.function.is_async:
                     run.loop = asyncio.get_running_loop()
-                    value = await value
+                    value = await _suspend(value, run)
             except Exception as raised:
                 error = raised
-        error = await _finish(run, value, error)
+            finally:
+                run.turn = None
+        error = await _finish(run, value, run.breach or error)
     except (KeyboardInterrupt, SystemExit):
         run.executor.interrupted.add(run.id)  # somebody wants it to stop: it stays PENDING until the next launch
         raise
@@ -2925,7 +3029,7 @@ class _Threads:
             else:
                 job = self._jobs.popleft()
                 thread = threading.Thread(target=self._work, args=(job,), daemon=True, name=self._name)
-                thread.start()  # may raise; the job is dropped then, and the sweep finds its workflow
+                contextvars.Context().run(thread.start)  # may raise; the job is dropped, the sweep finds its workflow
                 self._threads.add(thread)
             self._free -= 1
 
@@ -3165,7 +3269,7 @@ class _Executor:
 
     def _spawn_thread(self, name: str, target: Callable[[], object]) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)
-        thread.start()
+        contextvars.Context().run(thread.start)  # whoever happens to be the first to need it
         self._own_threads.append(thread)
 
     # Runs.
@@ -4923,7 +5027,7 @@ class Durable(_Management):
             if inspect.iscoroutinefunction(fn):
                 raise DBOSException(
                     f"{known_as} is async, and a transaction cannot be: make it a plain function, "
-                    f"and call it from async code through asyncio.to_thread"
+                    f"and await DBOS.run_step_async(None, {known_as}, ...) in async code"
                 )
 
             @functools.wraps(fn)
@@ -4936,6 +5040,7 @@ class Durable(_Management):
                 return cast(R, _transaction(known_as, isolation_level, functools.partial(fn, *args, **kwargs)))
 
             alone = _Function(f"<temp>.{known_as}", call, fn, 100)
+            alone.is_transaction = True
             return self._register(alone, call)
 
         return decorate
@@ -5247,7 +5352,10 @@ class Durable(_Management):
     def run_step(
         self, dbos_step_options: StepOptions | None, func: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Call any function as a step; a coroutine function runs on the executor's own event loop."""
+        """Call any function as a step; a coroutine function runs on the executor's own event loop.
+
+        A transaction stays what it is.
+        """
         _refuse_to_block_a_loop("run_step")
         call: Callable[[], Any] = functools.partial(func, *args, **kwargs)
         if inspect.iscoroutinefunction(func):
@@ -5258,7 +5366,10 @@ class Durable(_Management):
     async def run_step_async(
         self, dbos_step_options: StepOptions | None, func: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Await any function as a step; a plain one runs on a thread, so that it does not block the loop."""
+        """Await any function as a step; a plain one runs on a thread, so that it does not block the loop.
+
+        A transaction stays what it is: so `asyncio.gather` over transactions keeps the order of the calls.
+        """
         call = functools.partial(func, *args, **kwargs)
         if not inspect.iscoroutinefunction(func):
             call = functools.partial(asyncio.to_thread, call)
@@ -5267,13 +5378,18 @@ class Durable(_Management):
     def _run_step(
         self, options: StepOptions | None, func: Callable[..., Any], call: Callable[[], Any]
     ) -> Coroutine[Any, Any, Any]:
-        given = dict(options or {})
-        name = given.pop("name", None) or _name_of(func)
+        given, function = dict(options or {}), getattr(func, "_durable_function", None)
+        transaction = function if isinstance(function, _Function) and function.is_transaction else None
+        name = given.pop("name", None) or (transaction.name[len("<temp>."):] if transaction else _name_of(func))
         unknown = given.keys() - StepOptions.__annotations__.keys()
         if unknown:
             raise DBOSException(f"run_step: unknown step option {min(unknown)!r} for {name}")
         retries = _Retries(**given)  # type: ignore[arg-type]
         retries.check(str(name), call)
+        if transaction:
+            if retries.retries_allowed:
+                raise DBOSException(f"transaction {name} is tried again as it needs: run_step has no retries for it")
+            return _transact(str(name), call)
         return _step(str(name), retries, call)
 
     # What a workflow says and waits for.

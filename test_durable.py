@@ -37,6 +37,7 @@ import inspect
 import itertools
 import json
 import logging
+import multiprocessing.pool
 import os
 import shutil
 import signal
@@ -2999,6 +3000,209 @@ def test_many_coroutines_need_no_threads(dbos, gate):
         return sum(await asyncio.gather(*tasks))
 
     assert asyncio.run(main()) == 300
+
+
+@pytest.fixture
+def errand(dbos):
+    """A step, and a transaction that leaves a trace."""
+
+    @dbos.step()
+    def step(n):
+        return n
+
+    @dbos.transaction()
+    def transaction(n):
+        dbos.connection.execute("insert into ledger values (%s)", [str(n)])
+        return n
+
+    return {"step": step, "transaction": transaction}
+
+
+def in_a_pool(call):
+    with ThreadPoolExecutor(3) as pool:
+        return list(pool.map(call, range(3)))
+
+
+def in_one_pooled_thread(call):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call, 1).result()
+
+
+def in_old_threads(call):
+    with multiprocessing.pool.ThreadPool(3) as pool:
+        return pool.map(call, range(3))
+
+
+def in_a_thread(call):
+    thread = threading.Thread(target=in_silence, args=(call, 1))
+    thread.start()
+    thread.join()
+
+
+def in_silence(call, *args):
+    with contextlib.suppress(DBOSException):
+        call(*args)
+
+
+@pytest.mark.parametrize("kind", ["step", "transaction"])
+@pytest.mark.parametrize("elsewhere", [in_a_pool, in_one_pooled_thread, in_old_threads, in_a_thread])
+def test_steps_on_threads_of_the_workflows_own_making_are_an_error(dbos, errand, witness, elsewhere, kind):
+    """They are neither recorded in the order of chance nor left out without a word, and nothing hides the error."""
+
+    @dbos.workflow()
+    def work():
+        with contextlib.suppress(DBOSException):
+            elsewhere(errand[kind])
+
+    with SetWorkflowID("w"), pytest.raises(DBOSException, match=r"workflow w .* several threads.*run_step_async"):
+        work()
+    assert witness.status("w") == "ERROR"
+    assert witness.column("select id from durable.workflows") == ["w"]
+    assert (witness.steps("w"), witness.ledger()) == ([], {})
+
+
+async def to_thread(call, n):
+    return await asyncio.to_thread(call, n)
+
+
+async def in_the_executor(call, n):
+    return await asyncio.get_running_loop().run_in_executor(None, call, n)
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+@pytest.mark.parametrize("kind", ["step", "transaction"])
+@pytest.mark.parametrize("elsewhere", [to_thread, in_the_executor])
+def test_threads_that_call_at_once_are_an_error(dbos, errand, witness, elsewhere, kind, order):
+    """Whichever comes first, and though it has ended before the other begins: in a replay that might be first."""
+    ended = {order[0]: threading.Event(), order[1]: threading.Event()}
+
+    def one(n):
+        if n == order[1]:
+            assert ended[order[0]].wait(PATIENCE_S)
+        try:
+            return errand[kind](n)
+        finally:
+            ended[n].set()
+
+    @dbos.workflow()
+    async def work():
+        return await asyncio.gather(*[elsewhere(one, n) for n in range(2)], return_exceptions=True)
+
+    with SetWorkflowID("w"), pytest.raises(DBOSException, match=r"workflow w .* several threads"):
+        asyncio.run(work())
+    assert witness.status("w") == "ERROR"
+
+
+def test_a_thread_beside_asynchronous_steps_is_an_error(dbos, errand):
+    """What a task and a thread call at the same time is in no order either."""
+
+    @dbos.step()
+    async def other():
+        return 0
+
+    @dbos.workflow()
+    async def beside_a_task():
+        return await asyncio.gather(other(), asyncio.to_thread(errand["step"], 1))
+
+    @dbos.workflow()
+    async def beside_the_code():
+        late = threading.Event()
+        task = asyncio.create_task(asyncio.to_thread(lambda: late.wait(PATIENCE_S) and errand["step"](1)))
+        await asyncio.sleep(0.01)
+        late.set()
+        return [await task, await other()]
+
+    for work in (beside_a_task, beside_the_code):
+        with pytest.raises(DBOSException, match="several threads"):
+            asyncio.run(work())
+
+
+@pytest.mark.parametrize("elsewhere", [to_thread, in_the_executor])
+def test_one_thread_after_the_other_keeps_the_order(dbos, errand, witness, elsewhere):
+    """A coroutine may await blocking calls, each of which may be several, on other threads."""
+
+    def two(n):
+        return [errand["step"](n), errand["transaction"](n + 1)]
+
+    @dbos.workflow()
+    async def work():
+        first = errand["step"](0)
+        return [first, *await elsewhere(two, 1), await elsewhere(errand["transaction"], 3), errand["step"](4)]
+
+    with SetWorkflowID("w"):
+        assert asyncio.run(work()) == [0, 1, 2, 3, 4]
+    rewind(dbos, witness, "w", keep=4)
+    assert result_of(dbos, "w") == [0, 1, 2, 3, 4]
+    assert [short(name).split(".")[-1] for name in witness.steps("w")] == [
+        "step", "step", "transaction", "transaction", "step",
+    ]
+    assert witness.ledger() == {"2": 1, "3": 1}
+
+
+def test_a_step_may_use_threads_as_it_likes(dbos, errand, witness):
+    """Steps called there are part of it; a transaction is refused as in the step itself."""
+
+    @dbos.step()
+    def outer():
+        with pytest.raises(DBOSException, match="inside a step"):
+            in_a_pool(errand["transaction"])
+        return in_a_pool(errand["step"])
+
+    @dbos.workflow()
+    def work():
+        return outer()
+
+    with SetWorkflowID("w"):
+        assert work() == [0, 1, 2]
+    assert witness.steps("w") == ["outer"]
+
+
+def test_a_pool_that_a_workflow_used_is_everybodys(dbos, errand):
+    """Its threads remember nothing of the workflow."""
+    with ThreadPoolExecutor(1) as pool:
+
+        @dbos.workflow()
+        def work():
+            return pool.submit(lambda: dbos.workflow_id).result()
+
+        with SetWorkflowID("w"):
+            assert work() == "w"
+        assert pool.submit(errand["step"], 1).result() == 1
+        assert pool.submit(lambda: dbos.workflow_id).result() is None
+
+
+def test_gathered_transactions_keep_the_order_of_the_calls(dbos, errand, witness):
+    """run_step_async takes a transaction: each happens once, at its own position, and is recalled there."""
+
+    @dbos.workflow()
+    async def work():
+        calls = [dbos.run_step_async(None, errand["transaction"], n) for n in range(6)]
+        return await asyncio.gather(*calls, dbos.run_step_async({"name": "last"}, errand["transaction"], 6))
+
+    with SetWorkflowID("w"):
+        assert asyncio.run(work()) == [0, 1, 2, 3, 4, 5, 6]
+    names = [short(name).split(".")[-1] for name in witness.steps("w")]
+    assert names == ["transaction"] * 6 + ["last"]
+    assert [step["output"] for step in steps(dbos, "w")] == [0, 1, 2, 3, 4, 5, 6]
+    rewind(dbos, witness, "w", keep=7)
+    assert result_of(dbos, "w") == [0, 1, 2, 3, 4, 5, 6]
+    assert witness.ledger() == {str(n): 1 for n in range(7)}
+
+
+def test_run_step_takes_a_transaction(dbos, errand, witness):
+    """It stays exactly what it is: one in a workflow's history, one by itself outside, without retries of a step."""
+
+    @dbos.workflow()
+    def work():
+        with pytest.raises(DBOSException, match="retries"):
+            dbos.run_step({"retries_allowed": True}, errand["transaction"], 0)
+        return dbos.run_step({"name": "book"}, errand["transaction"], 1)
+
+    with SetWorkflowID("w"):
+        assert work() == 1
+    assert witness.steps("w") == ["book"]
+    assert asyncio.run(dbos.run_step_async(None, errand["transaction"], 2)) == 2
+    assert witness.ledger() == {"1": 1, "2": 1}
 
 
 @pytest.mark.parametrize(
