@@ -1642,11 +1642,28 @@ def _current_run() -> "_Run | None":
 
 @contextmanager
 def _framed(frame: _Frame) -> Iterator[None]:
+    """Let the user's code run here; what it raises is its outcome, unless somebody wants this task to end."""
     token = _frame.set(frame)
     try:
         yield
+    except asyncio.CancelledError as stray:
+        if _is_cancelled():
+            raise
+        code = f"step {frame.step.step_id} of workflow" if frame.step else "workflow"
+        raise DBOSException(
+            f"{code} {frame.run.id} raised CancelledError, and nobody had cancelled it: something that it awaited was "
+            f"cancelled, perhaps by itself; catch the error where that is awaited"
+        ) from stray
     finally:
         _frame.reset(token)
+
+
+def _is_cancelled() -> bool:
+    """Whether the task that runs here was cancelled (Python 3.10 cannot tell: then it may have been)."""
+    with suppress(RuntimeError):  # there is no event loop here, and so nobody who could
+        task: Any = asyncio.current_task()
+        return task is not None and (task.cancelling() > 0 if hasattr(task, "cancelling") else True)
+    return False
 
 
 def _keep_places() -> None:
@@ -1903,13 +1920,15 @@ async def _attempts(run: _Run, position: int, name: str, retries: _Retries, call
     errors: list[Exception] = []
     for attempt in range(retries.max_attempts):
         run.tries[position] = attempt + 1
-        with _framed(_Frame(run, StepStatus(position, attempt, retries.max_attempts))):
-            try:
+        frame = _Frame(run, StepStatus(position, attempt, retries.max_attempts))
+        try:
+            with _framed(frame):
                 return await _value_of(call())
-            except Exception as error:
+        except Exception as error:
+            with _framed(frame):
                 if retries.should_retry and not await _value_of(retries.should_retry(error)):
                     raise
-                errors.append(_dump_error(run.executor.serializer, error)[1])  # as a replay will see it
+            errors.append(_dump_error(run.executor.serializer, error)[1])  # as a replay will see it
         _log.warning("step %s failed (try %d of %d): %r", name, attempt + 1, retries.max_attempts, errors[-1])
         if attempt + 1 < retries.max_attempts:
             await _pause_run(run.executor, timeout=retries.pause(attempt))
@@ -2333,17 +2352,17 @@ async def _execute(run: _Run) -> Any:
         if run.stopped is not None:  # while it waited for a thread
             raise run.stopped
         run.thread = threading.get_ident()
-        with _OptionBlock(**vars(_NO_OPTIONS)), _framed(_Frame(run)):  # a block around the call is not for the body
-            try:
+        try:
+            with _OptionBlock(**vars(_NO_OPTIONS)), _framed(_Frame(run)):  # a block around the call is not for the body
                 args, kwargs = run.arguments()
                 value = run.function.call(*args, **kwargs)
                 if run.function.is_async:
                     run.loop = asyncio.get_running_loop()
                     value = await _suspend(value, run)
-            except Exception as raised:
-                error = raised
-            finally:
-                run.turn = None
+        except Exception as raised:
+            error = raised
+        finally:
+            run.turn = None
         error = await _finish(run, value, run.breach or error)
     except (KeyboardInterrupt, SystemExit):
         run.executor.interrupted.add(run.id)  # somebody wants it to stop: it stays PENDING until the next launch

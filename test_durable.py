@@ -3229,6 +3229,77 @@ def test_a_blocking_call_on_an_event_loop_names_its_twin(dbos, greet, call, twin
     asyncio.run(main())
 
 
+async def await_what_was_cancelled():
+    task = asyncio.create_task(asyncio.sleep(3600))
+    task.cancel()
+    await task
+
+
+def wait_for_what_was_cancelled():
+    asyncio.run(await_what_was_cancelled())
+
+
+@pytest.mark.parametrize("what", ["step", "async step", "retried step", "transaction", "workflow", "async workflow"])
+def test_a_cancellation_that_nobody_asked_for_is_an_error_like_any_other(dbos, witness, what):
+    """It is the outcome of the step that let it escape, or of the workflow, and nothing runs again for it."""
+    runs = []
+
+    def stray():
+        runs.append(1)
+        wait_for_what_was_cancelled()
+
+    async def astray():
+        runs.append(1)
+        await await_what_was_cancelled()
+
+    retries = {"retries_allowed": True, "interval_seconds": 0, "max_attempts": 2}
+    call = {
+        "step": dbos.step()(stray), "retried step": dbos.step(**retries)(stray), "workflow": stray,
+        "transaction": dbos.transaction()(stray), "async step": dbos.step()(astray), "async workflow": astray,
+    }[what]
+
+    @dbos.workflow()
+    def work():
+        call()
+
+    @dbos.workflow()
+    async def awork():
+        await call()
+
+    with SetWorkflowID("w"):
+        handle = dbos.start_workflow(awork if "async" in what else work)
+    with pytest.raises(DBOSException):
+        handle.get_result()
+    assert witness.status("w") == "ERROR"
+    told = witness.one("select coalesce((select error from durable.steps), error) from durable.workflows")
+    assert ("MaxStepRetries" if "retried" in what else "CancelledError") in told
+    assert len(runs) == 1 + ("retried" in what)
+    if "workflow" not in what:
+        rewind(dbos, witness, "w", keep=1)
+        with pytest.raises(DBOSException):
+            result_of(dbos, "w")
+        assert len(runs) == 1 + ("retried" in what)
+
+
+def test_a_workflow_can_handle_a_cancellation_that_a_step_let_escape(dbos):
+    """It catches an Exception, also where it gathers several."""
+
+    @dbos.step()
+    async def stray():
+        await await_what_was_cancelled()
+
+    @dbos.step()
+    async def fine():
+        return "fine"
+
+    @dbos.workflow()
+    async def work():
+        ends = await asyncio.gather(stray(), fine(), return_exceptions=True)
+        return [isinstance(end, Exception) or end for end in ends]
+
+    assert asyncio.run(work()) == [True, "fine"]
+
+
 def test_a_cancelled_task_leaves_its_workflow_pending(dbos, witness):
     """Cancelling the task that awaits a workflow is an interruption, not an outcome."""
     reached = []
