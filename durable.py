@@ -494,10 +494,15 @@ def _handle_twins(
     return handle, handle_async
 
 
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop that this code runs on."""
+    with suppress(RuntimeError):
+        return asyncio.get_running_loop()
+    return None
+
+
 def _refuse_to_block_a_loop(name: str) -> None:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
+    if _running_loop() is None:
         return
     raise RuntimeError(f"{name}() would block the running event loop: await {name}_async() instead")
 
@@ -3152,7 +3157,8 @@ class _Executor:
         self.counting = threading.Lock()
         self.finished: Counter[tuple[str, str, str]] = Counter()  # workflows, by status, name and queue
         self.admin: _AdminServer | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._home = _running_loop()  # the application's, if it launches on one
+        self._loop: asyncio.AbstractEventLoop | None = None  # our own
         self._loop_lock = threading.Lock()
         self._own_threads: list[threading.Thread] = []  # which go on from launch to close
         self._held = False  # the lock that says we live
@@ -3270,8 +3276,15 @@ class _Executor:
 
         return _Wait(block, wait.on_loop)
 
+    def home(self) -> asyncio.AbstractEventLoop:
+        """The event loop for coroutine workflows that no caller's loop runs: that of the launch, as long as it runs.
+
+        What they need may live there: pools, clients and events belong to the loop on which they were made.
+        """
+        return self._home if self._home is not None and self._home.is_running() else self.loop()
+
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The event loop, on a thread of its own, for coroutine workflows that no caller's loop runs."""
+        """Our own event loop, on a thread of its own."""
         with self._loop_lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
@@ -3319,7 +3332,8 @@ class _Executor:
         run.awaited_elsewhere = True
         try:
             if run.function.is_async:
-                asyncio.run_coroutine_threadsafe(self._background_async(run), self.loop())
+                run.loop = self.home()  # should it be closed before it comes to this, the sweep takes the run up
+                run.loop.call_soon_threadsafe(self.spawn_here, run)
             else:
                 self.threads.submit(lambda: _block(self._background(run)))
         except BaseException:  # no thread to be had: the next sweep finds the row
@@ -3328,7 +3342,7 @@ class _Executor:
 
     def spawn_here(self, run: _Run) -> None:
         """Run a coroutine workflow as a task of the running event loop."""
-        run.awaited_elsewhere = True
+        run.awaited_elsewhere, run.loop = True, asyncio.get_running_loop()
         task = asyncio.get_running_loop().create_task(self._background_async(run))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -3348,7 +3362,8 @@ class _Executor:
         except (SystemExit, KeyboardInterrupt) as end:
             _log.error("workflow %s (%s) raised %r; it waits for the next launch", run.id, run.function.name, end)
         except asyncio.CancelledError:
-            _log.warning("workflow %s (%s) lost its event loop; a sweep takes it up", run.id, run.function.name)
+            level = logging.DEBUG if self.closed.is_set else logging.WARNING
+            _log.log(level, "workflow %s (%s) lost its event loop; a sweep takes it up", run.id, run.function.name)
 
     def forget(self, run: _Run) -> None:
         """This run is over; wake who waits for it or for its place."""
@@ -3577,7 +3592,11 @@ class _Executor:
         self.stopping.set()
         self.work.set()
         deadline = time.monotonic() + patience_s
-        while (left := deadline - time.monotonic()) > 0 and (runs := tuple(self.running.values())):
+        here = _running_loop()  # which we block: what runs on it cannot go on
+        while (left := deadline - time.monotonic()) > 0:
+            runs = [run for run in tuple(self.running.values()) if run.loop is None or run.loop is not here]
+            if not runs:
+                break
             _for_any(runs[0].done, timeout=left).block()
         with suppress(Exception), self.pool.connection(timeout=1.0) as conn:
             _delist(conn, self.me["incarnation"])
@@ -3590,6 +3609,10 @@ class _Executor:
             run.halt(_Closing("the executor was destroyed"))
         if self.admin is not None:
             self.admin.stop()
+        if self._home is not None and self._home.is_running():
+            ending = asyncio.run_coroutine_threadsafe(self._end_home(), self._home)
+            with suppress(Exception):
+                ending.result(0 if self._home is here else 1.0)
         if self._loop is not None:
             asyncio.run_coroutine_threadsafe(self._end_loop(), self._loop)
         for thread in self._own_threads:
@@ -3608,13 +3631,17 @@ class _Executor:
         self.closed.set()
 
     async def _end_loop(self) -> None:
-        loop = asyncio.get_running_loop()
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        await asyncio.wait([loop.create_task(asyncio.sleep(0.05)), *tasks], timeout=0.2)  # they see the closing
+        await self._end_tasks([task for task in asyncio.all_tasks() if task is not asyncio.current_task()])
+        asyncio.get_running_loop().stop()
+
+    async def _end_home(self) -> None:
+        await self._end_tasks([task for task in self._tasks if task.get_loop() is self._home])
+
+    async def _end_tasks(self, tasks: "list[asyncio.Task[Any]]") -> None:
+        await asyncio.wait([asyncio.create_task(asyncio.sleep(0.05)), *tasks], timeout=0.2)  # they see the closing
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        loop.stop()
 
 
 def _recover(executor: _Executor, listed: Sequence[str] = ()) -> list[str]:
@@ -5192,7 +5219,9 @@ class Durable(_Management):
     def launch(self) -> None:
         """Start to work: connect, apply the schema, take up unfinished workflows, serve queues and operators.
 
-        Harmless when launched already.  Raises DBOSInitializationError when it cannot.
+        Called on an event loop (as in a FastAPI lifespan), the coroutine workflows that no caller awaits run
+        on that loop, as long as it does.  Harmless when launched already.  Raises DBOSInitializationError
+        when it cannot.
         """
         with self._life:
             if self._executor is not None:
@@ -5216,7 +5245,8 @@ class Durable(_Management):
     def destroy(self, *, workflow_completion_timeout_sec: float = 0, destroy_registry: bool = False) -> None:
         """Stop claiming, wait so long for running workflows, and close everything.  Can be called again.
 
-        What has not finished stays PENDING, and the next launch under this name takes it up.
+        What has not finished stays PENDING, and the next launch under this name takes it up.  Called on an
+        event loop, which it blocks, it does not wait for what runs there: `await asyncio.to_thread(DBOS.destroy)`.
         """
         with self._life:
             executor = self._executor  # stays in place while it closes: what still runs may need it

@@ -48,6 +48,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 import urllib.request
 import uuid
 import warnings
@@ -2906,6 +2907,104 @@ def test_a_loop_that_is_closed_under_a_workflow_loses_nothing(dbos, fast_sweeps)
     workflow_id = loop.run_until_complete(main())
     loop.close()
     assert result_of(dbos, workflow_id) == "done"
+
+
+@pytest.fixture
+def where(executor):
+    """An executor, not launched yet, with a workflow that tells its event loop, and every way to start it."""
+    dbos = executor()
+
+    @dbos.workflow()
+    async def where():
+        loops.append(asyncio.get_running_loop())
+        await asyncio.sleep(0)
+
+    @dbos.workflow()
+    def parent():
+        dbos.start_workflow(where).get_result()
+
+    @dbos.scheduled("* * * * * *")
+    @dbos.workflow()
+    async def ticking(scheduled_at, actual_at):
+        ticks.append(asyncio.get_running_loop())
+
+    loops, ticks = [], []
+    dbos.register_queue("errands")
+    return types.SimpleNamespace(dbos=dbos, where=where, parent=parent, loops=loops, ticks=ticks)
+
+
+async def until(condition):
+    """`eventually`, for a test on an event loop, which goes on meanwhile."""
+    return await asyncio.to_thread(eventually, condition)
+
+
+def test_workflows_run_on_the_loop_of_the_launch(where, witness):
+    """Started, from a queue, a schedule, a resume or a recovery: where the application's pools and events live."""
+    dbos, workflow = where.dbos, where.where
+
+    async def main():
+        dbos.launch()
+        with SetWorkflowID("queued"):
+            await (await dbos.enqueue_workflow_async("errands", workflow)).get_result()
+        await asyncio.to_thread(lambda: dbos.start_workflow(workflow).get_result())
+        await asyncio.to_thread(where.parent)
+        await until(lambda: where.ticks)
+        rewind(dbos, witness, "queued")
+        await until(lambda: len(where.loops) == 4)
+        await dbos.cancel_workflow_async("queued")
+        await (await dbos.fork_workflow_async("queued", 1)).get_result()
+        await asyncio.to_thread(dbos.destroy)
+        return asyncio.get_running_loop()
+
+    home = asyncio.run(main())
+    assert [loop is home for loop in where.loops] == [True] * 5
+    assert where.ticks[0] is home
+
+
+def test_our_own_loop_takes_over_when_that_of_the_launch_has_ended(where, fast_sweeps):
+    """What ran on it goes on, and what comes later runs, with nobody waiting for a loop that does not run."""
+    dbos, entered = where.dbos, []
+
+    @dbos.workflow()
+    async def long():
+        entered.append(asyncio.get_running_loop())
+        if len(entered) == 1:
+            await asyncio.sleep(3600)
+
+    async def main():
+        dbos.launch()
+        handle = await dbos.enqueue_workflow_async("errands", long)
+        await until(lambda: entered)
+        return handle.workflow_id
+
+    workflow_id = asyncio.run(main())
+    result_of(dbos, workflow_id)
+    dbos.start_workflow(where.where).get_result()
+    assert entered[0].is_closed()
+    assert entered[1] is where.loops[0] is dbos._executor._loop
+
+
+def test_destroy_on_the_loop_of_the_launch_ends_what_runs_there(where, witness):
+    """It does not wait for what it keeps from going on, and leaves no task behind."""
+    dbos, entered = where.dbos, []
+
+    @dbos.workflow()
+    async def long():
+        entered.append(1)
+        await asyncio.sleep(3600)
+
+    async def main():
+        dbos.launch()
+        with SetWorkflowID("w"):
+            await dbos.enqueue_workflow_async("errands", long)
+        await until(lambda: entered)
+        dbos.destroy(workflow_completion_timeout_sec=PATIENCE_S * 100)
+        await until(lambda: len(asyncio.all_tasks(loop)) == 1)
+
+    loop = asyncio.new_event_loop()
+    with contextlib.closing(loop):
+        loop.run_until_complete(main())
+    assert witness.status("w") == "PENDING"
 
 
 def test_gathered_children_keep_their_ids(dbos, witness):
