@@ -90,7 +90,7 @@ import zoneinfo
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta, timezone, tzinfo
@@ -512,14 +512,21 @@ def _raised(error: Exception) -> Exception:
 
 
 @types.coroutine
-def _suspend(body: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
-    """Run an operation on the event loop; what is not our own wait comes from the user's code: pass it on."""
+def _suspend(body: Coroutine[Any, Any, T], run: "_Run | None" = None) -> Generator[Any, Any, T]:
+    """Run an operation on the event loop; what is not our own wait comes from the user's code: pass it on.
+
+    If the body is the code of a `run`, that is told when the code goes on and when it waits.
+    """
     step: Callable[[], Any] = functools.partial(body.send, None)
     while True:
+        if run is not None:
+            run.take_turn()
         try:
             wait = step()
         except StopIteration as end:
             return cast(T, end.value)
+        if run is not None and run.turn is not None:
+            run.turn.waits = True
         try:
             value = (yield from wait.on_loop().__await__()) if isinstance(wait, _Wait) else (yield wait)
         except BaseException as error:
@@ -581,10 +588,15 @@ def _handle_twins(
     return handle, handle_async
 
 
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop that this code runs on."""
+    with suppress(RuntimeError):
+        return asyncio.get_running_loop()
+    return None
+
+
 def _refuse_to_block_a_loop(name: str) -> None:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
+    if _running_loop() is None:
         return
     raise RuntimeError(f"{name}() would block the running event loop: await {name}_async() instead")
 
@@ -1754,9 +1766,22 @@ class _Frame(NamedTuple):
     run: "_Run"
     step: StepStatus | None = None
     connection: "_Connection | None" = None
+    reserved: tuple[int, str] | None = None  # position and name, taken already for the transaction called next
+
+
+class _Turn:
+    """A coroutine workflow from a call of its own, or the end of a wait, to the next; and who calls in it."""
+
+    __slots__ = ("caller", "waits")
+
+    def __init__(self) -> None:
+        self.waits = False
+        self.caller: tuple[int, object] | None = None  # a thread, and one call there
 
 
 _frame: contextvars.ContextVar[_Frame | None] = contextvars.ContextVar("durable_frame", default=None)
+_turn: contextvars.ContextVar[_Turn | None] = contextvars.ContextVar("durable_turn", default=None)
+_caller: contextvars.ContextVar[tuple[int, object]] = contextvars.ContextVar("durable_caller", default=(0, None))
 
 
 def _current_run() -> "_Run | None":
@@ -1775,13 +1800,60 @@ def _here() -> _Frame | None:
 
 @contextmanager
 def _framed(frame: _Frame) -> Iterator[None]:
+    """Let the user's code run here; what it raises is its outcome, unless somebody wants this task to end."""
     if frame.step is not None:
         frame.run.go_on()  # asked for the last time: the step was found not to be on record a while ago
     token = _frame.set(frame)
     try:
         yield
+    except asyncio.CancelledError as stray:
+        if _is_cancelled():
+            raise
+        code = f"step {frame.step.step_id} of workflow" if frame.step else "workflow"
+        raise DBOSException(
+            f"{code} {frame.run.id} raised CancelledError, and nobody had cancelled it: something that it awaited was "
+            f"cancelled, perhaps by itself; catch the error where that is awaited"
+        ) from stray
     finally:
         _frame.reset(token)
+
+
+def _is_cancelled() -> bool:
+    """Whether the task that runs here was cancelled (Python 3.10 cannot tell: then it may have been)."""
+    with suppress(RuntimeError):  # there is no event loop here, and so nobody who could
+        task: Any = asyncio.current_task()
+        return task is not None and (task.cancelling() > 0 if hasattr(task, "cancelling") else True)
+    return False
+
+
+def _keep_places() -> None:
+    """Let threads know whose work they do.
+
+    asyncio.to_thread tells them, but a pool or a thread that a workflow hands its work to knows of no
+    workflow: steps there would go unrecorded, without a word.
+    """
+    pools: Any = ThreadPoolExecutor
+    threads: Any = threading.Thread
+    submit, start = pools.submit, threads.start
+
+    @functools.wraps(submit)
+    def submit_placed(pool: Any, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Any:
+        if _frame.get() is None:
+            return submit(pool, fn, *args, **kwargs)
+        placed = functools.partial(contextvars.copy_context().run, fn)
+        return contextvars.Context().run(submit, pool, placed, *args, **kwargs)  # a thread it begins serves others, too
+
+    @functools.wraps(start)
+    def start_placed(thread: Any) -> None:
+        frame = _frame.get()
+        if frame is not None and frame.step is None:  # in a step it may be some library's, that outlives the step
+            thread.run = functools.partial(contextvars.copy_context().run, thread.run)
+        start(thread)
+
+    pools.submit, threads.start = submit_placed, start_placed
+
+
+_keep_places()
 
 
 class _Run:
@@ -1798,7 +1870,11 @@ class _Run:
         self.stop = _Signal()  # and at the same time this, for those who wait
         self.awaited_elsewhere = row.queue is not None  # more than its caller may wait for it
         self.tries: dict[int, int] = {}  # of steps that are not on record yet
+        self.thread = 0  # on which the workflow's code runs,
+        self.turn: _Turn | None = None  # and what it does there, if it is a coroutine
+        self.breach: DBOSException | None = None  # it left the order of its calls to chance
         self._position = 0
+        self._taking = threading.Lock()
         self._history: dict[int, _Record] = {}
         self.history_to: int | None = 0 if row.has_history else None  # None: nothing left to read
 
@@ -1818,8 +1894,40 @@ class _Run:
 
     def advance(self, by: int = 1) -> int:
         """Take the next position.  Callers do so before their first wait, so that `gather` keeps the order."""
-        self._position += by
-        return self._position - by + 1
+        with self._taking:
+            if self.breach is None and not self._in_order():
+                self.breach = DBOSException(_DISORDER.format(self.id))
+            if self.breach is not None:
+                raise self.breach
+            self._position += by
+            return self._position - by + 1
+
+    def _in_order(self) -> bool:
+        """Whether this call's place among the others is the same in every replay.
+
+        It is in the workflow's own code, and while a coroutine waits, in its tasks; or else in one thing
+        on another thread that it waits for, as in `await asyncio.to_thread(step)`, but not in two.
+        """
+        turn, thread = self.turn, threading.get_ident()
+        caller: tuple[int, object] = (thread, None)
+        if turn is None:
+            return thread == self.thread
+        if thread != self.thread:
+            if _turn.get() is not turn:
+                return False  # the code did not wait for it
+            if _caller.get()[0] != thread:
+                _caller.set((thread, object()))  # in the context of this call; each has its own
+            caller = _caller.get()
+        elif not turn.waits:
+            self.take_turn()  # whatever it handed to a thread before this call is late from now on
+            return turn.caller is None
+        turn.caller = turn.caller or caller
+        return turn.caller == caller
+
+    def take_turn(self) -> None:
+        """The code of the coroutine goes on: a new turn begins."""
+        self.turn = _Turn()
+        _turn.set(self.turn)
 
     async def recall(self, position: int, name: str) -> _Record | None:
         """Find what is on record at this position, and check that it is the record of this call."""
@@ -1933,6 +2041,13 @@ class _Run:
         self.stop.set()
 
 
+_DISORDER = (
+    "workflow {} makes durable calls on several threads: their order, by which results are recalled, is left to "
+    "chance; make them in the workflow's own code, with asyncio.gather over async steps or "
+    "DBOS.run_step_async(None, step, ...), or start child workflows"
+)
+
+
 async def _recorded(name: str, perform: Callable[[], Awaitable[T]], child: str | None = None) -> T:
     """Make a call: in a workflow as its next step, elsewhere plainly."""
     run = _current_run()
@@ -1986,13 +2101,15 @@ async def _attempts(run: _Run, position: int, name: str, retries: _Retries, call
     errors: list[Exception] = []
     for attempt in range(retries.max_attempts):
         run.tries[position] = attempt + 1
-        with _framed(_Frame(run, StepStatus(position, attempt, retries.max_attempts))):
-            try:
+        frame = _Frame(run, StepStatus(position, attempt, retries.max_attempts))
+        try:
+            with _framed(frame):
                 return await _value_of(call())
-            except Exception as error:
+        except Exception as error:
+            with _framed(frame):
                 if retries.should_retry and not await _value_of(retries.should_retry(error)):
                     raise
-                errors.append(_dump_error(run.executor.serializer, error)[1])  # as a replay will see it
+            errors.append(_dump_error(run.executor.serializer, error)[1])  # as a replay will see it
         _log.warning("step %s failed (try %d of %d): %r", name, attempt + 1, retries.max_attempts, errors[-1])
         if attempt + 1 < retries.max_attempts:
             await _pause_run(run.executor, timeout=retries.pause(attempt))
@@ -2071,10 +2188,10 @@ _PARTED = (
 
 def _transaction(name: str, isolation: str, call: Callable[[], Any]) -> Any:
     """Run a transaction function; its work and its record commit together, or neither does."""
-    run = _current_run()
-    if run is None:
+    run, frame = _current_run(), _frame.get()
+    if run is None or frame is None:
         raise DBOSException(f"transaction {name} was called inside a step: call it from the workflow itself")
-    position = run.advance()
+    position, name = frame.reserved or (run.advance(), name)
     past = _block(run.recall(position, name))
     if past is not None:
         return run.outcome(past)
@@ -2112,6 +2229,13 @@ def _undone(conn: _Connection, error: Exception) -> bool:
     if conn.stage == "record":
         return conn.closed or str(getattr(error, "sqlstate", None))[:2] in ("40", "25")
     return conn.stage == "function"
+
+
+async def _transact(name: str, call: Callable[[], Any]) -> Any:
+    """Call a transaction function, perhaps on another thread, at the position that is taken here."""
+    run = _current_run()
+    with nullcontext() if run is None else _framed(_Frame(run, reserved=(run.advance(), name))):
+        return await _value_of(call())
 
 
 def _commit_together(
@@ -2588,16 +2712,19 @@ async def _execute(run: _Run) -> Any:
     try:
         if run.stopped is not None:  # while it waited for a thread
             raise run.stopped
-        with _OptionBlock(**vars(_NO_OPTIONS)), _framed(_Frame(run)):  # a block around the call is not for the body
-            try:
+        run.thread = threading.get_ident()
+        try:
+            with _OptionBlock(**vars(_NO_OPTIONS)), _framed(_Frame(run)):  # a block around the call is not for the body
                 args, kwargs = run.arguments()
                 value = run.function.call(*args, **kwargs)
                 if run.function.is_async:
                     run.loop = asyncio.get_running_loop()
-                    value = await value
-            except Exception as raised:
-                error = raised
-        error = await _finish(run, value, error)
+                    value = await _suspend(value, run)
+        except Exception as raised:
+            error = raised
+        finally:
+            run.turn = None
+        error = await _finish(run, value, run.breach or error)
     except (KeyboardInterrupt, SystemExit):
         run.executor.interrupted.add(run.id)  # somebody wants it to stop: it stays PENDING until the next launch
         raise
@@ -3314,7 +3441,7 @@ class _Threads:
             else:
                 job = self._jobs.popleft()
                 thread = threading.Thread(target=self._work, args=(job,), daemon=True, name=self._name)
-                thread.start()  # may raise; the job is dropped then, and the sweep finds its workflow
+                contextvars.Context().run(thread.start)  # may raise; the job is dropped, the sweep finds its workflow
                 self._threads.add(thread)
             self._free -= 1
 
@@ -3421,7 +3548,8 @@ class _Executor:
         self.counting = threading.Lock()
         self.finished: Counter[tuple[str, str, str]] = Counter()  # workflows, by status, name and queue
         self.admin: _AdminServer | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._home = _running_loop()  # the application's, if it launches on one
+        self._loop: asyncio.AbstractEventLoop | None = None  # our own
         self._loop_lock = threading.Lock()
         self._own_threads: list[threading.Thread] = []  # which go on from launch to close
         self._held = False  # the lock that says we live
@@ -3566,8 +3694,15 @@ class _Executor:
 
         return _Wait(block, wait.on_loop)
 
+    def home(self) -> asyncio.AbstractEventLoop:
+        """The event loop for coroutine workflows that no caller's loop runs: that of the launch, as long as it runs.
+
+        What they need may live there: pools, clients and events belong to the loop on which they were made.
+        """
+        return self._home if self._home is not None and self._home.is_running() else self.loop()
+
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The event loop, on a thread of its own, for coroutine workflows that no caller's loop runs."""
+        """Our own event loop, on a thread of its own."""
         with self._loop_lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
@@ -3584,7 +3719,7 @@ class _Executor:
 
     def _spawn_thread(self, name: str, target: Callable[[], object]) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)
-        thread.start()
+        contextvars.Context().run(thread.start)  # whoever happens to be the first to need it
         self._own_threads.append(thread)
 
     # Runs.
@@ -3618,7 +3753,8 @@ class _Executor:
         run.awaited_elsewhere = True
         try:
             if run.function.is_async:
-                self.loop().call_soon_threadsafe(self.spawn_here, run)
+                run.loop = self.home()  # should it be closed before it comes to this, the sweep takes the run up
+                run.loop.call_soon_threadsafe(self.spawn_here, run)
             else:
                 self.threads.submit(lambda: _block(self._background(run)))
         except BaseException:  # no thread to be had: the next sweep finds the row
@@ -3627,7 +3763,7 @@ class _Executor:
 
     def spawn_here(self, run: _Run) -> None:
         """Run a coroutine workflow as a task of the running event loop, which would not keep it from the collector."""
-        run.awaited_elsewhere = True
+        run.awaited_elsewhere, run.loop = True, asyncio.get_running_loop()
         task = asyncio.get_running_loop().create_task(self._background_async(run))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -3647,7 +3783,8 @@ class _Executor:
         except (SystemExit, KeyboardInterrupt) as end:
             _log.error("workflow %s (%s) raised %r; it waits for the next launch", run.id, run.function.name, end)
         except asyncio.CancelledError:
-            _log.warning("workflow %s (%s) lost its event loop; a sweep takes it up", run.id, run.function.name)
+            level = logging.DEBUG if self.closed.is_set else logging.WARNING
+            _log.log(level, "workflow %s (%s) lost its event loop; a sweep takes it up", run.id, run.function.name)
 
     def forget(self, run: _Run) -> None:
         """This run is over; wake who waits for it or for its place."""
@@ -3895,7 +4032,11 @@ class _Executor:
         self.stopping.set()
         self.work.set()
         deadline = time.monotonic() + patience_s
-        while (left := deadline - time.monotonic()) > 0 and (runs := tuple(self.running.values())):
+        here = _running_loop()  # which we block: what runs on it cannot go on
+        while (left := deadline - time.monotonic()) > 0:
+            runs = [run for run in tuple(self.running.values()) if run.loop is None or run.loop is not here]
+            if not runs:
+                break
             _for_any(runs[0].done, timeout=left).block()
         with suppress(Exception), self.pool.connection(timeout=1.0) as conn:
             _delist(conn, self.me["incarnation"])
@@ -3908,6 +4049,10 @@ class _Executor:
             run.halt(_Closing("the executor was destroyed"))
         if self.admin is not None:
             self.admin.stop()
+        if self._home is not None and self._home.is_running():
+            ending = asyncio.run_coroutine_threadsafe(self._end_home(), self._home)
+            with suppress(Exception):
+                ending.result(0 if self._home is here else 1.0)
         if self._loop is not None:
             asyncio.run_coroutine_threadsafe(self._end_loop(), self._loop)
         for thread in self._own_threads:
@@ -3926,13 +4071,17 @@ class _Executor:
         self.closed.set()
 
     async def _end_loop(self) -> None:
-        loop = asyncio.get_running_loop()
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        await asyncio.wait([loop.create_task(asyncio.sleep(0.05)), *tasks], timeout=0.2)  # they see the closing
+        await self._end_tasks([task for task in asyncio.all_tasks() if task is not asyncio.current_task()])
+        asyncio.get_running_loop().stop()
+
+    async def _end_home(self) -> None:
+        await self._end_tasks([task for task in self._tasks if task.get_loop() is self._home])
+
+    async def _end_tasks(self, tasks: "list[asyncio.Task[Any]]") -> None:
+        await asyncio.wait([asyncio.create_task(asyncio.sleep(0.05)), *tasks], timeout=0.2)  # they see the closing
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        loop.stop()
 
 
 def _let_go() -> None:
@@ -5419,7 +5568,7 @@ class Durable(_Management):
             if inspect.iscoroutinefunction(fn):
                 raise DBOSException(
                     f"{known_as} is async, and a transaction cannot be: make it a plain function, "
-                    f"and call it from async code through asyncio.to_thread"
+                    f"and await DBOS.run_step_async(None, {known_as}, ...) in async code"
                 )
 
             @functools.wraps(fn)
@@ -5611,7 +5760,9 @@ class Durable(_Management):
     def launch(self) -> None:
         """Start to work: connect, apply the schema, take up unfinished workflows, serve queues and operators.
 
-        Harmless when launched already.  Raises DBOSInitializationError when it cannot.
+        Called on an event loop (as in a FastAPI lifespan), the coroutine workflows that no caller awaits run
+        on that loop, as long as it does.  Harmless when launched already.  Raises DBOSInitializationError
+        when it cannot.
         """
         with self._life:
             if self._executor is not None and self._executor.pid == os.getpid():
@@ -5638,7 +5789,8 @@ class Durable(_Management):
     def destroy(self, *, workflow_completion_timeout_sec: float = 0, destroy_registry: bool = False) -> None:
         """Stop claiming, wait so long for running workflows, and close everything.  Can be called again.
 
-        What has not finished stays PENDING, and the next launch under this name takes it up.
+        What has not finished stays PENDING, and the next launch under this name takes it up.  Called on an
+        event loop, which it blocks, it does not wait for what runs there: `await asyncio.to_thread(DBOS.destroy)`.
         """
         with self._life:
             executor = self._executor  # stays in place while it closes: what still runs may need it
@@ -5818,7 +5970,10 @@ class Durable(_Management):
     def run_step(
         self, dbos_step_options: StepOptions | None, func: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Call any function as a step; a coroutine function runs on the executor's own event loop."""
+        """Call any function as a step; a coroutine function runs on the executor's own event loop.
+
+        A transaction stays what it is.
+        """
         _refuse_to_block_a_loop("run_step")
         call: Callable[[], Any] = functools.partial(func, *args, **kwargs)
         if inspect.iscoroutinefunction(func):
@@ -5833,7 +5988,10 @@ class Durable(_Management):
     async def run_step_async(
         self, dbos_step_options: StepOptions | None, func: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Await any function as a step; a plain one runs on a thread, so that it does not block the loop."""
+        """Await any function as a step; a plain one runs on a thread, so that it does not block the loop.
+
+        A transaction stays what it is: so `asyncio.gather` over transactions keeps the order of the calls.
+        """
         call = functools.partial(func, *args, **kwargs)
         if not inspect.iscoroutinefunction(func):
             call = functools.partial(asyncio.to_thread, _unless_stopped, _current_run(), call)
@@ -5843,13 +6001,18 @@ class Durable(_Management):
         self, options: StepOptions | None, func: Callable[..., Any], call: Callable[[], Any]
     ) -> Coroutine[Any, Any, Any]:
         self._refuse_in_a_child()
-        given = dict(options or {})
-        name = given.pop("name", None) or _name_of(func)
+        given, function = dict(options or {}), getattr(func, "_durable_function", None)
+        transaction = function if isinstance(function, _Function) and function.kind == "transaction" else None
+        name = given.pop("name", None) or (transaction.name[len("<temp>."):] if transaction else _name_of(func))
         unknown = given.keys() - StepOptions.__annotations__.keys()
         if unknown:
             raise DBOSException(f"run_step: unknown step option {min(unknown)!r} for {name}")
         retries = _Retries(**given)  # type: ignore[arg-type]
         retries.check(str(name), call)
+        if transaction:
+            if retries.retries_allowed:
+                raise DBOSException(f"transaction {name} is tried again as it needs: run_step has no retries for it")
+            return _transact(str(name), call)
         return _step(str(name), retries, call)
 
     # What a workflow says and waits for.

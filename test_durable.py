@@ -38,6 +38,7 @@ import inspect
 import itertools
 import json
 import logging
+import multiprocessing.pool
 import os
 import py_compile
 import re
@@ -50,6 +51,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 import urllib.request
 import uuid
 import warnings
@@ -4074,6 +4076,104 @@ def test_a_loop_that_is_closed_under_a_workflow_loses_nothing(dbos, fast_sweeps)
     assert result_of(dbos, workflow_id) == "done"
 
 
+@pytest.fixture
+def where(executor):
+    """An executor, not launched yet, with a workflow that tells its event loop, and every way to start it."""
+    dbos = executor()
+
+    @dbos.workflow()
+    async def where():
+        loops.append(asyncio.get_running_loop())
+        await asyncio.sleep(0)
+
+    @dbos.workflow()
+    def parent():
+        dbos.start_workflow(where).get_result()
+
+    @dbos.scheduled("* * * * * *")
+    @dbos.workflow()
+    async def ticking(scheduled_at, actual_at):
+        ticks.append(asyncio.get_running_loop())
+
+    loops, ticks = [], []
+    dbos.register_queue("errands")
+    return types.SimpleNamespace(dbos=dbos, where=where, parent=parent, loops=loops, ticks=ticks)
+
+
+async def until(condition):
+    """`eventually`, for a test on an event loop, which goes on meanwhile."""
+    return await asyncio.to_thread(eventually, condition)
+
+
+def test_workflows_run_on_the_loop_of_the_launch(where, witness):
+    """Started, from a queue, a schedule, a resume or a recovery: where the application's pools and events live."""
+    dbos, workflow = where.dbos, where.where
+
+    async def main():
+        dbos.launch()
+        with SetWorkflowID("queued"):
+            await (await dbos.enqueue_workflow_async("errands", workflow)).get_result()
+        await asyncio.to_thread(lambda: dbos.start_workflow(workflow).get_result())
+        await asyncio.to_thread(where.parent)
+        await until(lambda: where.ticks)
+        rewind(dbos, witness, "queued")
+        await until(lambda: len(where.loops) == 4)
+        await dbos.cancel_workflow_async("queued")
+        await (await dbos.fork_workflow_async("queued", 1)).get_result()
+        await asyncio.to_thread(dbos.destroy)
+        return asyncio.get_running_loop()
+
+    home = asyncio.run(main())
+    assert [loop is home for loop in where.loops] == [True] * 5
+    assert where.ticks[0] is home
+
+
+def test_our_own_loop_takes_over_when_that_of_the_launch_has_ended(where, fast_sweeps):
+    """What ran on it goes on, and what comes later runs, with nobody waiting for a loop that does not run."""
+    dbos, entered = where.dbos, []
+
+    @dbos.workflow()
+    async def long():
+        entered.append(asyncio.get_running_loop())
+        if len(entered) == 1:
+            await asyncio.sleep(3600)
+
+    async def main():
+        dbos.launch()
+        handle = await dbos.enqueue_workflow_async("errands", long)
+        await until(lambda: entered)
+        return handle.workflow_id
+
+    workflow_id = asyncio.run(main())
+    result_of(dbos, workflow_id)
+    dbos.start_workflow(where.where).get_result()
+    assert entered[0].is_closed()
+    assert entered[1] is where.loops[0] is dbos._executor._loop
+
+
+def test_destroy_on_the_loop_of_the_launch_ends_what_runs_there(where, witness):
+    """It does not wait for what it keeps from going on, and leaves no task behind."""
+    dbos, entered = where.dbos, []
+
+    @dbos.workflow()
+    async def long():
+        entered.append(1)
+        await asyncio.sleep(3600)
+
+    async def main():
+        dbos.launch()
+        with SetWorkflowID("w"):
+            await dbos.enqueue_workflow_async("errands", long)
+        await until(lambda: entered)
+        dbos.destroy(workflow_completion_timeout_sec=PATIENCE_S * 100)
+        await until(lambda: len(asyncio.all_tasks(loop)) == 1)
+
+    loop = asyncio.new_event_loop()
+    with contextlib.closing(loop):
+        loop.run_until_complete(main())
+    assert witness.status("w") == "PENDING"
+
+
 def test_gathered_children_keep_their_ids(dbos, witness):
     """Asynchronous children started together are numbered in the order of the calls."""
 
@@ -4168,6 +4268,209 @@ def test_many_coroutines_need_no_threads(dbos, gate):
     assert asyncio.run(main()) == 300
 
 
+@pytest.fixture
+def errand(dbos):
+    """A step, and a transaction that leaves a trace."""
+
+    @dbos.step()
+    def step(n):
+        return n
+
+    @dbos.transaction()
+    def transaction(n):
+        dbos.connection.execute("insert into ledger values (%s)", [str(n)])
+        return n
+
+    return {"step": step, "transaction": transaction}
+
+
+def in_a_pool(call):
+    with ThreadPoolExecutor(3) as pool:
+        return list(pool.map(call, range(3)))
+
+
+def in_one_pooled_thread(call):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call, 1).result()
+
+
+def in_old_threads(call):
+    with multiprocessing.pool.ThreadPool(3) as pool:
+        return pool.map(call, range(3))
+
+
+def in_a_thread(call):
+    thread = threading.Thread(target=in_silence, args=(call, 1))
+    thread.start()
+    thread.join()
+
+
+def in_silence(call, *args):
+    with contextlib.suppress(DBOSException):
+        call(*args)
+
+
+@pytest.mark.parametrize("kind", ["step", "transaction"])
+@pytest.mark.parametrize("elsewhere", [in_a_pool, in_one_pooled_thread, in_old_threads, in_a_thread])
+def test_steps_on_threads_of_the_workflows_own_making_are_an_error(dbos, errand, witness, elsewhere, kind):
+    """They are neither recorded in the order of chance nor left out without a word, and nothing hides the error."""
+
+    @dbos.workflow()
+    def work():
+        with contextlib.suppress(DBOSException):
+            elsewhere(errand[kind])
+
+    with SetWorkflowID("w"), pytest.raises(DBOSException, match=r"workflow w .* several threads.*run_step_async"):
+        work()
+    assert witness.status("w") == "ERROR"
+    assert witness.column("select id from durable.workflows") == ["w"]
+    assert (witness.steps("w"), witness.ledger()) == ([], {})
+
+
+async def to_thread(call, n):
+    return await asyncio.to_thread(call, n)
+
+
+async def in_the_executor(call, n):
+    return await asyncio.get_running_loop().run_in_executor(None, call, n)
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+@pytest.mark.parametrize("kind", ["step", "transaction"])
+@pytest.mark.parametrize("elsewhere", [to_thread, in_the_executor])
+def test_threads_that_call_at_once_are_an_error(dbos, errand, witness, elsewhere, kind, order):
+    """Whichever comes first, and though it has ended before the other begins: in a replay that might be first."""
+    ended = {order[0]: threading.Event(), order[1]: threading.Event()}
+
+    def one(n):
+        if n == order[1]:
+            assert ended[order[0]].wait(PATIENCE_S)
+        try:
+            return errand[kind](n)
+        finally:
+            ended[n].set()
+
+    @dbos.workflow()
+    async def work():
+        return await asyncio.gather(*[elsewhere(one, n) for n in range(2)], return_exceptions=True)
+
+    with SetWorkflowID("w"), pytest.raises(DBOSException, match=r"workflow w .* several threads"):
+        asyncio.run(work())
+    assert witness.status("w") == "ERROR"
+
+
+def test_a_thread_beside_asynchronous_steps_is_an_error(dbos, errand):
+    """What a task and a thread call at the same time is in no order either."""
+
+    @dbos.step()
+    async def other():
+        return 0
+
+    @dbos.workflow()
+    async def beside_a_task():
+        return await asyncio.gather(other(), asyncio.to_thread(errand["step"], 1))
+
+    @dbos.workflow()
+    async def beside_the_code():
+        late = threading.Event()
+        task = asyncio.create_task(asyncio.to_thread(lambda: late.wait(PATIENCE_S) and errand["step"](1)))
+        await asyncio.sleep(0.01)
+        late.set()
+        return [await task, await other()]
+
+    for work in (beside_a_task, beside_the_code):
+        with pytest.raises(DBOSException, match="several threads"):
+            asyncio.run(work())
+
+
+@pytest.mark.parametrize("elsewhere", [to_thread, in_the_executor])
+def test_one_thread_after_the_other_keeps_the_order(dbos, errand, witness, elsewhere):
+    """A coroutine may await blocking calls, each of which may be several, on other threads."""
+
+    def two(n):
+        return [errand["step"](n), errand["transaction"](n + 1)]
+
+    @dbos.workflow()
+    async def work():
+        first = errand["step"](0)
+        return [first, *await elsewhere(two, 1), await elsewhere(errand["transaction"], 3), errand["step"](4)]
+
+    with SetWorkflowID("w"):
+        assert asyncio.run(work()) == [0, 1, 2, 3, 4]
+    rewind(dbos, witness, "w", keep=4)
+    assert result_of(dbos, "w") == [0, 1, 2, 3, 4]
+    assert [short(name).split(".")[-1] for name in witness.steps("w")] == [
+        "step", "step", "transaction", "transaction", "step",
+    ]
+    assert witness.ledger() == {"2": 1, "3": 1}
+
+
+def test_a_step_may_use_threads_as_it_likes(dbos, errand, witness):
+    """Steps called there are part of it; a transaction is refused as in the step itself."""
+
+    @dbos.step()
+    def outer():
+        with pytest.raises(DBOSException, match="inside a step"):
+            in_a_pool(errand["transaction"])
+        return in_a_pool(errand["step"])
+
+    @dbos.workflow()
+    def work():
+        return outer()
+
+    with SetWorkflowID("w"):
+        assert work() == [0, 1, 2]
+    assert witness.steps("w") == ["outer"]
+
+
+def test_a_pool_that_a_workflow_used_is_everybodys(dbos, errand):
+    """Its threads remember nothing of the workflow."""
+    with ThreadPoolExecutor(1) as pool:
+
+        @dbos.workflow()
+        def work():
+            return pool.submit(lambda: dbos.workflow_id).result()
+
+        with SetWorkflowID("w"):
+            assert work() == "w"
+        assert pool.submit(errand["step"], 1).result() == 1
+        assert pool.submit(lambda: dbos.workflow_id).result() is None
+
+
+def test_gathered_transactions_keep_the_order_of_the_calls(dbos, errand, witness):
+    """run_step_async takes a transaction: each happens once, at its own position, and is recalled there."""
+
+    @dbos.workflow()
+    async def work():
+        calls = [dbos.run_step_async(None, errand["transaction"], n) for n in range(6)]
+        return await asyncio.gather(*calls, dbos.run_step_async({"name": "last"}, errand["transaction"], 6))
+
+    with SetWorkflowID("w"):
+        assert asyncio.run(work()) == [0, 1, 2, 3, 4, 5, 6]
+    names = [short(name).split(".")[-1] for name in witness.steps("w")]
+    assert names == ["transaction"] * 6 + ["last"]
+    assert [step["output"] for step in steps(dbos, "w")] == [0, 1, 2, 3, 4, 5, 6]
+    rewind(dbos, witness, "w", keep=7)
+    assert result_of(dbos, "w") == [0, 1, 2, 3, 4, 5, 6]
+    assert witness.ledger() == {str(n): 1 for n in range(7)}
+
+
+def test_run_step_takes_a_transaction(dbos, errand, witness):
+    """It stays exactly what it is: one in a workflow's history, one by itself outside, without retries of a step."""
+
+    @dbos.workflow()
+    def work():
+        with pytest.raises(DBOSException, match="retries"):
+            dbos.run_step({"retries_allowed": True}, errand["transaction"], 0)
+        return dbos.run_step({"name": "book"}, errand["transaction"], 1)
+
+    with SetWorkflowID("w"):
+        assert work() == 1
+    assert witness.steps("w") == ["book"]
+    assert asyncio.run(dbos.run_step_async(None, errand["transaction"], 2)) == 2
+    assert witness.ledger() == {"1": 1, "2": 1}
+
+
 @pytest.mark.parametrize(
     ("call", "twin"),
     [
@@ -4190,6 +4493,77 @@ def test_a_blocking_call_on_an_event_loop_names_its_twin(dbos, greet, call, twin
             call(dbos, handle)
 
     asyncio.run(main())
+
+
+async def await_what_was_cancelled():
+    task = asyncio.create_task(asyncio.sleep(3600))
+    task.cancel()
+    await task
+
+
+def wait_for_what_was_cancelled():
+    asyncio.run(await_what_was_cancelled())
+
+
+@pytest.mark.parametrize("what", ["step", "async step", "retried step", "transaction", "workflow", "async workflow"])
+def test_a_cancellation_that_nobody_asked_for_is_an_error_like_any_other(dbos, witness, what):
+    """It is the outcome of the step that let it escape, or of the workflow, and nothing runs again for it."""
+    runs = []
+
+    def stray():
+        runs.append(1)
+        wait_for_what_was_cancelled()
+
+    async def astray():
+        runs.append(1)
+        await await_what_was_cancelled()
+
+    retries = {"retries_allowed": True, "interval_seconds": 0, "max_attempts": 2}
+    call = {
+        "step": dbos.step()(stray), "retried step": dbos.step(**retries)(stray), "workflow": stray,
+        "transaction": dbos.transaction()(stray), "async step": dbos.step()(astray), "async workflow": astray,
+    }[what]
+
+    @dbos.workflow()
+    def work():
+        call()
+
+    @dbos.workflow()
+    async def awork():
+        await call()
+
+    with SetWorkflowID("w"):
+        handle = dbos.start_workflow(awork if "async" in what else work)
+    with pytest.raises(DBOSException):
+        handle.get_result()
+    assert witness.status("w") == "ERROR"
+    told = witness.one("select coalesce((select error from durable.steps), error) from durable.workflows")
+    assert ("MaxStepRetries" if "retried" in what else "CancelledError") in told
+    assert len(runs) == 1 + ("retried" in what)
+    if "workflow" not in what:
+        rewind(dbos, witness, "w", keep=1)
+        with pytest.raises(DBOSException):
+            result_of(dbos, "w")
+        assert len(runs) == 1 + ("retried" in what)
+
+
+def test_a_workflow_can_handle_a_cancellation_that_a_step_let_escape(dbos):
+    """It catches an Exception, also where it gathers several."""
+
+    @dbos.step()
+    async def stray():
+        await await_what_was_cancelled()
+
+    @dbos.step()
+    async def fine():
+        return "fine"
+
+    @dbos.workflow()
+    async def work():
+        ends = await asyncio.gather(stray(), fine(), return_exceptions=True)
+        return [isinstance(end, Exception) or end for end in ends]
+
+    assert asyncio.run(work()) == [True, "fine"]
 
 
 def test_a_cancelled_task_leaves_its_workflow_pending(dbos, witness):
