@@ -4800,6 +4800,18 @@ def test_an_undeclared_queue_is_named(dbos, job):
         assert handle.get_result() == 1
 
 
+def test_a_queue_is_declared_once_or_the_same_again(dbos, job, caplog):
+    """Two declarations with the same limits are one queue; others are a mistake."""
+    first, second = (Queue("line", concurrency=1, durable=dbos) for _ in range(2))
+    first.set_limits(concurrency=2)
+    assert second.concurrency == dbos._queues["line"].concurrency == 2
+    assert first.enqueue(job, "a").get_result() == second.enqueue(job, "a").get_result() == "a"
+    with pytest.raises(DBOSConflictingRegistrationError, match="line"):
+        Queue("line", concurrency=1, durable=dbos)
+    assert first.concurrency == 2
+    assert not warnings_in(caplog, "line")
+
+
 def test_a_queue_is_declared_once(executor):
     """A second Queue under one name is an error that names it; registering it again changes its limits."""
     dbos = executor()
@@ -5867,6 +5879,14 @@ def test_without_source_too_each_process_has_the_same_version(unsourced_version_
     """Neither the order of a set nor the place in the file or in memory counts."""
     moved = UNSOURCED.replace("def charge", "# a comment\n\n    def charge").replace("return amount", "return   amount")
     assert unsourced_version_of(moved, seed=1) == unsourced_version_of(UNSOURCED, seed=2)
+
+
+def test_the_code_below_a_plain_decorator_counts(version_of):
+    """A decorator without functools.wraps hides the function, and what it does is still the workflow."""
+    decorator = "def plainly(fn):\n    return lambda *args: fn(*args)\n\n"
+    program = textwrap.dedent(PROGRAM).replace("    def pay", "    @plainly\n    def pay")
+    assert version_of(decorator + program) == version_of("\n" + decorator + program)
+    assert version_of(decorator + program) != version_of(decorator + program.replace("amount + 1", "amount + 2"))
 
 
 def test_the_code_of_a_callable_that_is_no_function_counts(executor):
