@@ -5152,8 +5152,11 @@ class Durable(_Management):
         if former is not None and not same:
             again = site.run is not before.run and site.module is not None and site.module == before.module
             if not (again and _alike(new, former, again)):
+                codes = [getattr(_as_written(each)[0], "__code__", None) for each in (former, new)]
+                places = [f"{code.co_filename}, line {code.co_firstlineno}" for code in codes if code]
+                one, other = places if len(set(places)) == 2 else (before, site)  # or else one line made both
                 raise DBOSConflictingRegistrationError(
-                    f"a second {what} is called {name.removeprefix('<temp>.')}: one from {before}, one from {site}; "
+                    f"a second {what} is called {name.removeprefix('<temp>.')}: one from {one}, one from {other}; "
                     f"give one of them another name (in a decorator, functools.wraps keeps that of the function)"
                 )
             if site.run is not self._rerun:

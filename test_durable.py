@@ -2498,7 +2498,8 @@ def test_two_functions_under_one_name_are_an_error(executor):
     """The second registration raises DBOSConflictingRegistrationError naming the name."""
     dbos = executor()
     dbos.workflow(name="pay")(lambda: 1)
-    with pytest.raises(DBOSConflictingRegistrationError, match="pay"):
+    line = inspect.currentframe().f_lineno
+    with pytest.raises(DBOSConflictingRegistrationError, match=rf"pay: one .*line {line - 1}, one .*line {line + 2};"):
         dbos.workflow(name="pay")(lambda: 2)
 
 
@@ -2683,7 +2684,7 @@ def test_the_same_name_in_another_module_is_an_error(executor):
     dbos = executor()
     for definition in ("@dbos.workflow()\ndef pay():\n    pass", "@dbos.step()\n@plainly\ndef pay():\n    pass"):
         run_code(definition, {**MAIN, "dbos": dbos, "plainly": plainly})
-        with pytest.raises(DBOSConflictingRegistrationError, match=r"main\.py, line 1, one from other\.py, line 1"):
+        with pytest.raises(DBOSConflictingRegistrationError, match=r"main\.py, line \d, one from other\.py, line \d"):
             run_code(definition, {**OTHER, "dbos": dbos, "plainly": plainly})
 
 
