@@ -2321,18 +2321,26 @@ class _Function:
 
     @functools.cached_property
     def hash(self) -> str:
-        """Tell this code from another; what has no source (a .pyc alone, `python -`) is known by its bytecode."""
-        try:
-            source = inspect.getsource(self.source)
-            tree = ast.parse(f"if 1:\n{source}" if source[0].isspace() else source)
-            kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-            code: object = _shape(next((node for node in ast.walk(tree) if isinstance(node, kinds)), tree))
-        except (OSError, TypeError, SyntaxError):
-            given = [*(getattr(self.source, "__defaults__", None) or ())]
-            given += (getattr(self.source, "__kwdefaults__", None) or {}).values()
-            defaults = [each if _survives_json(each) else _type_name(each) for each in given]
-            code = _shape([getattr(self.source, "__code__", None), defaults])
-        return hashlib.sha256(f"{self.name}\n{code}".encode()).hexdigest()[:16]
+        """Tell this code from another."""
+        return hashlib.sha256(f"{self.name}\n{_code_of(self.source)}".encode()).hexdigest()[:16]
+
+
+def _code_of(fn: Any, seen: frozenset[int] = frozenset()) -> object:
+    """What tells a function's code from another's: its source, with that of a plain function which it wraps.
+
+    What has no source (a .pyc alone, `python -`) is known by its bytecode, and its defaults.
+    """
+    try:
+        source = inspect.getsource(fn)
+        tree = ast.parse(f"if 1:\n{source}" if source[0].isspace() else source)
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+        code: object = _shape(next((node for node in ast.walk(tree) if isinstance(node, kinds)), tree))
+    except (OSError, TypeError, SyntaxError):
+        given = [*(getattr(fn, "__defaults__", None) or ()), *(getattr(fn, "__kwdefaults__", None) or {}).values()]
+        code = _shape([getattr(fn, "__code__", None), [v if _survives_json(v) else _type_name(v) for v in given]])
+    wrapped = [each for each in _held(fn).values() if isinstance(each, types.FunctionType) and id(each) not in seen]
+    inner = [_code_of(each, seen | {id(fn)}) for each in wrapped if not hasattr(each, "_durable_function")]
+    return [code, *inner] if inner else code
 
 
 _CODE = "code", "exceptiontable", "consts", "names", "varnames", "freevars", "argcount", "kwonlyargcount", "flags"
@@ -3126,8 +3134,8 @@ class Queue:
     `concurrency`: how many may run at a time over all executors; `worker_concurrency`: in one process;
     `limiter`: how many may start in a period.  `priority_enabled` is accepted as in DBOS; priorities
     always count.  `polling_interval_sec`: how often to look when no hint comes.
-    Raises DBOSConflictingRegistrationError for a name declared twice, ValueError for a limit that
-    makes no sense.
+    Raises DBOSConflictingRegistrationError for a name declared twice with different limits, ValueError for
+    a limit that makes no sense.
     """
 
     def __init__(
@@ -5634,8 +5642,11 @@ class Durable(_Management):
         if former is not None and not same:
             again = site.run is not before.run and site.module is not None and site.module == before.module
             if not (again and _alike(new, former, again)):
+                codes = [getattr(_as_written(each)[0], "__code__", None) for each in (former, new)]
+                places = [f"{code.co_filename}, line {code.co_firstlineno}" for code in codes if code]
+                one, other = places if len(set(places)) == 2 else (before, site)  # or else one line made both
                 raise DBOSConflictingRegistrationError(
-                    f"a second {what} is called {name.removeprefix('<temp>.')}: one from {before}, one from {site}; "
+                    f"a second {what} is called {name.removeprefix('<temp>.')}: one from {one}, one from {other}; "
                     f"give one of them another name (in a decorator, functools.wraps keeps that of the function)"
                 )
             if site.run is not self._rerun:

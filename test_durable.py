@@ -3113,7 +3113,8 @@ def test_two_functions_under_one_name_are_an_error(executor):
     """The second registration raises DBOSConflictingRegistrationError naming the name."""
     dbos = executor()
     dbos.workflow(name="pay")(lambda: 1)
-    with pytest.raises(DBOSConflictingRegistrationError, match="pay"):
+    line = inspect.currentframe().f_lineno
+    with pytest.raises(DBOSConflictingRegistrationError, match=rf"pay: one .*line {line - 1}, one .*line {line + 2};"):
         dbos.workflow(name="pay")(lambda: 2)
 
 
@@ -3298,7 +3299,7 @@ def test_the_same_name_in_another_module_is_an_error(executor):
     dbos = executor()
     for definition in ("@dbos.workflow()\ndef pay():\n    pass", "@dbos.step()\n@plainly\ndef pay():\n    pass"):
         run_code(definition, {**MAIN, "dbos": dbos, "plainly": plainly})
-        with pytest.raises(DBOSConflictingRegistrationError, match=r"main\.py, line 1, one from other\.py, line 1"):
+        with pytest.raises(DBOSConflictingRegistrationError, match=r"main\.py, line \d, one from other\.py, line \d"):
             run_code(definition, {**OTHER, "dbos": dbos, "plainly": plainly})
 
 
@@ -6056,6 +6057,18 @@ def test_an_undeclared_queue_is_named(dbos, job):
         assert handle.get_result() == 1
 
 
+def test_a_queue_is_declared_once_or_the_same_again(dbos, job, caplog):
+    """Two declarations with the same limits are one queue; others are a mistake."""
+    first, second = (Queue("line", concurrency=1, durable=dbos) for _ in range(2))
+    first.set_limits(concurrency=2)
+    assert second.concurrency == dbos._queues["line"].concurrency == 2
+    assert first.enqueue(job, "a").get_result() == second.enqueue(job, "a").get_result() == "a"
+    with pytest.raises(DBOSConflictingRegistrationError, match="line"):
+        Queue("line", concurrency=1, durable=dbos)
+    assert first.concurrency == 2
+    assert not warnings_in(caplog, "line")
+
+
 def test_a_queue_is_declared_once(executor):
     """A second Queue under one name is an error that names it; registering it again changes its limits."""
     dbos = executor()
@@ -7191,6 +7204,14 @@ def test_without_source_too_each_process_has_the_same_version(unsourced_version_
     """Neither the order of a set nor the place in the file or in memory counts."""
     moved = UNSOURCED.replace("def charge", "# a comment\n\n    def charge").replace("return amount", "return   amount")
     assert unsourced_version_of(moved, seed=1) == unsourced_version_of(UNSOURCED, seed=2)
+
+
+def test_the_code_below_a_plain_decorator_counts(version_of):
+    """A decorator without functools.wraps hides the function, and what it does is still the workflow."""
+    decorator = "def plainly(fn):\n    return lambda *args: fn(*args)\n\n"
+    program = textwrap.dedent(PROGRAM).replace("    def pay", "    @plainly\n    def pay")
+    assert version_of(decorator + program) == version_of("\n" + decorator + program)
+    assert version_of(decorator + program) != version_of(decorator + program.replace("amount + 1", "amount + 2"))
 
 
 def test_the_code_of_a_callable_that_is_no_function_counts(executor):
