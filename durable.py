@@ -1846,7 +1846,7 @@ class _Connection(psycopg.Connection[Any]):
     stage = "begin"  # of a transaction: then it is the "function"'s, and then it writes the "record"
     hints: list[tuple[str, ...]]  # to be given once the transaction is committed
     met: list[psycopg.Error]  # the errors of this session, which are not those of another database
-    borrowed: "_Borrowed"
+    borrowed: "_Borrowed | None" = None
 
     @classmethod
     def connect(cls, *args: Any, **kwargs: Any) -> "_Connection":
@@ -1862,7 +1862,7 @@ class _Connection(psycopg.Connection[Any]):
         try:
             return super().wait(gen, *args, **kwargs)
         except psycopg.Error as error:
-            if self.stage == "function":
+            if self.borrowed is not None:
                 self.met.append(error)
             raise
 
@@ -1870,15 +1870,15 @@ class _Connection(psycopg.Connection[Any]):
     def lent(self) -> Iterator[None]:
         """Show the session to a function as another object, which ends with it."""
         kept = self.prepare_threshold, self.prepared_max
-        self.borrowed = _Borrowed(self.pgconn)
-        self.borrowed.owner, self.borrowed.autocommit = self, True
-        self.borrowed._prepared = self._prepared  # which names are taken is the session's, not the object's
+        self.borrowed = borrowed = _Borrowed(self.pgconn)
+        borrowed.owner, borrowed.autocommit = self, True
+        borrowed._prepared = self._prepared  # which names are taken is the session's, not the object's
         try:
             yield
         finally:
             self.prepare_threshold, self.prepared_max = kept
-            self.borrowed.pgconn = cast(pq.abc.PGconn, psycopg.errors.FinishedPGconn())
-            del self.borrowed
+            borrowed.pgconn = cast(pq.abc.PGconn, psycopg.errors.FinishedPGconn())
+            self.borrowed = None
 
 
 class _Borrowed(psycopg.Connection[Any]):
@@ -5314,6 +5314,7 @@ class Durable(_Management):
         return self._executor.here()
 
     def _refuse_in_a_child(self) -> None:
+        """What else would be a plain call is an error in a forked child: somebody there may count on its record."""
         if self._executor is not None:
             self._executor.here()
 
@@ -5401,7 +5402,7 @@ class Durable(_Management):
     def connection(self) -> Conn:
         """The psycopg connection of the transaction that this code runs in; it is committed for you."""
         frame = _here()
-        if frame is None or frame.connection is None:
+        if frame is None or frame.connection is None or frame.connection.borrowed is None:
             raise DBOSException("DBOS.connection is for code inside a DBOS.transaction")
         return frame.connection.borrowed
 
