@@ -2125,7 +2125,7 @@ class _Connection(psycopg.Connection[Any]):
     stage = "begin"  # of a transaction: then it is the "function"'s, and then it writes the "record"
     hints: list[tuple[str, ...]]  # to be given once the transaction is committed
     met: list[psycopg.Error]  # the errors of this session, which are not those of another database
-    borrowed: "_Borrowed"
+    borrowed: "_Borrowed | None" = None
 
     @classmethod
     def connect(cls, *args: Any, **kwargs: Any) -> "_Connection":
@@ -2141,7 +2141,7 @@ class _Connection(psycopg.Connection[Any]):
         try:
             return super().wait(gen, *args, **kwargs)
         except psycopg.Error as error:
-            if self.stage == "function":
+            if self.borrowed is not None:
                 self.met.append(error)
             raise
 
@@ -2149,15 +2149,15 @@ class _Connection(psycopg.Connection[Any]):
     def lent(self) -> Iterator[None]:
         """Show the session to a function as another object, which ends with it."""
         kept = self.prepare_threshold, self.prepared_max
-        self.borrowed = _Borrowed(self.pgconn)
-        self.borrowed.owner, self.borrowed.autocommit = self, True
-        self.borrowed._prepared = self._prepared  # which names are taken is the session's, not the object's
+        self.borrowed = borrowed = _Borrowed(self.pgconn)
+        borrowed.owner, borrowed.autocommit = self, True
+        borrowed._prepared = self._prepared  # which names are taken is the session's, not the object's
         try:
             yield
         finally:
             self.prepare_threshold, self.prepared_max = kept
-            self.borrowed.pgconn = cast(pq.abc.PGconn, psycopg.errors.FinishedPGconn())
-            del self.borrowed
+            borrowed.pgconn = cast(pq.abc.PGconn, psycopg.errors.FinishedPGconn())
+            self.borrowed = None
 
 
 class _Borrowed(psycopg.Connection[Any]):
@@ -3891,7 +3891,7 @@ class _Executor:
         _log.info(
             "launched %s as executor %s, incarnation %d, version %s, on %s; admin server: %s; recovered: %s",
             self.me["application"], self.me["executor_id"], self.me["incarnation"], self.me["version"],
-            _without_password(self.url), self.admin.url if self.admin else "none", _some(taken),
+            _without_password(self.url) or "its database", self.admin.url if self.admin else "none", _some(taken),
         )
 
     def offer(self) -> dict[str, Any]:
@@ -3905,14 +3905,40 @@ class _Executor:
 
     def _first_connection(self) -> Conn:
         """Connect, or say in one sentence why not; later on, a database that is away is waited for."""
-        try:
-            conn = self.connect()
-            self.place = (conn.info.host, conn.info.port, conn.info.dbname)
+
+        def connect() -> Conn:
+            conn = _Connection.connect(self.url, **self._connection_options())
+            try:
+                self._refuse_a_pooler(conn)
+                self._configure(conn)
+            except BaseException:
+                conn.close()
+                raise
             return conn
-        except psycopg.Error as error:
-            raise DBOSInitializationError(
-                f"cannot connect to the {_without_password(self.url)}: {str(error).strip()}"
-            ) from error
+
+        conn = _reach(self.url, self.config["system_database_url"], connect)
+        self.place = (conn.info.host, conn.info.port, conn.info.dbname)
+        return conn
+
+    def _refuse_a_pooler(self, conn: Conn) -> None:
+        """Look whether a session stays with one backend: what we listen to, and the lock that says "alive", must.
+
+        Behind a proxy, one that pools transactions lets two sessions have one backend in turn.  (Others may
+        use its backends meanwhile, so one look is not enough.)
+        """
+
+        def backend(conn: Conn) -> int:
+            return int(conn.execute("select pg_backend_pid()", prepare=False).fetchone()[0])  # type: ignore[index]
+
+        own = backend(conn)
+        if not self.listens or own == conn.info.backend_pid:
+            return
+        with _Connection.connect(self.url, **self._connection_options()) as other:
+            if any(backend(other) == own or backend(conn) != own for _ in range(10)):
+                raise DBOSInitializationError(
+                    f"the {_without_password(self.url) or 'database'} is behind a proxy that pools transactions, such "
+                    f"as a PgBouncer: set use_listen_notify to False, or give the URL of Postgres itself"
+                )
 
     def _listen(self, conn: Conn) -> None:
         """Keep the lock that says we live, and pass on the hints; on a new connection whenever one is lost."""
@@ -4193,13 +4219,43 @@ def _some(ids: list[str]) -> str:
     return f"{len(ids)} workflow{'s' * (len(ids) > 1)} ({shown})" if ids else "nothing"
 
 
+def _reach(url: str, given: str | None, connect: Callable[[], Conn]) -> Conn:
+    """Connect; or say why not, from where the URL is, and nothing that may be a part of its password."""
+    try:
+        return connect()
+    except (psycopg.Error, ValueError, OverflowError) as error:  # as of a host that is no name, a port too large
+        failure = error
+    where = _without_password(url)
+    if where:
+        raise DBOSInitializationError(
+            f"cannot connect to the {where} (of {_giver(given)}): {str(failure).strip()}"
+        ) from failure
+    raise DBOSInitializationError(  # the failure is neither quoted nor chained: it may take a password for a host
+        f"cannot connect to the database of {_giver(given)}, which cannot be read without doubt, so no more is said "
+        f"of it: it must be a postgresql:// URL, its port a number, and what is special in its user or password "
+        f"percent-encoded (@ is %40, : %3A, / %2F, ? %3F, # %23, % %25, a space %20)"
+    )
+
+
+def _giver(url: str | None) -> str:
+    """Where a URL came from, for errors about it: a variable of the environment, or else the setting."""
+    variables = (name for name in _URL_VARIABLES if url and os.environ.get(name) == url)
+    return next(variables, "system_database_url")
+
+
 def _without_password(url: str) -> str:
-    """Where a database is, and nothing else of its URL: a secret may stand in many places."""
+    """Where a database is, and nothing else of its URL: a secret may stand in many places.
+
+    Nothing at all if that might be one: something special in a password moves the rest of it elsewhere.
+    """
     try:
         parts = psycopg.conninfo.conninfo_to_dict(url)
     except psycopg.ProgrammingError:
-        return "database of this URL"
+        return ""
     told = {key: str(parts[key]) for key in ("host", "hostaddr", "port", "dbname", "user", "service") if key in parts}
+    moved = "@" in told.get("host", "") + told.get("dbname", "") or ":" in told.get("user", "")
+    if moved or url.count("@") > 1 or not re.fullmatch("[0-9,]*", told.get("port", "")):
+        return ""
     return f"database {psycopg.conninfo.make_conninfo(**told)}"
 
 
@@ -5408,6 +5464,9 @@ class DBOSConfig(TypedDict, total=False):
     log_level: str
 
 
+_URL_VARIABLES = ("DBOS_SYSTEM_DATABASE_URL", "DATABASE_URL")
+_SECRETS = ("system_database_url", "admin_token")  # whose values no message shows
+
 # Settings of the DBOS library that mean nothing here; accepted, so that one config serves both.
 _FOREIGN_KEYS = {
     "application_database_url", "database_url", "sys_db_polling_concurrency", "db_engine_kwargs",
@@ -5423,7 +5482,7 @@ _FOREIGN_KEYS = {
 def _checked(config: Any) -> DBOSConfig:
     """Refuse what is not a setting or not of its type, warn of what has no effect here; None is unset."""
     if not isinstance(config, dict):
-        raise DBOSInitializationError(f"the config is {config!r}; it must be a dict")
+        raise DBOSInitializationError(f"the config is a {_type_name(config)}; it must be a dict")
     checked: dict[str, Any] = {}
     settings = get_type_hints(DBOSConfig)
     for key, value in config.items():
@@ -5434,7 +5493,8 @@ def _checked(config: Any) -> DBOSConfig:
             raise DBOSInitializationError(f"unknown setting {key!r}; there are: {', '.join(settings)}")
         elif value is not None:
             if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-                raise DBOSInitializationError(f"the setting {key!r} is {value!r}; it must be of type {kind.__name__}")
+                shown = f"a {_type_name(value)}" if key in _SECRETS else repr(value)
+                raise DBOSInitializationError(f"the setting {key!r} is {shown}; it must be of type {kind.__name__}")
             checked[key] = value
     limits = (("sys_db_pool_size", 2, 1000), ("max_executor_threads", 1, 100_000), ("admin_port", 0, 65535))
     for key, least, most in limits:
@@ -5453,12 +5513,14 @@ def _resolved(config: DBOSConfig) -> DBOSConfig:
         "admin_token": env.get("DBOS__ADMIN_TOKEN"),
         "failover": env.get("DBOS__FAILOVER", "").lower() in ("1", "true", "yes", "on"),
         "application_version": env.get("DBOS__APPVERSION"),
-        "system_database_url": env.get("DBOS_SYSTEM_DATABASE_URL") or env.get("DATABASE_URL"),
+        "system_database_url": next(filter(None, map(env.get, _URL_VARIABLES)), None),
         **{key: value for key, value in config.items() if value != ""},
     }
     for key, value in filled.items():
         if isinstance(value, str) and not _storable(value):
-            raise DBOSInitializationError(f"the setting {key!r} is {value!r}: no NUL characters or lone surrogates")
+            name = _giver(value) if key == "system_database_url" else key
+            shown = "what it is" if key in _SECRETS else repr(value)
+            raise DBOSInitializationError(f"the setting {name!r} is {shown}: no NUL characters or lone surrogates")
     return cast(DBOSConfig, filled)
 
 
@@ -5466,10 +5528,12 @@ def _postgres_url(url: str | None, create: bool = True) -> str:
     """The URL for psycopg: SQLAlchemy's way of naming the driver is cut out, other databases are refused."""
     if not url:
         return _embedded_url(create)
-    scheme, sep, rest = url.partition("://")
-    if sep and scheme.partition("+")[0] not in ("postgresql", "postgres"):
-        raise DBOSInitializationError(f"system_database_url begins with {scheme}://; it must be a postgresql:// URL")
-    return f"postgresql://{rest}" if sep else url
+    begin = re.match(r"([a-z]\w*)(\+\w+)?://", url, re.ASCII | re.IGNORECASE)
+    if begin is None:
+        return url  # keywords, whose values may have anything in them
+    if begin[1].lower() not in ("postgresql", "postgres"):
+        raise DBOSInitializationError(f"{_giver(url)} begins with {begin[0]}; it must be a postgresql:// URL")
+    return f"postgresql://{url[begin.end():]}"
 
 
 class Durable(_Management):
@@ -5842,6 +5906,7 @@ class Durable(_Management):
         return self._launched() if frame is None else frame.run.executor
 
     def _refuse_in_a_child(self) -> None:
+        """What else would be a plain call is an error in a forked child: somebody there may count on its record."""
         if self._executor is not None:
             self._executor.here()
 
@@ -5929,7 +5994,7 @@ class Durable(_Management):
     def connection(self) -> Conn:
         """The psycopg connection of the transaction that this code runs in; it is committed for you."""
         frame = _here()
-        if frame is None or frame.connection is None:
+        if frame is None or frame.connection is None or frame.connection.borrowed is None:
             raise _NotThereNow("DBOS.connection is for code inside a DBOS.transaction")
         return frame.connection.borrowed
 
@@ -6359,7 +6424,9 @@ def _main() -> int:
     try:
         if options.command == "migrate":
             config = _resolved({"system_database_url": url or ""})
-            with psycopg.connect(_postgres_url(config["system_database_url"]), autocommit=True) as conn:
+            given = config["system_database_url"]
+            target = _postgres_url(given)
+            with _reach(target, given, lambda: psycopg.connect(target, autocommit=True)) as conn:
                 _migrate(conn, apply=True)
             rows: Any = [{"schema": _SCHEMA_VERSION}]
         else:

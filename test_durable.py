@@ -52,6 +52,7 @@ import textwrap
 import threading
 import time
 import types
+import traceback
 import urllib.request
 import uuid
 import warnings
@@ -1451,10 +1452,141 @@ def test_a_wrong_database_url_is_a_clear_error(executor, wrong, said):
     assert "sesame" not in str(caught.value)
 
 
+ODD_URLS = [
+    "postgresql://ada:ses%zzame@127.0.0.1:1/shop",
+    "postgresql://ada:ses%00ame@127.0.0.1:1/shop",
+    "postgresql://ada:ses@ame@127.0.0.1:1/shop",
+    "postgresql://ada:ses@ame:12@127.0.0.1:1/shop",
+    "postgresql://ada:ses/ame@127.0.0.1:1/shop",
+    "postgresql://ada:123/ame@127.0.0.1:1/shop",
+    "postgresql://ada:ses?ame@127.0.0.1:1/shop",
+    "postgresql://ada:ses@?ame@127.0.0.1:1/shop",
+    "postgresql://ada:ses#ame@127.0.0.1:1/shop",
+    "postgresql://ada:ses@#ame@127.0.0.1:1/shop",
+    "postgresql://ada:ses@[ame@127.0.0.1:1/shop",
+    "postgresql://ada:ses ame@127.0.0.1:1/shop",
+    "postgresql://ada%3Asesame@127.0.0.1:1/shop",
+    "postgresql://ada:sesame/shop",
+    "postgresql://127.0.0.1:1/shop?user=ada&password=ses&ame",
+    "postgresql://127.0.0.1:1/shop?user=ada&password=ses%zzame",
+    "postgresql://ada:ses\0ame@127.0.0.1:1/shop",
+    "postgresql://ada:ses\udc80ame@127.0.0.1:1/shop",
+    "mysql://ada:sesame@127.0.0.1:1/shop",
+    "ada:sesame@127.0.0.1:1/shop",
+    "ada:ses://ame@127.0.0.1:1/shop",
+    "host=127.0.0.1 port=1 password=ses ame",
+    "host=127.0.0.1 port=1 password=ses://ame",
+    "dbname=postgresql://ada:ses@ame@127.0.0.1:1/shop",
+    b"postgresql://ada:sesame@127.0.0.1:1/shop",
+]
+
+
+@pytest.mark.parametrize("odd", ODD_URLS)
+def test_no_error_tells_the_password_however_odd_the_url(executor, caplog, odd):
+    """Not whole and not in part, neither in the message nor in what its traceback shows."""
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(DBOSInitializationError) as caught:
+        executor(system_database_url=odd).launch()
+    told = "".join(traceback.format_exception(caught.value)) + caplog.text
+    assert [part for part in ("sesame", "ses", "ame@", '"ame', "'ame", "ame\n", "123") if part in shown(told)] == []
+
+
+def shown(told):
+    """What a traceback tells, without the lines of source in it."""
+    return "\n".join(line for line in told.splitlines() if not line.startswith("    ")).replace("sessions", "")
+
+
+@pytest.mark.parametrize("config", [["postgresql://ada:sesame@h/shop"], {"admin_token": b"sesame"}])
+def test_a_config_of_a_wrong_type_is_not_quoted_where_it_may_hold_a_secret(config):
+    """The error tells the type instead."""
+    with pytest.raises(DBOSInitializationError, match=r"list|bytes") as caught:
+        Durable(config)
+    assert "sesame" not in str(caught.value)
+
+
+@pytest.mark.parametrize("variable", ["DATABASE_URL", "DBOS_SYSTEM_DATABASE_URL"])
+@pytest.mark.parametrize("wrong", ["mysql://ada@127.0.0.1/shop", "postgresql://ada:x@y@127.0.0.1:1/shop", "nonsense"])
+def test_a_wrong_url_is_blamed_on_the_variable_it_came_from(executor, monkeypatch, variable, wrong):
+    """An error about a setting that nobody made would lead nowhere."""
+    monkeypatch.setenv(variable, wrong)
+    with pytest.raises(DBOSInitializationError) as caught:
+        executor(system_database_url=None).launch()
+    assert re.search(rf"\b{variable}\b", str(caught.value))
+    assert "system_database_url" not in str(caught.value)
+    with pytest.raises(DBOSInitializationError, match="system_database_url"):
+        executor(system_database_url=f"{wrong}s").launch()
+
+
 def test_a_database_that_does_not_exist_is_named(executor, server_url):
     """The error names the missing database."""
     with pytest.raises(DBOSInitializationError, match="nowhere_at_all"):
         executor(system_database_url=with_database(server_url, "nowhere_at_all")).launch()
+
+
+@pytest.fixture
+def bouncer(url):
+    """Run a PgBouncer before Postgres, pooling in the mode that is asked for; it gives the URL, and the process."""
+    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        pytest.skip("pgbouncer is not installed")
+    target = {key: value for key, value in conninfo_to_dict(url).items() if value}
+    server = " ".join(f"{key}={value}" for key, value in target.items() if key in ("host", "port", "user", "password"))
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(temporary_folder())
+
+        def run(mode, *more):
+            port, file = _free_port(), Path(folder, "pgbouncer.ini")
+            settings = [f"pool_mode = {mode}", "listen_addr = 127.0.0.1", f"listen_port = {port}", "unix_socket_dir ="]
+            lines = ["[databases]", f"* = {server}", "[pgbouncer]", "auth_type = any", *settings, *more]
+            file.write_text("\n".join(lines))
+            who = []
+            if os.getuid() == 0:  # which it refuses to be; the embedded Postgres lets its owner in
+                who = ["-u", Path(target["host"]).owner() if target["host"].startswith("/") else "nobody"]
+            process = subprocess.Popen([program, "-q", *who, file], stderr=subprocess.DEVNULL)
+            stack.callback(process.wait, PATIENCE_S)
+            stack.callback(process.kill)
+            eventually(lambda: accepts(port))
+            return f"postgresql://127.0.0.1:{port}/{target['dbname']}"
+
+        yield run
+
+
+def accepts(port):
+    """Whether anybody listens there."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+
+
+@pytest.mark.parametrize("make", [lambda url: Durable({"system_database_url": url}).launch(), DBOSClient])
+@pytest.mark.parametrize("more", [[], ["server_round_robin = 1", "min_pool_size = 5"]], ids=["last first", "in turn"])
+def test_a_proxy_that_pools_transactions_is_noticed_at_launch(bouncer, witness, make, more):
+    """The error names the setting, and no lock is left on a backend that others share."""
+    locks = "select count(*) from pg_locks where locktype = 'advisory' and classid = %s"
+    with pytest.raises(DBOSInitializationError, match="use_listen_notify"):
+        make(bouncer("transaction", *more))
+    assert witness.one(locks, durable._LOCKS) == 0
+
+
+@pytest.mark.parametrize(("mode", "listens"), [("transaction", False), ("session", True)])
+def test_a_proxy_is_fine_with_the_setting_or_if_it_pools_sessions(bouncer, executor, witness, mode, listens):
+    """Workflows run, transactions too, and the lock is held."""
+    dbos = executor(system_database_url=bouncer(mode), use_listen_notify=listens)
+
+    @dbos.transaction()
+    def write(n):
+        dbos.connection.execute("set search_path to nowhere, public")
+        dbos.connection.execute("insert into ledger values (%s)", [str(n)])
+
+    @dbos.workflow()
+    def work():
+        for n in range(8):
+            write(n)
+
+    dbos.launch()
+    work()
+    assert witness.ledger() == {str(n): 1 for n in range(8)}
+    holders = "select count(*) from pg_locks where locktype = 'advisory' and classid = %s and objid = %s"
+    assert witness.one(holders, durable._LOCKS, dbos.incarnation) == 1
 
 
 def test_a_failed_launch_can_be_tried_again(executor, wire):
@@ -8914,6 +9046,14 @@ def test_a_database_that_is_not_there_is_one_line_without_the_password(command):
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert "127.0.0.1" in done.stderr
     assert "sesame" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["list", "migrate"])
+def test_no_command_tells_the_password_of_an_odd_url(command, name):
+    """Though it may not be able to tell where it ends."""
+    done = command(name, at="postgresql://ada:ses@ame@127.0.0.1:1/nowhere")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "ame@" not in done.stderr
 
 
 def test_the_database_of_a_command_may_come_from_the_environment(dbos, url, greet, command):
