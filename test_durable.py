@@ -51,8 +51,8 @@ import tempfile
 import textwrap
 import threading
 import time
-import types
 import traceback
+import types
 import urllib.request
 import uuid
 import warnings
