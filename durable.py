@@ -3269,6 +3269,8 @@ class _Executor:
                     former.halt(_Superseded(f"workflow {row.id} was taken up anew (claim {row.claim})"))
                 if (row.id, row.claim) in self.judged:
                     run.judge(row.claim, self.judged[row.id, row.claim])
+                if self.closed.is_set:  # while the claim was made: it is for the next launch
+                    run.halt(_Closing("the executor was destroyed"))
                 self.spawn(run)
             elif row.status == "ENQUEUED":
                 self.hints.send("q", str(row.queue))
