@@ -3481,7 +3481,8 @@ class _Executor:
                 if now >= self.next_expiry and self.serves:
                     self._expire(now)
                 if now >= next_tick and not (self.deactivated or self.stopping.is_set()):
-                    next_tick = min(_tick(self) - self.clock_ahead, now + _POLL_S)
+                    next_tick = now + _POLL_S  # at once would be to spin, should this fail
+                    next_tick = min(next_tick, _tick(self) - self.clock_ahead)
                 if now >= next_look:
                     intervals = [queue.polling_interval_sec for queue in tuple(self.registry._queues.values())]
                     next_look = now + min(_POLL_S, *intervals)

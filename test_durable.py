@@ -5096,6 +5096,25 @@ def test_a_deactivated_executor_schedules_nothing(executor, witness):
     assert count("tick") == ticks
 
 
+def test_a_dispatcher_that_fails_at_a_tick_does_not_spin(dbos, monkeypatch):
+    """It says so, sees to the other things, and comes again in a second."""
+    work, pauses, ticks = dbos._executor.work, [], []
+
+    def fail(executor):
+        ticks.append(executor)
+        raise ValueError("no calendar")
+
+    def wait(timeout, waited=work.wait):
+        if ticks:
+            pauses.append(timeout)
+        return waited(timeout)
+
+    monkeypatch.setattr(durable, "_tick", fail)
+    monkeypatch.setattr(work, "wait", wait)
+    eventually(lambda: len(pauses) >= 3)
+    assert max(pauses[:3]) > 0
+
+
 # --- Recovery -----------------------------------------------------------------------------------------
 #
 # What a dead executor left PENDING is taken up by its successor: same name, same version, one claim on.
