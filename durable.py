@@ -3745,6 +3745,8 @@ class _Executor:
                     former.halt(_Superseded(f"workflow {row.id} was taken up anew (claim {row.claim})"))
                 if (row.id, row.claim) in self.judged:
                     run.judge(row.claim, self.judged[row.id, row.claim])
+                if self.closed.is_set:  # while the claim was made: it is for the next launch
+                    run.halt(_Closing("the executor was destroyed"))
                 self.spawn(run)
             elif row.status == "ENQUEUED":
                 self.hints.send("q", str(row.queue))
@@ -3986,7 +3988,8 @@ class _Executor:
                 if now >= self.next_expiry and self.serves:
                     self._expire(now)
                 if now >= next_tick and not (self.deactivated or self.stopping.is_set()):
-                    next_tick = min(_tick(self) - self.clock_ahead, now + _POLL_S)
+                    next_tick = now + _POLL_S  # at once would be to spin, should this fail
+                    next_tick = min(next_tick, _tick(self) - self.clock_ahead)
                 if now >= next_look:
                     intervals = [queue.polling_interval_sec for queue in self.registry._served()]
                     next_look = now + min(_POLL_S, *intervals)

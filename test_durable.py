@@ -6655,6 +6655,25 @@ def test_a_deactivated_executor_schedules_nothing(executor, witness):
     assert count("tick") == ticks
 
 
+def test_a_dispatcher_that_fails_at_a_tick_does_not_spin(dbos, monkeypatch):
+    """It says so, sees to the other things, and comes again in a second."""
+    work, pauses, ticks = dbos._executor.work, [], []
+
+    def fail(executor):
+        ticks.append(executor)
+        raise ValueError("no calendar")
+
+    def wait(timeout, waited=work.wait):
+        if ticks:
+            pauses.append(timeout)
+        return waited(timeout)
+
+    monkeypatch.setattr(durable, "_tick", fail)
+    monkeypatch.setattr(work, "wait", wait)
+    eventually(lambda: len(pauses) >= 3)
+    assert max(pauses[:3]) > 0
+
+
 # --- Recovery -----------------------------------------------------------------------------------------
 #
 # What a dead executor left PENDING is taken up by its successor: same name, same version, one claim on.
@@ -7775,6 +7794,48 @@ def test_a_workflow_that_is_cancelled_while_it_is_claimed_does_not_begin(dbos, q
     assert is_cancelled(queue.enqueue(job, "late"))
     eventually(lambda: not dbos._executor.running)
     assert job.ran == []
+
+
+def test_a_hint_that_comes_while_a_workflow_is_claimed_is_not_lost(dbos, queue, gate, witness, monkeypatch):
+    """It is doubted although it does not run yet, and looked at once it does."""
+    work = dbos.workflow(name="work")(gate.__call__)
+
+    def late(*args, dequeue=durable._dequeue):
+        claimed = dequeue(*args)
+        if claimed:
+            witness.run("update durable.workflows set status = 'CANCELLED', completed_at = now()")
+            dbos._executor.hints.arrive("c", "w")
+        return claimed
+
+    monkeypatch.setattr(durable, "_SWEEP_S", 1e6)  # a sweep would find it, late
+    dbos.destroy()
+    dbos.launch()
+    monkeypatch.setattr(durable, "_dequeue", late)
+    with SetWorkflowID("w"):
+        queue.enqueue(work)
+    gate.await_body()
+    eventually(lambda: dbos._executor.running["w"].stopped)
+
+
+def test_what_is_claimed_while_the_executor_closes_is_left_for_the_next_launch(dbos, queue, job, witness, monkeypatch):
+    """No body begins in an executor that is gone, whose steps could not be recorded any more."""
+    closing = []
+
+    def late(*args, dequeue=durable._dequeue, executor=dbos._executor):
+        claimed = dequeue(*args)
+        if not closing:
+            closing.append(threading.Thread(target=dbos.destroy))
+            closing[0].start()
+            eventually(lambda: executor.closed.is_set)
+        return claimed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "_dequeue", late)
+        handle = queue.enqueue(job, "late")
+        eventually(lambda: closing and not closing[0].is_alive())
+    assert (witness.status(handle.workflow_id), job.ran) == ("PENDING", [])
+    dbos.launch()
+    assert result_of(dbos, handle.workflow_id) == "late"
 
 
 def test_a_cancel_within_a_transaction_tells_when_it_is_committed(no_polling, dbos, sleeper, monkeypatch):
