@@ -129,6 +129,7 @@ _POLL_S = 1.0  # how late we may be when a hint was lost
 _RESTART_GRACE_S = 3.0  # after Postgres starts, time for the living to take their locks again
 _HINT_PAUSE_S = 0.002  # hints that come closer together than this travel together
 _LONGEST_PAUSE_S = 1.0  # between two tries to reach a database that is away
+_OWN_THREADS = 8  # of the pool, the listener, the dispatcher, the admin server, and one for calls
 _LANES = 2  # connections that write the journal; two keep a slow disk busy, more make small batches
 _HISTORY_CHUNK = 1000  # recorded steps, or values of a stream, read at a time
 _LOOK_CHUNK = 1000  # waiters that a look is made for, each second, where hints arrive too
@@ -1708,6 +1709,7 @@ class _Run:
         self.executor, self.row, self.id, self.claim, self.queue = executor, row, row.id, row.claim, row.queue
         self.function = function
         self.loop: asyncio.AbstractEventLoop | None = None  # that of its caller, which may end before it does
+        self.job = lambda: _block(executor._background(self))  # for a thread, if it is no coroutine
         self.begun = _Signal()  # its row is committed, or was refused
         self.done = _Signal()  # it has ended: with `result`, or else the database knows how
         self.result: tuple[Any] | None = None
@@ -1911,6 +1913,13 @@ async def _step(name: str, retries: _Retries, call: Callable[[], Any]) -> Any:
         return await _value_of(call())
     position = run.advance()
     return await _checkpointed(run, position, name, lambda: _attempts(run, position, name, retries, call))
+
+
+async def _off_loop(threads: "_Threads | None", call: Callable[[], T]) -> T:
+    """Call a blocking function for a coroutine, on one of these threads."""
+    if threads is None:
+        return await asyncio.to_thread(call)
+    return await threads.call(functools.partial(contextvars.copy_context().run, call))
 
 
 async def _value_of(value: Any) -> Any:
@@ -2439,9 +2448,12 @@ async def _result(executor: "_Executor", id: str, existing: bool = True) -> Any:
     while True:
         run = executor.running.get(id)
         if run is not None:
-            await _pause_run(executor, run.done, run.stop)
+            queues = await _helped(executor, run)
+            await _pause_run(executor, run.done, run.stop, timeout=_POLL_S if queues else None)
             if run.result is not None:
                 return run.result[0]
+            if queues and not run.stop.is_set:
+                continue
         with executor.hints.expected("w", id) as hint:  # before the look, so that none falls in between
             row = await executor.ask(_find, id)
             if row is None:
@@ -2453,6 +2465,15 @@ async def _result(executor: "_Executor", id: str, existing: bool = True) -> Any:
             if row["status"] not in _UNFINISHED:
                 return _outcome_of(executor, row)
             await _pause_run(executor, hint)
+
+
+def _helped(executor: "_Executor", run: _Run) -> _Wait[bool]:
+    """Run what we wait for on this thread, if no other can be had; tell whether it still queues for one."""
+
+    async def on_loop() -> bool:
+        return False
+
+    return _Wait(lambda: executor.threads.help_with(run.job), on_loop)
 
 
 def _outcome_of(executor: "_Executor", row: dict[str, Any]) -> Any:
@@ -3004,11 +3025,21 @@ def _tick(executor: "_Executor") -> float:
 # next; and should the verdict be wrong, the claim makes it harmless.
 
 
+def _has_begun_thread(thread: threading.Thread) -> bool:
+    """Start a thread that knows nothing of the code which happened to need it; False: there is none to be had."""
+    try:
+        contextvars.Context().run(thread.start)
+    except RuntimeError:
+        return False
+    return True
+
+
 class _Threads:
     """Threads for jobs, `limit` at work at a time; further jobs queue.
 
     A thread that waits for other workflows lends its place, so that parents cannot keep out the
-    children they wait for.  All are daemons: none keeps the interpreter from ending.
+    children they wait for.  Where the system has no further thread, jobs wait for those that there are.
+    All are daemons: none keeps the interpreter from ending.
     """
 
     def __init__(self, name: str, limit: int, freed: Callable[[], None] = lambda: None) -> None:
@@ -3018,6 +3049,7 @@ class _Threads:
         self._idle: list[SimpleQueue[Callable[[], object] | None]] = []
         self._threads: set[threading.Thread] = set()
         self._here = threading.local()
+        self.short = False  # there was no thread for a job
         self._closed = False
 
     def submit(self, job: Callable[[], object]) -> None:
@@ -3025,11 +3057,47 @@ class _Threads:
             if not self._closed:
                 self._jobs.append(job)
                 return self._start_jobs()
-        threading.Thread(target=job, daemon=True).start()  # it finds the executor closed, and tells who waits
+        if not _has_begun_thread(threading.Thread(target=job, daemon=True)):
+            job()  # it finds the executor closed, and tells who waits
+
+    async def call(self, job: Callable[[], T]) -> T:
+        """Have a job done, for a coroutine, and return or raise what comes of it."""
+        future: Future[T] = Future()
+
+        def work() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(job())
+                except BaseException as error:
+                    future.set_exception(error)
+
+        self.submit(work)
+        return await asyncio.wrap_future(future)
 
     def room(self) -> int:
         """How many more jobs would start at once."""
         return self._free - len(self._jobs)
+
+    def try_again(self) -> None:
+        """See whether there are threads now."""
+        with self._lock:
+            self._start_jobs()
+
+    def dismiss(self) -> None:
+        """Let idle threads end, all but one: there are no others to be had, and somebody needs one."""
+        with self._lock:
+            for inbox in self._idle[1:]:
+                inbox.put(None)
+            del self._idle[1:]
+
+    def help_with(self, job: Callable[[], object]) -> bool:
+        """Do a job on this thread, which waits for it, if no other can be had; tell whether it still queues."""
+        with self._lock:
+            if job not in self._jobs or not self.short:
+                return job in self._jobs
+            self._jobs.remove(job)
+        contextvars.Context().run(job)
+        return False
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -3047,14 +3115,18 @@ class _Threads:
                 self._free -= 1  # below zero, perhaps: better one thread too many for a while than a deadlock
 
     def _start_jobs(self) -> None:
+        self.short = False
         while self._jobs and self._free > 0 and not self._closed:
+            job = self._jobs[0]
             if self._idle:
-                self._idle.pop().put(self._jobs.popleft())
+                self._idle.pop().put(job)
             else:
-                job = self._jobs.popleft()
                 thread = threading.Thread(target=self._work, args=(job,), daemon=True, name=self._name)
-                contextvars.Context().run(thread.start)  # may raise; the job is dropped, the sweep finds its workflow
+                if not _has_begun_thread(thread):
+                    self.short = True
+                    return
                 self._threads.add(thread)
+            self._jobs.popleft()
             self._free -= 1
 
     def _work(self, job: Callable[[], object] | None) -> None:
@@ -3074,6 +3146,7 @@ class _Threads:
                 self._start_jobs()
             self._freed()
             job = inbox.get()
+        self._threads.discard(threading.current_thread())
 
     def close(self, patience_s: float = 1.0) -> None:
         """Let idle threads end; those in the user's code end when it returns."""
@@ -3133,6 +3206,8 @@ class _Executor:
         )
         self.threads = _Threads("durable-workflow", config.get("max_executor_threads", 256), self.room_again)
         self.callers = _Threads("durable-call", size)  # for coroutines: what would block their loop
+        self.steps = _Threads("durable-step", config.get("max_executor_threads", 256))  # and their blocking steps
+        self.all_threads = (self.threads, self.callers, self.steps)
         self.journal = _Journal(self)
         self.hints = _Hints(self)
         self.running: dict[str, _Run] = {}
@@ -3221,20 +3296,7 @@ class _Executor:
         def call() -> T:
             return self.now(statement, *args, **kwargs)
 
-        async def on_loop() -> T:
-            future: Future[T] = Future()
-
-            def job() -> None:
-                if future.set_running_or_notify_cancel():
-                    try:
-                        future.set_result(call())
-                    except BaseException as error:
-                        future.set_exception(error)
-
-            self.callers.submit(job)
-            return await asyncio.wrap_future(future)
-
-        return _Wait(call, on_loop)
+        return _Wait(call, lambda: self.callers.call(call))
 
     def patiently(self, attempt: Callable[[], T]) -> T:
         """Make an attempt until it succeeds or fails for a reason that will not pass."""
@@ -3300,9 +3362,28 @@ class _Executor:
         loop.close()
 
     def _spawn_thread(self, name: str, target: Callable[[], object]) -> None:
-        thread = threading.Thread(target=target, name=name, daemon=True)
-        contextvars.Context().run(thread.start)  # whoever happens to be the first to need it
+        while not _has_begun_thread(thread := threading.Thread(target=target, name=name, daemon=True)):
+            if self.closed.is_set:
+                raise _Closing("the executor was destroyed")
+            for threads in self.all_threads:
+                threads.dismiss()
+            time.sleep(_POLL_S / 10)
         self._own_threads.append(thread)
+
+    def _await_threads(self, number: int) -> None:
+        """Wait until so many more threads can be had at a time."""
+        enough = False
+        while not enough:
+            done = threading.Event()
+            threads = [threading.Thread(target=done.wait, daemon=True) for _ in range(number)]
+            begun = list(itertools.takewhile(_has_begun_thread, threads))
+            enough = len(begun) == number
+            done.set()
+            for thread in begun:
+                thread.join()
+            if not enough:
+                _log.warning("no thread can be had: the launch waits until the system has some")
+                time.sleep(_POLL_S)
 
     # Runs.
 
@@ -3335,8 +3416,10 @@ class _Executor:
                 run.loop = self.home()  # should it be closed before it comes to this, the sweep takes the run up
                 run.loop.call_soon_threadsafe(self.spawn_here, run)
             else:
-                self.threads.submit(lambda: _block(self._background(run)))
-        except BaseException:  # no thread to be had: the next sweep finds the row
+                self.threads.submit(run.job)
+                if self.threads.short:
+                    self.hints.arrive("w", run.id)  # who waits for it may help
+        except BaseException:  # the next sweep finds the row
             self.forget(run)
             raise
 
@@ -3436,12 +3519,16 @@ class _Executor:
         except BaseException:
             conn.close()
             raise
+        self._await_threads(_OWN_THREADS)
         self.pool.open()
         self._spawn_thread("durable-listen", functools.partial(self._listen, conn))
         self.clock_ahead = self.now(_clock) - time.monotonic()
+        self.callers.submit(lambda: None)  # before the workflows take all threads that there are
+        if self.serves and not self._home and any(f.is_async for f in tuple(self.registry._functions.values())):
+            self.loop()
+        self._spawn_thread("durable-dispatch", self._dispatch)
         if self.serves:
             self._take_office()
-        self._spawn_thread("durable-dispatch", self._dispatch)
 
     def _take_office(self) -> None:
         """Warn of stranded work, recover what is ours, and open the admin server."""
@@ -3453,9 +3540,9 @@ class _Executor:
                 ", ".join(f"{count} of version {version}" for version, count in stranded),
             )
         self.now(_note_lost)
-        taken = _recover(self)
         if self.config.get("run_admin_server", True):
             self.admin = _AdminServer.start(self)
+        taken = _recover(self)
         _log.info(
             "launched %s as executor %s, incarnation %d, version %s, on %s; admin server: %s; recovered: %s",
             self.me["application"], self.me["executor_id"], self.me["incarnation"], self.me["version"],
@@ -3570,6 +3657,11 @@ class _Executor:
 
     def _look(self, polled: dict[str, float], now: float) -> None:
         """Look for what hints should have told, of all that is awaited and of queues; three statements for all."""
+        short = [threads for threads in self.all_threads if threads.short]
+        for threads in self.all_threads if short else ():
+            threads.dismiss()
+        for threads in short:
+            threads.try_again()
         awaited = self.hints.awaited()
         for key in self.now(_arrived, awaited) if awaited else ():
             self.hints.arrive(*key)
@@ -3620,6 +3712,7 @@ class _Executor:
                 thread.join(5.0)
         self.threads.close()
         self.callers.close()
+        self.steps.close()
         self.journal.close()
         self.pool.close(timeout=1.0)
         _local_executors.discard(self)
@@ -5421,7 +5514,8 @@ class Durable(_Management):
         """
         call = functools.partial(func, *args, **kwargs)
         if not inspect.iscoroutinefunction(func):
-            call = functools.partial(asyncio.to_thread, call)
+            plain, frame = call, _frame.get()
+            call = functools.partial(_off_loop, frame and frame.run.executor.steps, plain)
         return await _suspend(self._run_step(dbos_step_options, func, call))
 
     def _run_step(

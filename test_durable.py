@@ -1381,6 +1381,78 @@ def test_parents_that_wait_for_children_never_starve_them(executor):
     assert [handle.get_result() for handle in handles] == [0, 3, 6, 9, 12, 15]
 
 
+@pytest.fixture
+def scarce(monkeypatch):
+    """Let the system have no more than so many threads beside those that there are."""
+    start = threading.Thread.start
+
+    def allow(more):
+        most = threading.active_count() + more
+
+        def start_if_allowed(thread):
+            if threading.active_count() >= most:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", start_if_allowed)
+
+    return allow
+
+
+def test_fewer_threads_than_workflows_do_the_work_one_after_the_other(executor, witness, scarce):
+    """Launch takes up what is unfinished, new ones start and are waited for, and none ends in an error."""
+    dbos = executor(use_listen_notify=False)
+
+    @dbos.step()
+    def step(n):
+        return n
+
+    @dbos.workflow()
+    def work(n):
+        return step(n)
+
+    @dbos.workflow()
+    def parent(n):
+        return dbos.start_workflow(work, n).get_result() + dbos.register_queue("errands").enqueue(work, n).get_result()
+
+    @dbos.workflow()
+    async def awork(n):
+        return await dbos.run_step_async(None, step, n)
+
+    dbos.launch()
+    ids = [dbos.start_workflow(work, n).workflow_id for n in range(30)]
+    assert [result_of(dbos, id) for id in ids] == list(range(30))
+    dbos.destroy()
+    witness.run("update durable.workflows set status = 'PENDING', output = null, completed_at = null")
+    scarce(12)
+    dbos.launch()
+    assert [result_of(dbos, id) for id in ids] == list(range(30))
+    parents = [dbos.start_workflow(parent, n) for n in range(6)]
+    others = [dbos.start_workflow(awork, n) for n in range(6)]
+    assert [handle.get_result() for handle in parents + others] == [0, 2, 4, 6, 8, 10, 0, 1, 2, 3, 4, 5]
+    assert witness.column("select distinct status from durable.workflows") == ["SUCCESS"]
+    assert witness.one("select max(recovery_attempts) from durable.workflows") == 2
+
+
+def test_a_launch_waits_until_there_are_threads(executor, scarce, monkeypatch):
+    """It says so, and goes on when it can."""
+    dbos, waited = executor(), threading.Event()
+    scarce(3)
+    scarce_start = threading.Thread.start
+    pause = time.sleep
+
+    def sleep(seconds):
+        if seconds == durable._POLL_S:
+            waited.set()
+            monkeypatch.undo()
+        pause(min(seconds, 0.01))
+
+    monkeypatch.setattr(durable.time, "sleep", sleep)
+    dbos.launch()
+    assert waited.is_set()
+    assert threading.Thread.start is not scarce_start
+
+
 def test_a_small_pool_serves_many_threads(executor):
     """sys_db_pool_size limits connections, not the number of workflows at work."""
     dbos = executor(sys_db_pool_size=2)
