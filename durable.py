@@ -666,6 +666,20 @@ _RECORD = _Write(
     by_position=True,
 )
 
+# A sleep, which is on record since it began, was cancelled.
+_CUT_SLEEP = _Write(
+    "cut_sleep",
+    "id text, claim bigint, position integer, error text",
+    """
+    update durable.steps as s set output = null, error = slept.error from slept
+     where s.workflow_id = slept.id and s.position = slept.position
+    """,
+    "returning s.workflow_id as id, s.position",
+    before="""slept as (select new.* from {rows} join durable.workflows as w on w.id = new.id and w.claim = new.claim
+                         where w.status = 'PENDING' for share of w)""",
+    by_position=True,
+)
+
 # The record of a transaction, in that transaction's last round trip.  Unlike _RECORD it fails where it
 # would do nothing (no row under this claim: null in a key; a record there: a duplicate), so that the
 # COMMIT sent right behind it becomes a rollback of the user's work too.
@@ -1719,7 +1733,10 @@ class _Run:
         self.tries: dict[int, int] = {}  # of steps that are not on record yet
         self.thread = 0  # on which the workflow's code runs,
         self.turn: _Turn | None = None  # and what it does there, if it is a coroutine
+        self.task: Any = None  # likewise
         self.breach: DBOSException | None = None  # it left the order of its calls to chance
+        self.elsewhere: set[int] = set()  # calls that it makes on other threads now
+        self.cut: dict[int, str] = {}  # calls that ended in a cancel, which is not on record yet
         self._position = 0
         self._taking = threading.Lock()
         self._history: dict[int, _Record] = {}
@@ -1772,7 +1789,12 @@ class _Run:
         return turn.caller == caller
 
     def go_on(self) -> None:
-        """The code of the coroutine goes on: a new turn begins."""
+        """The code of the coroutine goes on: a new turn begins.
+
+        A call on another thread that it does not wait for any longer cannot be cut off, and may end or not.
+        """
+        if self.elsewhere and self.breach is None:
+            self.breach = DBOSException(_DISORDER.format(self.id))
         self.turn = _Turn()
         _turn.set(self.turn)
 
@@ -1780,16 +1802,54 @@ class _Run:
         """Find what is on record at this position, and check that it is the record of this call."""
         if self.stopped is not None:
             raise self.stopped
+        await self.note_cuts()
         while self.history_to is not None and position > self.history_to:
             chunk = await self.executor.ask(_read_history, self.id, self.history_to)
             self._history.update((record.position, record) for record in chunk)
             self.history_to = chunk[-1].position if len(chunk) == _HISTORY_CHUNK else None
         record = self._history.pop(position, None)
         if record is not None:
-            self.same(record, name)
+            if self.same(record, name).error == _CUT_OFF:
+                await _pause_run(self.executor, self.done)  # until the workflow cancels it again
             # Other tasks get their turn here as they did when the step ran, and so take the positions they took.
             await _Wait(lambda: None, lambda: asyncio.sleep(0))
         return record
+
+    @contextmanager
+    def noting_cut(self, position: int, name: str) -> Iterator[None]:
+        """Remember it when the call at this position is cancelled, as by `asyncio.wait_for`, done or not."""
+        frame = _frame.get()
+        if threading.get_ident() != self.thread and frame is not None and frame.reserved is None:
+            self.elsewhere.add(position)
+        try:
+            yield
+        except asyncio.CancelledError:
+            self.cut[position] = name
+            raise
+        finally:
+            self.elsewhere.discard(position)
+
+    async def note_cuts(self) -> None:
+        """Before the workflow goes on from a call that it saw cancelled, put that on record: a replay must see it, too.
+
+        Not while the cancel is under way: it may be that of the whole run, which will see nothing.
+        """
+        if not self.cut or _is_cancelled() or getattr(self.task, "cancelling", int)():
+            return
+        for position, name in tuple(self.cut.items()):
+            row = {
+                "id": self.id, "claim": self.claim, "position": position, "name": name, "output": None,
+                "error": _CUT_OFF, "child_workflow_id": None, "tries": 1, "took_s": 0.0,
+            }
+            past, write = None, _RECORD
+            while past is None and not (await self.executor.journal.write(write, row))[0]:
+                past = await self.settle(position, name)
+                if past is not None and name == "DBOS.sleep" and past.error is None:
+                    past, write = None, _CUT_SLEEP
+            if past is not None and past.error != _CUT_OFF:  # done, just before: let a replay see that from the start
+                self.halt(_Superseded(f"step {position} of workflow {self.id} was on record when it was cancelled"))
+                raise cast(_Stopped, self.stopped)
+            self.cut.pop(position, None)
 
     def outcome(self, record: _Record) -> Any:
         """Return, or raise, what a record says."""
@@ -1874,6 +1934,10 @@ class _Run:
         self.stop.set()
 
 
+_CUT_OFF = json.dumps({
+    "type": "asyncio.CancelledError",
+    "text": "the workflow cancelled this call, perhaps by a timeout, and went on without it",
+})
 _DISORDER = (
     "workflow {} makes durable calls on several threads: their order, by which results are recalled, is left to "
     "chance; make them in the workflow's own code, with asyncio.gather over async steps or "
@@ -1893,17 +1957,18 @@ async def _checkpointed(
     """Return what stands on record at `position`, or make the call and record it; without a run only make it."""
     if run is None:
         return await perform()
-    past = await run.recall(position, name)
-    if past is not None:
-        return cast(T, run.outcome(past))
-    began = time.monotonic()
-    value, error = None, None
-    try:
-        value = await perform()
-    except Exception as raised:
-        error = raised
-    # Die here and the call is made again; one line later, it never will be.
-    return cast(T, await run.record(position, name, value, error, time.monotonic() - began, child))
+    with run.noting_cut(position, name):
+        past = await run.recall(position, name)
+        if past is not None:
+            return cast(T, run.outcome(past))
+        began = time.monotonic()
+        value, error = None, None
+        try:
+            value = await perform()
+        except Exception as raised:
+            error = raised
+        # Die here and the call is made again; one line later, it never will be.
+        return cast(T, await run.record(position, name, value, error, time.monotonic() - began, child))
 
 
 async def _step(name: str, retries: _Retries, call: Callable[[], Any]) -> Any:
@@ -1976,6 +2041,11 @@ def _transaction(name: str, isolation: str, call: Callable[[], Any]) -> Any:
     if run is None or frame is None:
         raise DBOSException(f"transaction {name} was called inside a step: call it from the workflow itself")
     position, name = frame.reserved or (run.advance(), name)
+    with run.noting_cut(position, name):
+        return _transact_at(run, position, name, isolation, call)
+
+
+def _transact_at(run: _Run, position: int, name: str, isolation: str, call: Callable[[], Any]) -> Any:
     past = _block(run.recall(position, name))
     if past is not None:
         return run.outcome(past)
@@ -2002,7 +2072,10 @@ def _transaction(name: str, isolation: str, call: Callable[[], Any]) -> Any:
 async def _transact(name: str, call: Callable[[], Any]) -> Any:
     """Call a transaction function, perhaps on another thread, at the position that is taken here."""
     run = _current_run()
-    with nullcontext() if run is None else _framed(_Frame(run, reserved=(run.advance(), name))):
+    if run is None:
+        return await _value_of(call())
+    position = run.advance()
+    with run.noting_cut(position, name), _framed(_Frame(run, reserved=(position, name))):
         return await _value_of(call())
 
 
@@ -2321,7 +2394,7 @@ async def _begin(executor: "_Executor", function: _Function, start: _Start) -> t
 async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None:
     """Insert the row and, in the parent's history, its start; return the row that was there before, if any."""
     row, parent = start
-    while not (await executor.journal.write(_START_CHILD if parent else _START, row))[0]:
+    while not (await _write_starts(executor, [start]))[0]:
         existing = await executor.ask(_find, row["id"])
         if existing is not None:
             _same_workflow(existing, row)
@@ -2342,6 +2415,16 @@ async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None
         if parent is not None:
             await parent.settle(row["position"], row["name"])
     return None
+
+
+async def _write_starts(executor: "_Executor", starts: list[_Start]) -> list[bool]:
+    """Insert the rows of workflows about to begin, of one parent or none; tell for each whether it took effect."""
+    with ExitStack() as noting:
+        for row, parent in starts:
+            if parent is not None:
+                noting.enter_context(parent.noting_cut(row["position"], row["name"]))
+        kind = _START_CHILD if starts[0].parent else _START
+        return await executor.journal.write(kind, *(start.row for start in starts))
 
 
 def _same_workflow(existing: dict[str, Any], row: dict[str, Any]) -> None:
@@ -2371,7 +2454,7 @@ async def _execute(run: _Run) -> Any:
                 args, kwargs = run.arguments()
                 value = run.function.call(*args, **kwargs)
                 if run.function.is_async:
-                    run.loop = asyncio.get_running_loop()
+                    run.loop, run.task = asyncio.get_running_loop(), asyncio.current_task()
                     value = await _suspend(value, run)
         except Exception as raised:
             error = raised
@@ -2390,6 +2473,7 @@ async def _execute(run: _Run) -> Any:
 
 async def _finish(run: _Run, value: Any, error: Exception | None) -> Exception | None:
     """Write the outcome, if this run still may, and return the error that it came to."""
+    await run.note_cuts()
     output, problem, substitute = run.store(f"function {run.function.name}", value, error)
     error = error or substitute  # a result that cannot be stored
     status = "ERROR" if error else "SUCCESS"
@@ -2532,24 +2616,25 @@ async def _receive_message(executor: "_Executor", topic: str, timeout_s: float) 
     """Take the oldest message of a topic, or None once the time is up; the taking is the record."""
     run, name, began = _own_run("recv"), "DBOS.recv", time.monotonic()
     position = run.advance(2)
-    past = await run.recall(position, name)
-    if past is not None:
-        return run.outcome(past)
-    end = await _wait_until(executor, run, position + 1, timeout_s)
-    row = {"id": run.id, "claim": run.claim, "position": position, "name": name, "topic": topic}
-    while True:
-        with executor.hints.expected("m", run.id, topic) as hint:
-            left = end - time.monotonic()
-            row |= {"nothing": executor.serialize(None) if left <= 0 else None, "took_s": time.monotonic() - began}
-            message, absent = await executor.ask(_receive, row)
-            if message is not None:
-                return run.outcome(_Record(position, name, message, None, None))
-            past = None if absent else await run.settle(position, name)
-            if past is not None:
-                return run.outcome(past)
-            # After trouble a former try may have come too late to be seen, and no hint will follow: look again.
-            troubled = time.monotonic() < executor.trouble_until
-            await _pause_run(executor, hint, timeout=min(left, _POLL_S) if troubled else left)
+    with run.noting_cut(position, name):
+        past = await run.recall(position, name)
+        if past is not None:
+            return run.outcome(past)
+        end = await _wait_until(executor, run, position + 1, timeout_s)
+        row = {"id": run.id, "claim": run.claim, "position": position, "name": name, "topic": topic}
+        while True:
+            with executor.hints.expected("m", run.id, topic) as hint:
+                left = end - time.monotonic()
+                row |= {"nothing": executor.serialize(None) if left <= 0 else None, "took_s": time.monotonic() - began}
+                message, absent = await executor.ask(_receive, row)
+                if message is not None:
+                    return run.outcome(_Record(position, name, message, None, None))
+                past = None if absent else await run.settle(position, name)
+                if past is not None:
+                    return run.outcome(past)
+                # After trouble a former try may have come too late to be seen, and no hint will follow: look again.
+                troubled = time.monotonic() < executor.trouble_until
+                await _pause_run(executor, hint, timeout=min(left, _POLL_S) if troubled else left)
 
 
 async def _send_message(
@@ -2599,18 +2684,19 @@ async def _write_step(
         raise DBOSException(f"{name} is not for a DBOS.transaction: call it in the workflow, or in a step")
     run, step = frame.run, None if frame.step else name
     position = frame.step.step_id if frame.step else run.advance()
-    past = await run.recall(position, name) if step else None
-    row |= {"id": run.id, "claim": run.claim, "position": position, "step": step}
-    while past is None and not await _was_taken(run, write, row):
-        if step:
-            past = await run.settle(position, name)
-        else:
-            await run.standing()
-        problem = await refusal(run) if refusal is not None and past is None else None
-        if problem is not None:
+    with run.noting_cut(position, name) if step else nullcontext():
+        past = await run.recall(position, name) if step else None
+        row |= {"id": run.id, "claim": run.claim, "position": position, "step": step}
+        while past is None and not await _was_taken(run, write, row):
             if step:
-                await run.record(position, name, None, problem, 0.0)
-            raise problem
+                past = await run.settle(position, name)
+            else:
+                await run.standing()
+            problem = await refusal(run) if refusal is not None and past is None else None
+            if problem is not None:
+                if step:
+                    await run.record(position, name, None, problem, 0.0)
+                raise problem
     if past is not None:
         run.outcome(past)
     return run
@@ -2865,8 +2951,7 @@ async def _enqueue(
         starts.append(_prepare_start(executor, function, bound, kwargs, queue))
     new = [start for start in starts if not await _has_begun(start)]
     if new:
-        kind = _START_CHILD if new[0].parent else _START
-        taken = await executor.journal.write(kind, *(start.row for start in new))
+        taken = await _write_starts(executor, new)
         for start, was_taken in zip(new, taken, strict=True):
             if not was_taken:  # the ID was there, or is refused: find out which
                 await _insert(executor, start)
@@ -5542,9 +5627,11 @@ class Durable(_Management):
         executor = self._launched()
         if _checked_seconds("the time to sleep", seconds) > 0:
             run = _own_run("sleep")
-            end = await _wait_until(executor, run, run.advance(), seconds)
-            while (left := end - time.monotonic()) > 0:
-                await _pause_run(executor, timeout=left)
+            position = run.advance()
+            with run.noting_cut(position, "DBOS.sleep"):
+                end = await _wait_until(executor, run, position, seconds)
+                while (left := end - time.monotonic()) > 0:
+                    await _pause_run(executor, timeout=left)
 
     sleep, sleep_async = _twins(_sleep)
 
