@@ -3498,8 +3498,9 @@ class _Executor:
         run.awaited_elsewhere = True
         try:
             if run.function.is_async:
-                run.loop = self.home()  # should it be closed before it comes to this, the sweep takes the run up
-                run.loop.call_soon_threadsafe(self.spawn_here, run)
+                run.loop = self.home()
+                with suppress(RuntimeError):  # it was closed just now: the sweep takes the run up
+                    run.loop.call_soon_threadsafe(self.spawn_here, run)
             else:
                 self.threads.submit(run.job)
                 if self.threads.short:

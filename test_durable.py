@@ -3098,6 +3098,11 @@ def test_gathered_children_keep_their_ids(dbos, witness):
     assert result_of(dbos, "p") == [0, 1, 2]
 
 
+tells_who_cancelled = pytest.mark.skipif(
+    not hasattr(asyncio.Task, "cancelling"), reason="Python 3.10 cannot tell whether a task was cancelled"
+)
+
+
 @pytest.fixture
 def impatient(dbos):
     """A workflow that waits for a call for a moment, and goes on with another; the call ends at once when told so."""
@@ -3143,6 +3148,7 @@ def impatient(dbos):
     return types.SimpleNamespace(work=work, ended=ended, runs=runs)
 
 
+@tells_who_cancelled
 @pytest.mark.parametrize("what", ["step", "transaction", "blocking step", "recv", "child"])
 def test_a_call_that_a_workflow_saw_time_out_times_out_in_a_replay(dbos, impatient, witness, what):
     """Though it would be done in time now: what the workflow saw first is what it sees again."""
@@ -3162,6 +3168,7 @@ def test_a_call_that_a_workflow_saw_time_out_times_out_in_a_replay(dbos, impatie
         assert impatient.runs.count("lingers") == (what != "recv")
 
 
+@tells_who_cancelled
 def test_a_race_of_a_timer_and_a_message_ends_alike_in_a_replay(dbos, witness):
     """The loser, which the workflow cancelled, does not win because time has passed or a message has come since."""
 
@@ -3187,6 +3194,7 @@ def test_a_race_of_a_timer_and_a_message_ends_alike_in_a_replay(dbos, witness):
     assert result_of(dbos, "timer") == [None]
 
 
+@tells_who_cancelled
 def test_what_was_recorded_as_its_time_ran_out_is_what_counts(dbos, witness, monkeypatch, fast_sweeps):
     """A timeout between the record and its acknowledgement: the workflow runs again, and sees the record."""
     held, reached = asyncio.Event(), []
@@ -3596,6 +3604,7 @@ def wait_for_what_was_cancelled():
     asyncio.run(await_what_was_cancelled())
 
 
+@tells_who_cancelled
 @pytest.mark.parametrize("what", ["step", "async step", "retried step", "transaction", "workflow", "async workflow"])
 def test_a_cancellation_that_nobody_asked_for_is_an_error_like_any_other(dbos, witness, what):
     """It is the outcome of the step that let it escape, or of the workflow, and nothing runs again for it."""
@@ -3638,6 +3647,7 @@ def test_a_cancellation_that_nobody_asked_for_is_an_error_like_any_other(dbos, w
         assert len(runs) == 1 + ("retried" in what)
 
 
+@tells_who_cancelled
 def test_a_workflow_can_handle_a_cancellation_that_a_step_let_escape(dbos):
     """It catches an Exception, also where it gathers several."""
 
