@@ -133,6 +133,7 @@ _RESTART_GRACE_S = 3.0  # after Postgres starts, time for the living to take the
 _HINT_PAUSE_S = 0.002  # hints that come closer together than this travel together
 _AGAIN_S = 0.005  # between a write that was refused without a reason, and the next try
 _LONGEST_PAUSE_S = 1.0  # between two tries to reach a database that is away
+_OWN_THREADS = 8  # of the pool, the listener, the dispatcher, the admin server, and one for calls
 _LANES = 2  # connections that write the journal; two keep a slow disk busy, more make small batches
 _HISTORY_CHUNK = 1000  # recorded steps, or values of a stream, read at a time
 _LOOK_CHUNK = 1000  # waiters that a look is made for, each second, where hints arrive too
@@ -756,6 +757,20 @@ _RECORD = _Write(
         on conflict do nothing
     """,
     "returning workflow_id as id, position",
+    by_position=True,
+)
+
+# A sleep, which is on record since it began, was cancelled.
+_CUT_SLEEP = _Write(
+    "cut_sleep",
+    "id text, claim bigint, position integer, error text",
+    """
+    update durable.steps as s set output = null, error = slept.error from slept
+     where s.workflow_id = slept.id and s.position = slept.position
+    """,
+    "returning s.workflow_id as id, s.position",
+    before="""slept as (select new.* from {rows} join durable.workflows as w on w.id = new.id and w.claim = new.claim
+                         where w.status = 'PENDING' for share of w)""",
     by_position=True,
 )
 
@@ -1863,6 +1878,7 @@ class _Run:
         self.executor, self.row, self.id, self.claim, self.queue = executor, row, row.id, row.claim, row.queue
         self.function = function
         self.loop: asyncio.AbstractEventLoop | None = None  # that of its caller, which may end before it does
+        self.job = lambda: _block(executor._background(self))  # for a thread, if it is no coroutine
         self.begun = _Signal()  # its row is committed, or was refused
         self.done = _Signal()  # it has ended: with `result`, or else the database knows how
         self.result: tuple[Any] | None = None
@@ -1872,7 +1888,10 @@ class _Run:
         self.tries: dict[int, int] = {}  # of steps that are not on record yet
         self.thread = 0  # on which the workflow's code runs,
         self.turn: _Turn | None = None  # and what it does there, if it is a coroutine
+        self.task: Any = None  # likewise
         self.breach: DBOSException | None = None  # it left the order of its calls to chance
+        self.elsewhere: set[int] = set()  # calls that it makes on other threads now
+        self.cut: dict[int, str] = {}  # calls that ended in a cancel, which is not on record yet
         self._position = 0
         self._taking = threading.Lock()
         self._history: dict[int, _Record] = {}
@@ -1925,12 +1944,18 @@ class _Run:
         return turn.caller == caller
 
     def take_turn(self) -> None:
-        """The code of the coroutine goes on: a new turn begins."""
+        """The code of the coroutine goes on: a new turn begins.
+
+        A call on another thread that it does not wait for any longer cannot be cut off, and may end or not.
+        """
+        if self.elsewhere and self.breach is None:
+            self.breach = DBOSException(_DISORDER.format(self.id))
         self.turn = _Turn()
         _turn.set(self.turn)
 
     async def recall(self, position: int, name: str) -> _Record | None:
         """Find what is on record at this position, and check that it is the record of this call."""
+        await self.note_cuts()
         while self.history_to is not None and position > self.history_to:
             chunk = await self.executor.ask(_read_history, self.id, self.history_to)
             self._history.update((record.position, record) for record in chunk)
@@ -1938,10 +1963,47 @@ class _Run:
         self.go_on()
         record = self._history.pop(position, None)
         if record is not None:
-            self.same(record, name)
+            if self.same(record, name).error == _CUT_OFF:
+                await _pause_run(self.executor, self.done)  # until the workflow cancels it again
             # Other tasks get their turn here as they did when the step ran, and so take the positions they took.
             await _Wait(lambda: None, lambda: asyncio.sleep(0))
         return record
+
+    @contextmanager
+    def noting_cut(self, position: int, name: str) -> Iterator[None]:
+        """Remember it when the call at this position is cancelled, as by `asyncio.wait_for`, done or not."""
+        frame = _frame.get()
+        if threading.get_ident() != self.thread and frame is not None and frame.reserved is None:
+            self.elsewhere.add(position)
+        try:
+            yield
+        except asyncio.CancelledError:
+            self.cut[position] = name
+            raise
+        finally:
+            self.elsewhere.discard(position)
+
+    async def note_cuts(self) -> None:
+        """Before the workflow goes on from a call that it saw cancelled, put that on record: a replay must see it, too.
+
+        Not while the cancel is under way: it may be that of the whole run, which will see nothing.
+        """
+        if not self.cut or _is_cancelled() or getattr(self.task, "cancelling", int)():
+            return
+        for position, name in tuple(self.cut.items()):
+            row = {
+                "id": self.id, "claim": self.claim, "position": position, "name": name, "output": None,
+                "error": _CUT_OFF, "child_workflow_id": None, "tries": 1, "took_s": 0.0,
+            }
+            past, write = None, _RECORD
+            while past is None and not (await self.executor.journal.write(write, row))[0]:
+                past = await self.settle(position, name)
+                if past is not None and name == "DBOS.sleep" and past.error is None:
+                    past, write = None, _CUT_SLEEP
+            if past is not None and past.error != _CUT_OFF:  # done, just before: let a replay see that from the start
+                self.halt(_Superseded(f"step {position} of workflow {self.id} was on record when it was cancelled"))
+                raise cast(_Stopped, self.stopped)
+            self.cut.pop(position, None)
 
     def outcome(self, record: _Record) -> Any:
         """Return, or raise, what a record says."""
@@ -2041,6 +2103,10 @@ class _Run:
         self.stop.set()
 
 
+_CUT_OFF = json.dumps({
+    "type": "asyncio.CancelledError",
+    "text": "the workflow cancelled this call, perhaps by a timeout, and went on without it",
+})
 _DISORDER = (
     "workflow {} makes durable calls on several threads: their order, by which results are recalled, is left to "
     "chance; make them in the workflow's own code, with asyncio.gather over async steps or "
@@ -2060,17 +2126,18 @@ async def _checkpointed(
     """Return what stands on record at `position`, or make the call and record it; without a run only make it."""
     if run is None:
         return await perform()
-    past = await run.recall(position, name)
-    if past is not None:
-        return cast(T, run.outcome(past))
-    began = time.monotonic()
-    value, error = None, None
-    try:
-        value = await perform()
-    except Exception as raised:
-        error = _raised(raised)
-    # Die here and the call is made again; one line later, it never will be.
-    return cast(T, await run.record(position, name, value, error, time.monotonic() - began, child))
+    with run.noting_cut(position, name):
+        past = await run.recall(position, name)
+        if past is not None:
+            return cast(T, run.outcome(past))
+        began = time.monotonic()
+        value, error = None, None
+        try:
+            value = await perform()
+        except Exception as raised:
+            error = _raised(raised)
+        # Die here and the call is made again; one line later, it never will be.
+        return cast(T, await run.record(position, name, value, error, time.monotonic() - began, child))
 
 
 async def _step(name: str, retries: _Retries, call: Callable[[], Any]) -> Any:
@@ -2087,6 +2154,13 @@ def _unless_stopped(run: _Run | None, call: Callable[[], T]) -> T:
     if run is not None:
         run.go_on()
     return call()
+
+
+async def _off_loop(threads: "_Threads | None", call: Callable[[], T]) -> T:
+    """Call a blocking function for a coroutine, on one of these threads."""
+    if threads is None:
+        return await asyncio.to_thread(call)
+    return await threads.call(functools.partial(contextvars.copy_context().run, call))
 
 
 async def _value_of(value: Any) -> Any:
@@ -2192,6 +2266,11 @@ def _transaction(name: str, isolation: str, call: Callable[[], Any]) -> Any:
     if run is None or frame is None:
         raise DBOSException(f"transaction {name} was called inside a step: call it from the workflow itself")
     position, name = frame.reserved or (run.advance(), name)
+    with run.noting_cut(position, name):
+        return _transact_at(run, position, name, isolation, call)
+
+
+def _transact_at(run: _Run, position: int, name: str, isolation: str, call: Callable[[], Any]) -> Any:
     past = _block(run.recall(position, name))
     if past is not None:
         return run.outcome(past)
@@ -2234,7 +2313,10 @@ def _undone(conn: _Connection, error: Exception) -> bool:
 async def _transact(name: str, call: Callable[[], Any]) -> Any:
     """Call a transaction function, perhaps on another thread, at the position that is taken here."""
     run = _current_run()
-    with nullcontext() if run is None else _framed(_Frame(run, reserved=(run.advance(), name))):
+    if run is None:
+        return await _value_of(call())
+    position = run.advance()
+    with run.noting_cut(position, name), _framed(_Frame(run, reserved=(position, name))):
         return await _value_of(call())
 
 
@@ -2672,7 +2754,7 @@ async def _begin(executor: "_Executor", function: _Function, start: _Start) -> t
 async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None:
     """Insert the row and, in the parent's history, its start; return the row that was there before, if any."""
     row, parent = start.row, start.parent
-    while not (await executor.journal.write(start.kind(), row))[0]:
+    while not (await _write_starts(executor, [start]))[0]:
         existing = await executor.ask(_find, row["id"])
         if existing is not None:
             _same_workflow(existing, row)
@@ -2697,6 +2779,15 @@ async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None
     if parent is not None and start.abroad:
         await parent.record(row["position"], row["name"], None, None, 0.0, child=row["id"])
     return None
+
+
+async def _write_starts(executor: "_Executor", starts: list[_Start]) -> list[bool]:
+    """Insert the rows of workflows about to begin, of one parent or none; tell for each whether it took effect."""
+    with ExitStack() as noting:
+        for start in starts:
+            if start.parent is not None:
+                noting.enter_context(start.parent.noting_cut(start.row["position"], start.row["name"]))
+        return await executor.journal.write(starts[0].kind(), *(start.row for start in starts))
 
 
 def _same_workflow(existing: dict[str, Any], row: dict[str, Any]) -> None:
@@ -2726,7 +2817,7 @@ async def _execute(run: _Run) -> Any:
                 args, kwargs = run.arguments()
                 value = run.function.call(*args, **kwargs)
                 if run.function.is_async:
-                    run.loop = asyncio.get_running_loop()
+                    run.loop, run.task = asyncio.get_running_loop(), asyncio.current_task()
                     value = await _suspend(value, run)
         except Exception as raised:
             error = raised
@@ -2745,6 +2836,7 @@ async def _execute(run: _Run) -> Any:
 
 async def _finish(run: _Run, value: Any, error: Exception | None) -> Exception | None:
     """Write the outcome, if this run still may, and return the error that it came to."""
+    await run.note_cuts()
     output, problem, substitute = run.store(f"function {run.function.name}", value, error)
     error = error or substitute  # a result that cannot be stored
     status = "ERROR" if error else "SUCCESS"
@@ -2803,9 +2895,12 @@ async def _result(executor: "_Executor", id: str, existing: bool = True) -> Any:
     while True:
         run = executor.running.get(id)
         if run is not None:
-            await _pause_run(executor, run.done, run.stop)
+            queues = await _helped(executor, run)
+            await _pause_run(executor, run.done, run.stop, timeout=_POLL_S if queues else None)
             if run.result is not None:
                 return run.result[0]
+            if queues and not run.stop.is_set:
+                continue
         with executor.hints.expected("w", id) as hint:  # before the look, so that none falls in between
             row = await executor.ask(_find, id)
             if row is None:
@@ -2817,6 +2912,15 @@ async def _result(executor: "_Executor", id: str, existing: bool = True) -> Any:
             if row["status"] not in _UNFINISHED:
                 return _outcome_of(executor, row)
             await _pause_run(executor, hint)
+
+
+def _helped(executor: "_Executor", run: _Run) -> _Wait[bool]:
+    """Run what we wait for on this thread, if no other can be had; tell whether it still queues for one."""
+
+    async def on_loop() -> bool:
+        return False
+
+    return _Wait(lambda: executor.threads.help_with(run.job), on_loop)
 
 
 def _outcome_of(executor: "_Executor", row: dict[str, Any]) -> Any:
@@ -2875,24 +2979,25 @@ async def _receive_message(executor: "_Executor", topic: str, timeout_s: float) 
     """Take the oldest message of a topic, or None once the time is up; the taking is the record."""
     run, name, began = _own_run("recv"), "DBOS.recv", time.monotonic()
     position = run.advance(2)
-    past = await run.recall(position, name)
-    if past is not None:
-        return run.outcome(past)
-    end = await _wait_until(executor, run, position + 1, timeout_s)
-    row = {"id": run.id, "claim": run.claim, "position": position, "name": name, "topic": topic}
-    while True:
-        with executor.hints.expected("m", run.id, topic) as hint:
-            left = end - time.monotonic()
-            row |= {"nothing": executor.serialize(None) if left <= 0 else None, "took_s": time.monotonic() - began}
-            message, absent = await executor.ask(_receive, row)
-            if message is not None:
-                return run.outcome(_Record(position, name, message, None, None))
-            past = None if absent else await run.settle(position, name)
-            if past is not None:
-                return run.outcome(past)
-            # After trouble a former try may have come too late to be seen, and no hint will follow: look again.
-            troubled = time.monotonic() < executor.trouble_until
-            await _pause_run(executor, hint, timeout=min(left, _POLL_S) if troubled else left)
+    with run.noting_cut(position, name):
+        past = await run.recall(position, name)
+        if past is not None:
+            return run.outcome(past)
+        end = await _wait_until(executor, run, position + 1, timeout_s)
+        row = {"id": run.id, "claim": run.claim, "position": position, "name": name, "topic": topic}
+        while True:
+            with executor.hints.expected("m", run.id, topic) as hint:
+                left = end - time.monotonic()
+                row |= {"nothing": executor.serialize(None) if left <= 0 else None, "took_s": time.monotonic() - began}
+                message, absent = await executor.ask(_receive, row)
+                if message is not None:
+                    return run.outcome(_Record(position, name, message, None, None))
+                past = None if absent else await run.settle(position, name)
+                if past is not None:
+                    return run.outcome(past)
+                # After trouble a former try may have come too late to be seen, and no hint will follow: look again.
+                troubled = time.monotonic() < executor.trouble_until
+                await _pause_run(executor, hint, timeout=min(left, _POLL_S) if troubled else left)
 
 
 async def _send_message(
@@ -2944,18 +3049,19 @@ async def _write_step(
         raise DBOSException(f"{name} is not for a DBOS.transaction: call it in the workflow, or in a step")
     run, step = frame.run, None if frame.step else name
     position = frame.step.step_id if frame.step else run.advance()
-    past = await run.recall(position, name) if step else None
-    row |= {"id": run.id, "claim": run.claim, "position": position, "step": step}
-    while past is None and not await _was_taken(run, write, row):
-        if step:
-            past = await run.settle(position, name)
-        else:
-            await run.standing()
-        problem = await refusal(run) if refusal is not None and past is None else None
-        if problem is not None:
+    with run.noting_cut(position, name) if step else nullcontext():
+        past = await run.recall(position, name) if step else None
+        row |= {"id": run.id, "claim": run.claim, "position": position, "step": step}
+        while past is None and not await _was_taken(run, write, row):
             if step:
-                await run.record(position, name, None, problem, 0.0)
-            raise problem
+                past = await run.settle(position, name)
+            else:
+                await run.standing()
+            problem = await refusal(run) if refusal is not None and past is None else None
+            if problem is not None:
+                if step:
+                    await run.record(position, name, None, problem, 0.0)
+                raise problem
     if past is not None:
         run.outcome(past)
     return run
@@ -3218,7 +3324,7 @@ async def _enqueue(
         starts.append(_prepare_start(executor, function, bound, kwargs, queue))
     new = [start for start in starts if not await _has_begun(start)]
     if new:
-        taken = await executor.journal.write(new[0].kind(), *(start.row for start in new))
+        taken = await _write_starts(executor, new)
         for start, was_taken in zip(new, taken, strict=True):
             if not was_taken or start.abroad:  # the ID was there, or is refused: find out which; or record it
                 await _insert(executor, start)
@@ -3400,11 +3506,21 @@ def _tick(executor: "_Executor") -> float:
 # next; and should the verdict be wrong, the claim makes it harmless.
 
 
+def _has_begun_thread(thread: threading.Thread) -> bool:
+    """Start a thread that knows nothing of the code which happened to need it; False: there is none to be had."""
+    try:
+        contextvars.Context().run(thread.start)
+    except RuntimeError:
+        return False
+    return True
+
+
 class _Threads:
     """Threads for jobs, `limit` at work at a time; further jobs queue.
 
     A thread that waits for other workflows lends its place, so that parents cannot keep out the
-    children they wait for.  All are daemons: none keeps the interpreter from ending.
+    children they wait for.  Where the system has no further thread, jobs wait for those that there are.
+    All are daemons: none keeps the interpreter from ending.
     """
 
     def __init__(self, name: str, limit: int, freed: Callable[[], None] = lambda: None) -> None:
@@ -3414,6 +3530,7 @@ class _Threads:
         self._idle: list[SimpleQueue[Callable[[], object] | None]] = []
         self._threads: set[threading.Thread] = set()
         self._here = threading.local()
+        self.short = False  # there was no thread for a job
         self._closed = False
 
     def submit(self, job: Callable[[], object]) -> None:
@@ -3421,11 +3538,47 @@ class _Threads:
             if not self._closed:
                 self._jobs.append(job)
                 return self._start_jobs()
-        threading.Thread(target=job, daemon=True).start()  # it finds the executor closed, and tells who waits
+        if not _has_begun_thread(threading.Thread(target=job, daemon=True)):
+            job()  # it finds the executor closed, and tells who waits
+
+    async def call(self, job: Callable[[], T]) -> T:
+        """Have a job done, for a coroutine, and return or raise what comes of it."""
+        future: Future[T] = Future()
+
+        def work() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(job())
+                except BaseException as error:
+                    future.set_exception(error)
+
+        self.submit(work)
+        return await asyncio.wrap_future(future)
 
     def room(self) -> int:
         """How many more jobs would start at once."""
         return self._free - len(self._jobs)
+
+    def try_again(self) -> None:
+        """See whether there are threads now."""
+        with self._lock:
+            self._start_jobs()
+
+    def dismiss(self) -> None:
+        """Let idle threads end, all but one: there are no others to be had, and somebody needs one."""
+        with self._lock:
+            for inbox in self._idle[1:]:
+                inbox.put(None)
+            del self._idle[1:]
+
+    def help_with(self, job: Callable[[], object]) -> bool:
+        """Do a job on this thread, which waits for it, if no other can be had; tell whether it still queues."""
+        with self._lock:
+            if job not in self._jobs or not self.short:
+                return job in self._jobs
+            self._jobs.remove(job)
+        contextvars.Context().run(job)
+        return False
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -3443,14 +3596,18 @@ class _Threads:
                 self._free -= 1  # below zero, perhaps: better one thread too many for a while than a deadlock
 
     def _start_jobs(self) -> None:
+        self.short = False
         while self._jobs and self._free > 0 and not self._closed:
+            job = self._jobs[0]
             if self._idle:
-                self._idle.pop().put(self._jobs.popleft())
+                self._idle.pop().put(job)
             else:
-                job = self._jobs.popleft()
                 thread = threading.Thread(target=self._work, args=(job,), daemon=True, name=self._name)
-                contextvars.Context().run(thread.start)  # may raise; the job is dropped, the sweep finds its workflow
+                if not _has_begun_thread(thread):
+                    self.short = True
+                    return
                 self._threads.add(thread)
+            self._jobs.popleft()
             self._free -= 1
 
     def _work(self, job: Callable[[], object] | None) -> None:
@@ -3470,6 +3627,7 @@ class _Threads:
                 self._start_jobs()
             self._freed()
             job = inbox.get()
+        self._threads.discard(threading.current_thread())
 
     def close(self, patience_s: float = 1.0) -> None:
         """Let idle threads end; those in the user's code end when it returns."""
@@ -3530,6 +3688,8 @@ class _Executor:
         )
         self.threads = _Threads("durable-workflow", config.get("max_executor_threads", 256), self.room_again)
         self.callers = _Threads("durable-call", size)  # for coroutines: what would block their loop
+        self.steps = _Threads("durable-step", config.get("max_executor_threads", 256))  # and their blocking steps
+        self.all_threads = (self.threads, self.callers, self.steps)
         self.journal = _Journal(self)
         self.hints = _Hints(self)
         self.running: dict[str, _Run] = {}
@@ -3646,20 +3806,7 @@ class _Executor:
         def call() -> T:
             return self.now(statement, *args, **kwargs)
 
-        async def on_loop() -> T:
-            future: Future[T] = Future()
-
-            def job() -> None:
-                if future.set_running_or_notify_cancel():
-                    try:
-                        future.set_result(call())
-                    except BaseException as error:
-                        future.set_exception(error)
-
-            self.callers.submit(job)
-            return await asyncio.wrap_future(future)
-
-        return _Wait(call, on_loop)
+        return _Wait(call, lambda: self.callers.call(call))
 
     def patiently(self, attempt: Callable[[], T]) -> T:
         """Make an attempt until it succeeds or fails for a reason that will not pass."""
@@ -3726,9 +3873,28 @@ class _Executor:
         loop.close()
 
     def _spawn_thread(self, name: str, target: Callable[[], object]) -> None:
-        thread = threading.Thread(target=target, name=name, daemon=True)
-        contextvars.Context().run(thread.start)  # whoever happens to be the first to need it
+        while not _has_begun_thread(thread := threading.Thread(target=target, name=name, daemon=True)):
+            if self.closed.is_set:
+                raise _Closing("the executor was destroyed")
+            for threads in self.all_threads:
+                threads.dismiss()
+            time.sleep(_POLL_S / 10)
         self._own_threads.append(thread)
+
+    def _await_threads(self, number: int) -> None:
+        """Wait until so many more threads can be had at a time."""
+        enough = False
+        while not enough:
+            done = threading.Event()
+            threads = [threading.Thread(target=done.wait, daemon=True) for _ in range(number)]
+            begun = list(itertools.takewhile(_has_begun_thread, threads))
+            enough = len(begun) == number
+            done.set()
+            for thread in begun:
+                thread.join()
+            if not enough:
+                _log.warning("no thread can be had: the launch waits until the system has some")
+                time.sleep(_POLL_S)
 
     # Runs.
 
@@ -3763,11 +3929,14 @@ class _Executor:
         run.awaited_elsewhere = True
         try:
             if run.function.is_async:
-                run.loop = self.home()  # should it be closed before it comes to this, the sweep takes the run up
-                run.loop.call_soon_threadsafe(self.spawn_here, run)
+                run.loop = self.home()
+                with suppress(RuntimeError):  # it was closed just now: the sweep takes the run up
+                    run.loop.call_soon_threadsafe(self.spawn_here, run)
             else:
-                self.threads.submit(lambda: _block(self._background(run)))
-        except BaseException:  # no thread to be had: the next sweep finds the row
+                self.threads.submit(run.job)
+                if self.threads.short:
+                    self.hints.arrive("w", run.id)  # who waits for it may help
+        except BaseException:  # the next sweep finds the row
             self.forget(run)
             raise
 
@@ -3867,12 +4036,16 @@ class _Executor:
         except BaseException:
             conn.close()
             raise
+        self._await_threads(_OWN_THREADS)
         self.pool.open()
         self._spawn_thread("durable-listen", functools.partial(self._listen, conn))
         self.clock_ahead = self.now(_clock) - time.monotonic()
+        self.callers.submit(lambda: None)  # before the workflows take all threads that there are
+        if self.serves and not self._home and any(f.is_async for f in tuple(self.registry._functions.values())):
+            self.loop()
+        self._spawn_thread("durable-dispatch", self._dispatch)
         if self.serves:
             self._take_office()
-        self._spawn_thread("durable-dispatch", self._dispatch)
 
     def _take_office(self) -> None:
         """Warn of stranded work, recover what is ours, and open the admin server."""
@@ -3887,9 +4060,9 @@ class _Executor:
         undeclared = (self.registry._listened or set()) - set(self.registry._queues)
         if undeclared:
             _log.warning("listen_queues names queues that are not declared here: %s", ", ".join(sorted(undeclared)))
-        taken = _recover(self)
         if self.config.get("run_admin_server", True):
             self.admin = _AdminServer.start(self)
+        taken = _recover(self)
         _log.info(
             "launched %s as executor %s, incarnation %d, version %s, on %s; admin server: %s; recovered: %s",
             self.me["application"], self.me["executor_id"], self.me["incarnation"], self.me["version"],
@@ -4047,6 +4220,11 @@ class _Executor:
 
     def _look(self, polled: dict[str, float], now: float) -> None:
         """Look for what hints should have told, of all that is awaited and of queues; three statements for all."""
+        short = [threads for threads in self.all_threads if threads.short]
+        for threads in self.all_threads if short else ():
+            threads.dismiss()
+        for threads in short:
+            threads.try_again()
         awaited = self.hints.awaited()
         for key in self.now(_arrived, awaited) if awaited else ():
             self.hints.arrive(*key)
@@ -4097,6 +4275,7 @@ class _Executor:
                 thread.join(5.0)
         self.threads.close()
         self.callers.close()
+        self.steps.close()
         self.journal.close()
         self.pool.close(timeout=1.0)
         _local_executors.discard(self)
@@ -6073,7 +6252,8 @@ class Durable(_Management):
         """
         call = functools.partial(func, *args, **kwargs)
         if not inspect.iscoroutinefunction(func):
-            call = functools.partial(asyncio.to_thread, _unless_stopped, _current_run(), call)
+            plain, frame = functools.partial(_unless_stopped, _current_run(), call), _frame.get()
+            call = functools.partial(_off_loop, frame and frame.run.executor.steps, plain)
         return await _suspend(self._run_step(dbos_step_options, func, call))
 
     def _run_step(
@@ -6101,9 +6281,11 @@ class Durable(_Management):
         executor = self._own()
         if _checked_seconds("the time to sleep", seconds) > 0:
             run = _own_run("sleep")
-            end = await _wait_until(executor, run, run.advance(), seconds)
-            while (left := end - time.monotonic()) > 0:
-                await _pause_run(executor, timeout=left)
+            position = run.advance()
+            with run.noting_cut(position, "DBOS.sleep"):
+                end = await _wait_until(executor, run, position, seconds)
+                while (left := end - time.monotonic()) > 0:
+                    await _pause_run(executor, timeout=left)
 
     sleep, sleep_async = _twins(_sleep)
 

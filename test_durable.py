@@ -1867,6 +1867,78 @@ def test_parents_that_wait_for_children_never_starve_them(executor):
     assert [handle.get_result() for handle in handles] == [0, 3, 6, 9, 12, 15]
 
 
+@pytest.fixture
+def scarce(monkeypatch):
+    """Let the system have no more than so many threads beside those that there are."""
+    start = threading.Thread.start
+
+    def allow(more):
+        most = threading.active_count() + more
+
+        def start_if_allowed(thread):
+            if threading.active_count() >= most:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", start_if_allowed)
+
+    return allow
+
+
+def test_fewer_threads_than_workflows_do_the_work_one_after_the_other(executor, witness, scarce):
+    """Launch takes up what is unfinished, new ones start and are waited for, and none ends in an error."""
+    dbos = executor(use_listen_notify=False)
+
+    @dbos.step()
+    def step(n):
+        return n
+
+    @dbos.workflow()
+    def work(n):
+        return step(n)
+
+    @dbos.workflow()
+    def parent(n):
+        return dbos.start_workflow(work, n).get_result() + dbos.register_queue("errands").enqueue(work, n).get_result()
+
+    @dbos.workflow()
+    async def awork(n):
+        return await dbos.run_step_async(None, step, n)
+
+    dbos.launch()
+    ids = [dbos.start_workflow(work, n).workflow_id for n in range(30)]
+    assert [result_of(dbos, id) for id in ids] == list(range(30))
+    dbos.destroy()
+    witness.run("update durable.workflows set status = 'PENDING', output = null, completed_at = null")
+    scarce(12)
+    dbos.launch()
+    assert [result_of(dbos, id) for id in ids] == list(range(30))
+    parents = [dbos.start_workflow(parent, n) for n in range(6)]
+    others = [dbos.start_workflow(awork, n) for n in range(6)]
+    assert [handle.get_result() for handle in parents + others] == [0, 2, 4, 6, 8, 10, 0, 1, 2, 3, 4, 5]
+    assert witness.column("select distinct status from durable.workflows") == ["SUCCESS"]
+    assert witness.one("select max(recovery_attempts) from durable.workflows") == 2
+
+
+def test_a_launch_waits_until_there_are_threads(executor, scarce, monkeypatch):
+    """It says so, and goes on when it can."""
+    dbos, waited = executor(), threading.Event()
+    scarce(3)
+    scarce_start = threading.Thread.start
+    pause = time.sleep
+
+    def sleep(seconds):
+        if seconds == durable._POLL_S:
+            waited.set()
+            monkeypatch.undo()
+        pause(min(seconds, 0.01))
+
+    monkeypatch.setattr(durable.time, "sleep", sleep)
+    dbos.launch()
+    assert waited.is_set()
+    assert threading.Thread.start is not scarce_start
+
+
 def test_a_small_pool_serves_many_threads(executor):
     """sys_db_pool_size limits connections, not the number of workflows at work."""
     dbos = executor(sys_db_pool_size=2)
@@ -4327,6 +4399,180 @@ def test_gathered_children_keep_their_ids(dbos, witness):
     assert result_of(dbos, "p") == [0, 1, 2]
 
 
+tells_who_cancelled = pytest.mark.skipif(
+    not hasattr(asyncio.Task, "cancelling"), reason="Python 3.10 cannot tell whether a task was cancelled"
+)
+
+
+@pytest.fixture
+def impatient(dbos):
+    """A workflow that waits for a call for a moment, and goes on with another; the call ends at once when told so."""
+    ended, runs = threading.Event(), []
+
+    async def linger():
+        runs.append("lingers")
+        await (asyncio.sleep(0) if ended.is_set() else asyncio.sleep(3600))
+        return "done"
+
+    def book():
+        dbos.connection.execute("insert into ledger values ('booked')")
+        runs.append("lingers")
+        if not ended.is_set():
+            time.sleep(0.3)
+
+    def wait():
+        runs.append("lingers")
+        if not ended.is_set():
+            time.sleep(0.3)
+
+    step, transaction = dbos.step()(linger), dbos.transaction()(book)
+    calls = {
+        "step": step, "transaction": lambda: dbos.run_step_async(None, transaction),
+        "blocking step": lambda: dbos.run_step_async(None, wait), "recv": lambda: dbos.recv_async("answers"),
+        "child": dbos.workflow(name="child")(linger),
+    }
+
+    @dbos.step()
+    async def other(seen):
+        runs.append(seen)
+        return seen
+
+    @dbos.workflow()
+    async def work(what):
+        seen = "done"
+        try:
+            await asyncio.wait_for(calls[what](), 0.1)
+        except asyncio.TimeoutError:
+            seen = "too late"
+        return await other(seen)
+
+    return types.SimpleNamespace(work=work, ended=ended, runs=runs)
+
+
+@tells_who_cancelled
+@pytest.mark.parametrize("what", ["step", "transaction", "blocking step", "recv", "child"])
+def test_a_call_that_a_workflow_saw_time_out_times_out_in_a_replay(dbos, impatient, witness, what):
+    """Though it would be done in time now: what the workflow saw first is what it sees again."""
+    with SetWorkflowID("w"):
+        assert asyncio.run(impatient.work(what)) == "too late"
+    impatient.ended.set()
+    dbos.send("w", "an answer", topic="answers")
+    kept = len(witness.steps("w"))
+    rewind(dbos, witness, "w", keep=kept)
+    assert result_of(dbos, "w") == "too late"
+    rewind(dbos, witness, "w", keep=kept - 1)
+    assert result_of(dbos, "w") == "too late"
+    assert impatient.runs.count("too late") == 2
+    assert "done" not in impatient.runs
+    assert witness.ledger() == {}
+    if what != "child":
+        assert impatient.runs.count("lingers") == (what != "recv")
+
+
+@tells_who_cancelled
+def test_a_race_of_a_timer_and_a_message_ends_alike_in_a_replay(dbos, witness):
+    """The loser, which the workflow cancelled, does not win because time has passed or a message has come since."""
+
+    @dbos.workflow()
+    async def race(seconds):
+        runners = {asyncio.create_task(dbos.sleep_async(seconds)), asyncio.create_task(dbos.recv_async("go"))}
+        done, late = await asyncio.wait(runners, return_when=asyncio.FIRST_COMPLETED)
+        for each in late:
+            each.cancel()
+        await dbos.set_event_async("over", True)
+        return [each.result() for each in done]
+
+    with SetWorkflowID("message"):
+        handle = dbos.start_workflow(race, 3600)
+    dbos.send("message", "go", topic="go")
+    assert handle.get_result() == ["go"]
+    with SetWorkflowID("timer"):
+        assert asyncio.run(race(0.01)) == [None]
+    dbos.send("timer", "go", topic="go")
+    age(witness, "message")
+    rewind(dbos, witness, "message", "timer", keep=4)
+    assert result_of(dbos, "message") == ["go"]
+    assert result_of(dbos, "timer") == [None]
+
+
+@tells_who_cancelled
+def test_what_was_recorded_as_its_time_ran_out_is_what_counts(dbos, witness, monkeypatch, fast_sweeps):
+    """A timeout between the record and its acknowledgement: the workflow runs again, and sees the record."""
+    held, reached = asyncio.Event(), []
+    write = durable._Journal.write
+
+    def hold(journal, kind, *rows):
+        wait = write(journal, kind, *rows)
+        if not any(row.get("name", "").endswith("quick") for row in rows) or reached:
+            return wait
+
+        async def on_loop():
+            taken = await wait.on_loop()
+            reached.append(1)
+            await held.wait()
+            return taken
+
+        return durable._Wait(wait.block, on_loop)
+
+    monkeypatch.setattr(durable._Journal, "write", hold)
+
+    @dbos.step()
+    async def quick():
+        return "in time"
+
+    @dbos.step()
+    async def other(seen):
+        return seen
+
+    @dbos.workflow()
+    async def work():
+        try:
+            seen = await asyncio.wait_for(quick(), 0.1)
+        except asyncio.TimeoutError:
+            seen = "too late"
+        return await other(seen)
+
+    with SetWorkflowID("w"):
+        assert asyncio.run(work()) == "in time"
+    assert [step["output"] for step in steps(dbos, "w")] == ["in time", "in time"]
+
+
+def test_a_workflow_that_is_cancelled_as_a_whole_sees_nothing_of_it_later(dbos, witness):
+    """Its clean-up may take steps; the run that takes it up does all again."""
+    reached, cleaned = [], []
+
+    @dbos.step()
+    async def linger():
+        reached.append(1)
+        await asyncio.sleep(0 if len(reached) > 1 else 3600)
+        return "done"
+
+    @dbos.step()
+    async def clean():
+        cleaned.append(1)
+
+    @dbos.workflow()
+    async def work():
+        try:
+            return await linger()
+        finally:
+            await clean()
+
+    async def main():
+        with SetWorkflowID("w"):
+            task = asyncio.create_task(work())
+        while not reached:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.wait([task])
+
+    asyncio.run(main())
+    dbos.destroy()
+    dbos.launch()
+    assert result_of(dbos, "w") == "done"
+    assert (len(reached), len(cleaned)) == (2, 1)
+
+
 @pytest.mark.parametrize("colour", ["blocking", "asynchronous"])
 def test_retries_are_the_same_in_both_colours(dbos, colour):
     """An asynchronous step is tried as often, and fails with the same error."""
@@ -4517,6 +4763,26 @@ def test_a_thread_beside_asynchronous_steps_is_an_error(dbos, errand):
             asyncio.run(work())
 
 
+@pytest.mark.parametrize("kind", ["step", "transaction"])
+def test_a_thread_that_is_not_waited_for_to_the_end_is_an_error(dbos, gate, witness, kind):
+    """Nobody could say whether its call was done when the workflow went on without it."""
+
+    def wait():
+        gate()
+
+    call = {"step": dbos.step(), "transaction": dbos.transaction()}[kind](wait)
+
+    @dbos.workflow()
+    async def work():
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.to_thread(call), 0.1)
+        gate.open()
+
+    with SetWorkflowID("w"), pytest.raises(DBOSException, match="several threads"):
+        asyncio.run(work())
+    assert witness.status("w") == "ERROR"
+
+
 @pytest.mark.parametrize("elsewhere", [to_thread, in_the_executor])
 def test_one_thread_after_the_other_keeps_the_order(dbos, errand, witness, elsewhere):
     """A coroutine may await blocking calls, each of which may be several, on other threads."""
@@ -4639,6 +4905,7 @@ def wait_for_what_was_cancelled():
     asyncio.run(await_what_was_cancelled())
 
 
+@tells_who_cancelled
 @pytest.mark.parametrize("what", ["step", "async step", "retried step", "transaction", "workflow", "async workflow"])
 def test_a_cancellation_that_nobody_asked_for_is_an_error_like_any_other(dbos, witness, what):
     """It is the outcome of the step that let it escape, or of the workflow, and nothing runs again for it."""
@@ -4681,6 +4948,7 @@ def test_a_cancellation_that_nobody_asked_for_is_an_error_like_any_other(dbos, w
         assert len(runs) == 1 + ("retried" in what)
 
 
+@tells_who_cancelled
 def test_a_workflow_can_handle_a_cancellation_that_a_step_let_escape(dbos):
     """It catches an Exception, also where it gathers several."""
 
