@@ -3199,7 +3199,7 @@ class _Hints:
         if frame is not None and frame.connection is not None:
             return frame.connection.hints.append(key)
         self.arrive(*key)
-        if not self._executor.listens:
+        if self._executor.serves and not self._executor.listens:  # (a client tells, even where it cannot listen)
             return
         with self._lock:
             self._outgoing.add(key)
@@ -6615,7 +6615,10 @@ def _main() -> int:
                 _migrate(conn, apply=True)
             rows: Any = [{"schema": _SCHEMA_VERSION}]
         else:
-            client = DBOSClient(system_database_url=url, serializer=JSONSerializer(), system_database_pool_size=2)
+            client = DBOSClient(  # it waits for nothing, so it need not listen: any proxy will do
+                system_database_url=url, serializer=JSONSerializer(), system_database_pool_size=2,
+                use_listen_notify=False,
+            )
             try:
                 rows = _run_command(client, options)
             finally:

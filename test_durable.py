@@ -9298,6 +9298,16 @@ def test_workflows_are_steered_from_the_command_line(dbos, letters, sleeper, com
     assert {each["workflow_id"] for each in told("list")} == {"asleep", forked, restarted}
 
 
+def test_the_command_line_works_through_a_proxy_that_pools_transactions(bouncer, dbos, sleeper, url, command):
+    """It needs no session of its own, and those who have one get its hints."""
+    begin(dbos, sleeper, id="asleep")
+    with psycopg.connect(url, autocommit=True) as listener:
+        listener.execute("listen durable")
+        assert "CANCELLED" in command("cancel", "asleep", at=bouncer("transaction")).stdout
+        notes = listener.notifies(timeout=PATIENCE_S)
+        assert any(note.payload.endswith('["c", "asleep"]') for note in notes)
+
+
 def test_a_recovery_is_asked_for_from_the_command_line(dbos, finished, witness, told):
     """The work of the executors that are named is taken up by those that live."""
     finished("w")
