@@ -1841,11 +1841,13 @@ def _is_cancelled() -> bool:
     return False
 
 
+@functools.cache
 def _keep_places() -> None:
-    """Let threads know whose work they do.
+    """From the first launch on, let threads know whose work they do.
 
     asyncio.to_thread tells them, but a pool or a thread that a workflow hands its work to knows of no
-    workflow: steps there would go unrecorded, without a word.
+    workflow: steps there would go unrecorded, without a word.  Nothing but a word with threading itself
+    helps; it changes nothing for code outside of workflows.
     """
     pools: Any = ThreadPoolExecutor
     threads: Any = threading.Thread
@@ -1866,9 +1868,6 @@ def _keep_places() -> None:
         start(thread)
 
     pools.submit, threads.start = submit_placed, start_placed
-
-
-_keep_places()
 
 
 class _Run:
@@ -6027,6 +6026,7 @@ class Durable(_Management):
             frame = _frame.get()
             if frame is not None and frame.run.executor.pid != os.getpid():
                 _frame.set(None)  # forked within a workflow, which goes on in the parent
+            _keep_places()
             config = _resolved(self._config)
             guarded = config.get("admin_token") or _is_loopback(config["admin_host"])
             if config.get("run_admin_server", True) and not guarded:

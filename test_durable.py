@@ -23,6 +23,7 @@ import asyncio
 import base64
 import collections
 import contextlib
+import contextvars
 import dataclasses
 import datetime
 import decimal
@@ -4920,10 +4921,11 @@ def test_a_cancellation_that_nobody_asked_for_is_an_error_like_any_other(dbos, w
         await await_what_was_cancelled()
 
     retries = {"retries_allowed": True, "interval_seconds": 0, "max_attempts": 2}
-    call = {
-        "step": dbos.step()(stray), "retried step": dbos.step(**retries)(stray), "workflow": stray,
-        "transaction": dbos.transaction()(stray), "async step": dbos.step()(astray), "async workflow": astray,
-    }[what]
+    decorate = {
+        "step": dbos.step(), "async step": dbos.step(), "retried step": dbos.step(**retries),
+        "transaction": dbos.transaction(),
+    }.get(what, lambda fn: fn)
+    call = decorate(astray if "async" in what else stray)
 
     @dbos.workflow()
     def work():
@@ -8001,23 +8003,23 @@ def test_once_a_cancel_returns_no_further_step_begins_here(executor, client, dea
     assert begun == []
 
 
-def test_a_step_that_waits_for_a_thread_does_not_begin_after_a_cancel(dbos, deaf, gate):
+def test_a_step_that_waits_for_a_thread_does_not_begin_after_a_cancel(executor, deaf, gate):
     """It is asked for the last time where the step begins, not where it was found not to be on record."""
-    begun, pool = [], ThreadPoolExecutor(1)
-    pool.submit(gate)
+    begun, dbos = [], executor(max_executor_threads=1)
 
     @dbos.workflow()
     async def work():
-        asyncio.get_running_loop().set_default_executor(pool)
         await dbos.run_step_async(None, begun.append, 1)
 
+    dbos.launch()
+    steps = dbos._executor.steps
+    steps.submit(gate)
     handle = begin(dbos, work)
-    eventually(pool._work_queue.qsize)
+    eventually(lambda: steps.room() < 0)  # it waits for its turn
     dbos.cancel_workflow("w")
     gate.open()
     assert is_cancelled(handle)
     eventually(lambda: not dbos._executor.running)
-    pool.shutdown()
     assert begun == []
 
 
@@ -8040,7 +8042,7 @@ def test_a_transaction_that_waits_for_a_connection_does_not_begin_after_a_cancel
     def late(*args, **kwargs):
         if threading.current_thread().name == "durable-workflow":
             monkeypatch.setattr(dbos._executor.pool, "connection", lend)
-            together(lambda: dbos.cancel_workflow("w"))  # not as a step of its own
+            contextvars.Context().run(dbos.cancel_workflow, "w")  # not as a step of its own
         return lend(*args, **kwargs)
 
     monkeypatch.setattr(dbos._executor.pool, "connection", late)
