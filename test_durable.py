@@ -5053,7 +5053,7 @@ def sleeper(dbos):
 
 
 def test_a_sleep_has_its_wake_up_on_record(dbos, witness):
-    """It takes one position, whose output is its end by the database's clock; no time takes none."""
+    """It takes one position, whose output is its end by the database's clock, to a second; no time takes none."""
     now = "select extract(epoch from clock_timestamp())::float8"
 
     @dbos.workflow()
@@ -5066,7 +5066,7 @@ def test_a_sleep_has_its_wake_up_on_record(dbos, witness):
     with SetWorkflowID("w"):
         nap()
     assert steps_of(dbos, "w") == [(1, "DBOS.sleep")]
-    assert before + 0.05 <= steps(dbos, "w")[0]["output"] <= witness.one(now)
+    assert before - 1 < steps(dbos, "w")[0]["output"] - 0.05 < witness.one(now) + 1
 
 
 def test_a_restart_sleeps_the_rest(dbos, sleeper, witness):
@@ -9307,8 +9307,8 @@ def test_the_command_line_works_through_a_proxy_that_pools_transactions(bouncer,
     with psycopg.connect(url, autocommit=True) as listener:
         listener.execute("listen durable")
         assert "CANCELLED" in command("cancel", "asleep", at=bouncer("transaction")).stdout
-        notes = listener.notifies(timeout=PATIENCE_S)
-        assert any(note.payload.endswith('["c", "asleep"]') for note in notes)
+        with contextlib.closing(listener.notifies(timeout=PATIENCE_S)) as notes:
+            assert any(note.payload.endswith('["c", "asleep"]') for note in notes)
 
 
 def test_a_recovery_is_asked_for_from_the_command_line(dbos, finished, witness, told):
