@@ -549,7 +549,7 @@ class Programs:
         self.environment = {
             **inherited,
             "PYTHONPATH": str(HERE),
-            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONDONTWRITEBYTECODE": "",  # so that this file is compiled once, and not by each of them
             "NOTES": str(self.notes_file),
             "DBOS_SYSTEM_DATABASE_URL": url,
             "DBOS__APPVERSION": "v1",
