@@ -1539,7 +1539,19 @@ def _migrate(conn: Conn, apply: bool) -> None:
             )
         if not schema.exists():
             raise DBOSInitializationError(f"{schema} is missing: it belongs beside durable.py")
+        while number is not None:  # others are at work: have all locks before what takes long, or let go and try again
+            with suppress(psycopg.errors.DeadlockDetected), conn.transaction():
+                conn.execute(_LOCK_ALL)
+                break
         conn.execute(schema.read_bytes())
+
+
+_LOCK_ALL = """
+    do $$ begin
+        execute (select 'lock table ' || string_agg(oid::regclass::text, ', ') || ' in access exclusive mode'
+                   from pg_class where relnamespace = 'durable'::regnamespace and relkind in ('r', 'v'));
+    end $$
+"""
 
 
 # --- Journal ------------------------------------------------------------------------------------------

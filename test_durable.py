@@ -1383,6 +1383,25 @@ def test_a_database_of_an_earlier_edition_is_brought_up_in_place(executor, empty
         assert connection.execute(INDEXES).fetchall() == schema
 
 
+def test_a_database_is_brought_up_while_executors_write_in_it(executor, empty_url):
+    """Who locks two tables the other way round than the launch does not end it: it lets go and tries again."""
+    earlier = executor(system_database_url=empty_url)
+    earlier.launch()
+    earlier.destroy()
+    waiting = "select count(*) from pg_locks where not granted and relation is not null"
+    with contextlib.ExitStack() as stack:
+        connection, writer = (stack.enter_context(contextlib.closing(Witness(empty_url).connection)) for _ in range(2))
+        connection.execute(EDITION_2)
+        writer.execute("set deadlock_timeout = '1h'")  # so that it is the launch that Postgres refuses
+        pool = stack.enter_context(ThreadPoolExecutor())
+        with writer.transaction():
+            writer.execute("lock table durable.steps in row exclusive mode")
+            launched = pool.submit(executor(system_database_url=empty_url).launch)
+            eventually(lambda: connection.execute(waiting).fetchone() == (1,))
+            writer.execute("lock table durable.workflows in row exclusive mode")
+        launched.result(PATIENCE_S)
+
+
 SESSION_SETTINGS = {"DateStyle": "German", "TimeZone": "Asia/Kathmandu", "search_path": "pg_temp"}
 OUR_SETTINGS = {
     **dict.fromkeys(["statement_timeout", "lock_timeout", "idle_session_timeout", "transaction_timeout"], "10min"),
