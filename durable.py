@@ -2208,7 +2208,7 @@ class _Connection(psycopg.Connection[Any]):
     """A connection of ours, which may lend its session to a transaction function."""
 
     stage = "begin"  # of a transaction: then it is the "function"'s, and then it writes the "record"
-    hints: list[tuple[str, ...]]  # to be given once the transaction is committed
+    after: list[Callable[[], object]]  # what to tell whom once the transaction is committed
     met: list[psycopg.Error]  # the errors of this session, which are not those of another database
     borrowed: "_Borrowed | None" = None
 
@@ -2335,7 +2335,7 @@ def _commit_together(
     conn: _Connection, run: _Run, position: int, name: str, isolation: str, call: Callable[[], Any], began: float
 ) -> tuple[Any, Exception | None]:
     """Call the function and commit; or roll back and return what it raised of its own accord."""
-    conn.stage, conn.hints, conn.met = "begin", [], []
+    conn.stage, conn.after, conn.met = "begin", [], []
     clean = _CLEAN.format(settings=run.executor.settings(conn))
     try:
         with conn.lent():
@@ -2364,8 +2364,8 @@ def _commit_together(
             {**row, "took_s": time.monotonic() - began},
         )
         conn.stage = "committed"
-        for key in conn.hints:
-            run.executor.hints.send(*key)
+        for tell in conn.after:
+            tell()
         return value, None
     finally:
         conn.met = []
@@ -3208,7 +3208,7 @@ class _Hints:
         """
         frame = _frame.get()
         if frame is not None and frame.connection is not None:
-            return frame.connection.hints.append(key)
+            return frame.connection.after.append(functools.partial(self.send, *key))
         self.arrive(*key)
         if self._executor.serves and not self._executor.listens:  # (a client tells, even where it cannot listen)
             return
@@ -4219,10 +4219,12 @@ class _Executor:
         """Stop who runs a workflow whose row somebody changed: in this process now, elsewhere by a hint.
 
         What is being claimed is not in `running` yet: whoever claims it looks at `judged` once it is there,
-        as we look at `running` once this is in `judged`.  (Within a transaction, only its commit decides.)
+        as we look at `running` once this is in `judged`.
         """
         frame = _frame.get()
-        for executor in tuple(_local_executors) if frame is None or frame.connection is None else ():
+        if frame is not None and frame.connection is not None:  # only its commit decides
+            return frame.connection.after.append(functools.partial(self.overruled, id, claim, status))
+        for executor in tuple(_local_executors):
             executor.judged[id, claim] = status
             run = executor.running.get(id)
             if run is not None and run.claim == claim:  # so it is this run, and not another database's of this ID

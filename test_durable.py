@@ -7972,9 +7972,15 @@ def test_cancel_ends_a_busy_workflow_at_its_next_step(dbos, held, gate, witness)
     assert (held.seen, witness.steps("w"), witness.workflow("w")) == ([], [], before)
 
 
+def cancel_in_a_transaction(dbos, _client, _witness):
+    dbos._executor.deactivated = False
+    dbos.transaction(name="cancel")(lambda: dbos.cancel_workflow("w"))()
+
+
 OVERRULINGS = {
     "cancel": lambda dbos, _client, _witness: dbos.cancel_workflow("w"),
     "a client's cancel": lambda _dbos, client, _witness: client.cancel_workflow("w"),
+    "a transaction's cancel": cancel_in_a_transaction,
     "admin": lambda dbos, _client, _witness: ask(dbos.admin_port, "POST", "/workflows/w/cancel"),
     "delete": lambda dbos, _client, _witness: dbos.delete_workflow("w"),
     "resume": lambda dbos, _client, _witness: dbos.resume_workflow("w"),
