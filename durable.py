@@ -6445,13 +6445,9 @@ def _class_name(cls: type) -> str:
     return str(getattr(cls, "_durable_class_name", cls.__qualname__))
 
 
-class _OwnLines(logging.StreamHandler[Any]):
-    """Prints log lines for as long as the application has not said where they go; it may do so at any time."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        inherited = _log.propagate and _log.parent is not None and _log.parent.hasHandlers()
-        if _log.handlers == [self] and not inherited:
-            super().emit(record)
+def _is_heard_above(logger: logging.Logger) -> bool:
+    """Whether the application has said where log lines go, which it may do at any time."""
+    return logger.propagate and logger.parent is not None and logger.parent.hasHandlers()
 
 
 def _set_up_logging(level: str) -> None:
@@ -6461,9 +6457,10 @@ def _set_up_logging(level: str) -> None:
     except ValueError:
         raise DBOSInitializationError(f"the setting 'log_level' is {level!r}; try DEBUG, INFO, WARNING") from None
     if not _log.hasHandlers():
-        handler = _OwnLines()
+        handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         _log.addHandler(handler)
+        handler.addFilter(lambda record: _log.handlers == [handler] and not _is_heard_above(_log))
 
 
 DBOS = Durable()
