@@ -1955,10 +1955,7 @@ class _Run:
     async def recall(self, position: int, name: str) -> _Record | None:
         """Find what is on record at this position, and check that it is the record of this call."""
         await self.note_cuts()
-        while self.history_to is not None and position > self.history_to:
-            chunk = await self.executor.ask(_read_history, self.id, self.history_to)
-            self._history.update((record.position, record) for record in chunk)
-            self.history_to = chunk[-1].position if len(chunk) == _HISTORY_CHUNK else None
+        await self.remember(position)
         self.go_on()
         record = self._history.pop(position, None)
         if record is not None:
@@ -1967,6 +1964,13 @@ class _Run:
             # Other tasks get their turn here as they did when the step ran, and so take the positions they took.
             await _Wait(lambda: None, lambda: asyncio.sleep(0))
         return record
+
+    async def remember(self, position: int) -> None:
+        """Read the history up to here."""
+        while self.history_to is not None and position > self.history_to:
+            chunk = await self.executor.ask(_read_history, self.id, self.history_to)
+            self._history.update((record.position, record) for record in chunk)
+            self.history_to = chunk[-1].position if len(chunk) == _HISTORY_CHUNK else None
 
     @contextmanager
     def noting_cut(self, position: int, name: str) -> Iterator[None]:
@@ -2315,8 +2319,12 @@ async def _transact(name: str, call: Callable[[], Any]) -> Any:
     if run is None:
         return await _value_of(call())
     position = run.advance()
-    with run.noting_cut(position, name), _framed(_Frame(run, reserved=(position, name))):
-        return await _value_of(call())
+    with run.noting_cut(position, name):
+        past = await run.recall(position, name)  # here: what waits for a thread could time out in each replay
+        if past is not None:
+            return run.outcome(past)
+        with _framed(_Frame(run, reserved=(position, name))):
+            return await _value_of(call())
 
 
 def _commit_together(
@@ -2811,6 +2819,7 @@ async def _execute(run: _Run) -> Any:
         if run.stopped is not None:  # while it waited for a thread
             raise run.stopped
         run.thread = threading.get_ident()
+        await run.remember(1)  # before any timer of the workflow's own can measure how long that takes
         try:
             with _OptionBlock(**vars(_NO_OPTIONS)), _framed(_Frame(run)):  # a block around the call is not for the body
                 args, kwargs = run.arguments()
