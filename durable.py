@@ -1834,11 +1834,24 @@ def _framed(frame: _Frame) -> Iterator[None]:
 
 
 def _is_cancelled() -> bool:
-    """Whether the task that runs here was cancelled (Python 3.10 cannot tell: then it may have been)."""
+    """Whether the task that runs here was cancelled (Python 3.10 cannot tell of tasks that are not ours: perhaps)."""
     with suppress(RuntimeError):  # there is no event loop here, and so nobody who could
         task: Any = asyncio.current_task()
         return task is not None and (task.cancelling() > 0 if hasattr(task, "cancelling") else True)
     return False
+
+
+class _Task(asyncio.Task[Any]):
+    """For Python 3.10: a task that can tell whether it was cancelled, as all can since."""
+
+    _cancels = 0
+
+    def cancel(self, msg: Any = None) -> bool:
+        self._cancels += 1
+        return super().cancel(msg)
+
+    def cancelling(self) -> int:
+        return self._cancels
 
 
 @functools.cache
@@ -3951,7 +3964,7 @@ class _Executor:
     def spawn_here(self, run: _Run) -> None:
         """Run a coroutine workflow as a task of the running event loop, which would not keep it from the collector."""
         run.awaited_elsewhere, run.loop = True, asyncio.get_running_loop()
-        task = asyncio.get_running_loop().create_task(self._background_async(run))
+        task = (asyncio.create_task if hasattr(asyncio.Task, "cancelling") else _Task)(self._background_async(run))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
