@@ -1846,11 +1846,24 @@ def _framed(frame: _Frame) -> Iterator[None]:
 
 
 def _is_cancelled() -> bool:
-    """Whether the task that runs here was cancelled (Python 3.10 cannot tell: then it may have been)."""
+    """Whether the task that runs here was cancelled (Python 3.10 cannot tell of tasks that are not ours: perhaps)."""
     with suppress(RuntimeError):  # there is no event loop here, and so nobody who could
         task: Any = asyncio.current_task()
         return task is not None and (task.cancelling() > 0 if hasattr(task, "cancelling") else True)
     return False
+
+
+class _Task(asyncio.Task[Any]):
+    """For Python 3.10: a task that can tell whether it was cancelled, as all can since."""
+
+    _cancels = 0
+
+    def cancel(self, msg: Any = None) -> bool:
+        self._cancels += 1
+        return super().cancel(msg)
+
+    def cancelling(self) -> int:
+        return self._cancels
 
 
 @functools.cache
@@ -1967,10 +1980,7 @@ class _Run:
     async def recall(self, position: int, name: str) -> _Record | None:
         """Find what is on record at this position, and check that it is the record of this call."""
         await self.note_cuts()
-        while self.history_to is not None and position > self.history_to:
-            chunk = await self.executor.ask(_read_history, self.id, self.history_to)
-            self._history.update((record.position, record) for record in chunk)
-            self.history_to = chunk[-1].position if len(chunk) == _HISTORY_CHUNK else None
+        await self.remember(position)
         self.go_on()
         record = self._history.pop(position, None)
         if record is not None:
@@ -1979,6 +1989,13 @@ class _Run:
             # Other tasks get their turn here as they did when the step ran, and so take the positions they took.
             await _Wait(lambda: None, lambda: asyncio.sleep(0))
         return record
+
+    async def remember(self, position: int) -> None:
+        """Read the history up to here."""
+        while self.history_to is not None and position > self.history_to:
+            chunk = await self.executor.ask(_read_history, self.id, self.history_to)
+            self._history.update((record.position, record) for record in chunk)
+            self.history_to = chunk[-1].position if len(chunk) == _HISTORY_CHUNK else None
 
     @contextmanager
     def noting_cut(self, position: int, name: str) -> Iterator[None]:
@@ -2327,8 +2344,12 @@ async def _transact(name: str, call: Callable[[], Any]) -> Any:
     if run is None:
         return await _value_of(call())
     position = run.advance()
-    with run.noting_cut(position, name), _framed(_Frame(run, reserved=(position, name))):
-        return await _value_of(call())
+    with run.noting_cut(position, name):
+        past = await run.recall(position, name)  # here: what waits for a thread could time out in each replay
+        if past is not None:
+            return run.outcome(past)
+        with _framed(_Frame(run, reserved=(position, name))):
+            return await _value_of(call())
 
 
 def _commit_together(
@@ -2823,6 +2844,7 @@ async def _execute(run: _Run) -> Any:
         if run.stopped is not None:  # while it waited for a thread
             raise run.stopped
         run.thread = threading.get_ident()
+        await run.remember(1)  # before any timer of the workflow's own can measure how long that takes
         try:
             with _OptionBlock(**vars(_NO_OPTIONS)), _framed(_Frame(run)):  # a block around the call is not for the body
                 args, kwargs = run.arguments()
@@ -3954,7 +3976,7 @@ class _Executor:
     def spawn_here(self, run: _Run) -> None:
         """Run a coroutine workflow as a task of the running event loop, which would not keep it from the collector."""
         run.awaited_elsewhere, run.loop = True, asyncio.get_running_loop()
-        task = asyncio.get_running_loop().create_task(self._background_async(run))
+        task = (asyncio.create_task if hasattr(asyncio.Task, "cancelling") else _Task)(self._background_async(run))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -6459,13 +6481,9 @@ def _class_name(cls: type) -> str:
     return str(getattr(cls, "_durable_class_name", cls.__qualname__))
 
 
-class _OwnLines(logging.StreamHandler[Any]):
-    """Prints log lines for as long as the application has not said where they go; it may do so at any time."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        inherited = _log.propagate and _log.parent is not None and _log.parent.hasHandlers()
-        if _log.handlers == [self] and not inherited:
-            super().emit(record)
+def _is_heard_above(logger: logging.Logger) -> bool:
+    """Whether the application has said where log lines go, which it may do at any time."""
+    return logger.propagate and logger.parent is not None and logger.parent.hasHandlers()
 
 
 def _set_up_logging(level: str) -> None:
@@ -6475,9 +6493,10 @@ def _set_up_logging(level: str) -> None:
     except ValueError:
         raise DBOSInitializationError(f"the setting 'log_level' is {level!r}; try DEBUG, INFO, WARNING") from None
     if not _log.hasHandlers():
-        handler = _OwnLines()
+        handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         _log.addHandler(handler)
+        handler.addFilter(lambda record: _log.handlers == [handler] and not _is_heard_above(_log))
 
 
 DBOS = Durable()
