@@ -2370,7 +2370,12 @@ def _commit_together(
 # (DISCARD ALL would do most of that, but no transaction may contain it, and it unprepares our statements.)
 _CLEAN = """
     set session authorization default; reset role; reset all; {settings}
-    close all; unlisten *; discard temp
+    close all; unlisten *; discard temp;
+    do $$ declare its text; begin
+        for its in select quote_ident(name) from pg_prepared_statements where from_sql loop
+            execute 'deallocate ' || its;
+        end loop;
+    end $$
 """
 _UNLOCK = "select pg_advisory_unlock_all()"
 

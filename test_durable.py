@@ -2799,6 +2799,7 @@ TRACES = {
     "listening": say("listen gossip"),
     "cursor": say("declare mine cursor with hold for select 1"),
     "lock": say("select pg_advisory_lock(4711)"),
+    "prepared statement": say("prepare mine as select 1", 'prepare "my own" as select 1'),
 }
 
 
@@ -2811,6 +2812,7 @@ def look_at_session(connection):
         connection.execute("select session_user, current_user, array(select pg_listening_channels())").fetchall(),
         connection.execute("select relname from pg_class where relpersistence = 't'").fetchall(),
         connection.execute("select name from pg_cursors where is_holdable").fetchall(),
+        connection.execute("select name from pg_prepared_statements where from_sql").fetchall(),
         connection.execute("select objid from pg_locks where locktype = 'advisory' and classid = 0").fetchall(),
     ]
 
