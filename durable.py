@@ -2157,9 +2157,16 @@ def _unless_stopped(run: _Run | None, call: Callable[[], T]) -> T:
 
 async def _off_loop(threads: "_Threads | None", call: Callable[[], T]) -> T:
     """Call a blocking function for a coroutine, on one of these threads."""
+
+    def carried() -> T:
+        try:
+            return call()
+        except StopIteration as stop:  # no future takes it, and who awaited it would wait for ever
+            raise RuntimeError("coroutine raised StopIteration") from stop
+
     if threads is None:
-        return await asyncio.to_thread(call)
-    return await threads.call(functools.partial(contextvars.copy_context().run, call))
+        return await asyncio.to_thread(carried)
+    return await threads.call(functools.partial(contextvars.copy_context().run, carried))
 
 
 async def _value_of(value: Any) -> Any:

@@ -2264,6 +2264,20 @@ def test_a_step_may_raise_stop_iteration(dbos, witness, retries):
     assert all(isinstance(step["error"], StopIteration) for step in steps(dbos, "w") if step["function_name"] == "take")
 
 
+def test_a_stop_iteration_on_another_thread_arrives(dbos):
+    """run_step_async raises what Python makes of it in a coroutine; on record it is itself."""
+
+    async def take():
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            await asyncio.wait_for(dbos.run_step_async({"name": "take"}, next, iter(())), PATIENCE_S)
+        return "caught"
+
+    work = dbos.workflow(name="work")(take)
+    with SetWorkflowID("w"):
+        assert asyncio.run(work()) == asyncio.run(take()) == "caught"
+    assert isinstance(steps(dbos, "w")[0]["error"], StopIteration)
+
+
 def test_the_step_key_is_the_same_at_each_try(dbos, witness):
     """Retries and recoveries of one step share their idempotency key."""
     keys = []
