@@ -88,7 +88,7 @@ import warnings
 import weakref
 import zoneinfo
 from abc import ABC, abstractmethod
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -2186,9 +2186,16 @@ def _unless_stopped(run: _Run | None, call: Callable[[], T]) -> T:
 
 async def _off_loop(threads: "_Threads | None", call: Callable[[], T]) -> T:
     """Call a blocking function for a coroutine, on one of these threads."""
+
+    def carried() -> T:
+        try:
+            return call()
+        except StopIteration as stop:  # no future takes it, and who awaited it would wait for ever
+            raise RuntimeError("coroutine raised StopIteration") from stop
+
     if threads is None:
-        return await asyncio.to_thread(call)
-    return await threads.call(functools.partial(contextvars.copy_context().run, call))
+        return await asyncio.to_thread(carried)
+    return await threads.call(functools.partial(contextvars.copy_context().run, carried))
 
 
 async def _value_of(value: Any) -> Any:
@@ -2304,20 +2311,24 @@ def _transact_at(run: _Run, position: int, name: str, isolation: str, call: Call
         return run.outcome(past)
     began, tries = time.monotonic(), 0
     for pause in _pauses():
-        conn = None
+        undone = lost = False
         try:
-            with run.executor.pool.connection() as conn:
-                value, raised = _commit_together(conn, run, position, name, isolation, call, began)
+            # Those who met a conflict take turns: at a crowded row each would fail the others, again and again.
+            with run.executor.turns[name] if tries else nullcontext(), run.executor.pool.connection() as conn:
+                try:
+                    value, raised = _commit_together(conn, run, position, name, isolation, call, began)
+                except Exception as error:
+                    undone, lost = _undone(conn, error), conn.closed  # told while nobody else has the session
+                    raise
         except Exception as error:
             # The commit may have happened all the same, and only its acknowledgement be lost: the record
             # tells.  If it comes later still, ours collides with it, and is rolled back with our work.
             standing = _block(run.settle(position, name))
             if standing is not None:
                 return run.outcome(standing)
-            undone = conn is not None and _undone(conn, error)
             tries += undone
             if _may_pass(error) and tries < _TRIES:
-                if undone and conn is not None and not conn.closed:
+                if undone and not lost:
                     _block(_pause_run(run.executor, timeout=pause))
                 else:
                     run.executor.pause(pause, error)
@@ -2399,7 +2410,12 @@ def _commit_together(
 # (DISCARD ALL would do most of that, but no transaction may contain it, and it unprepares our statements.)
 _CLEAN = """
     set session authorization default; reset role; reset all; {settings}
-    close all; unlisten *; discard temp
+    close all; unlisten *; discard temp;
+    do $$ declare its text; begin
+        for its in select quote_ident(name) from pg_prepared_statements where from_sql loop
+            execute 'deallocate ' || its;
+        end loop;
+    end $$
 """
 _UNLOCK = "select pg_advisory_unlock_all()"
 
@@ -3727,6 +3743,7 @@ class _Executor:
         self.hints = _Hints(self)
         self.running: dict[str, _Run] = {}
         self.interrupted: set[str] = set()  # runs that KeyboardInterrupt or SystemExit ended
+        self.turns: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # of those that met a conflict
         self.claiming = threading.Lock()  # from a claim in the table to its entry in `running`
         self.stopping = threading.Event()  # no more claims
         if not serves:
