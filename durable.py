@@ -4263,18 +4263,16 @@ class _Executor:
             run.halt(_Closing("the executor was destroyed"))
         if self.admin is not None:
             self.admin.stop()
-        if self._home is not None and self._home.is_running():
-            ending = asyncio.run_coroutine_threadsafe(self._end_home(), self._home)
+        home = self._home if self._home is not None and self._home.is_running() else None
+        for loop in filter(None, (home, self._loop)):  # our own may not have begun to run yet, and will
+            ending = asyncio.run_coroutine_threadsafe(self._end_tasks(loop), loop)
             with suppress(Exception):
-                ending.result(0 if self._home is here else 1.0)
-        if self._loop is not None:
-            asyncio.run_coroutine_threadsafe(self._end_loop(), self._loop)
+                ending.result(0 if loop is here else 1.0)
         for thread in self._own_threads:
             if thread is not threading.current_thread():
                 thread.join(5.0)
-        self.threads.close()
-        self.callers.close()
-        self.steps.close()
+        for threads in self.all_threads:
+            threads.close()
         self.journal.close()
         self.pool.close(timeout=1.0)
         _local_executors.discard(self)
@@ -4285,18 +4283,17 @@ class _Executor:
         self.stopping.set()
         self.closed.set()
 
-    async def _end_loop(self) -> None:
-        await self._end_tasks([task for task in asyncio.all_tasks() if task is not asyncio.current_task()])
-        asyncio.get_running_loop().stop()
-
-    async def _end_home(self) -> None:
-        await self._end_tasks([task for task in self._tasks if task.get_loop() is self._home])
-
-    async def _end_tasks(self, tasks: "list[asyncio.Task[Any]]") -> None:
+    async def _end_tasks(self, loop: asyncio.AbstractEventLoop) -> None:
+        """End our tasks on the application's loop; or on our own loop all of them, and the loop behind them."""
+        mine = asyncio.current_task()
+        known = asyncio.all_tasks() if loop is self._loop else tuple(self._tasks)
+        tasks = [task for task in known if task.get_loop() is loop and task is not mine]
         await asyncio.wait([asyncio.create_task(asyncio.sleep(0.05)), *tasks], timeout=0.2)  # they see the closing
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if loop is self._loop:
+            loop.call_soon(loop.stop)  # once close() knows that this is done
 
 
 def _let_go() -> None:
