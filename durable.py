@@ -3750,10 +3750,16 @@ class _Executor:
             set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 4;
         """
 
-    def connect(self) -> Conn:
-        """Open a connection outside of the pool, as those in it are."""
+    def connect(self, first: bool = False) -> Conn:
+        """Open a connection outside of the pool, as those in it are; the `first` shows whether a proxy pools them."""
         conn = _Connection.connect(self.url, **self._connection_options())
-        self._configure(conn)
+        try:
+            if first:
+                self._refuse_a_pooler(conn)
+            self._configure(conn)
+        except BaseException:
+            conn.close()
+            raise
         return conn
 
     # What the operations use: statements, waits, threads.
@@ -4079,18 +4085,7 @@ class _Executor:
 
     def _first_connection(self) -> Conn:
         """Connect, or say in one sentence why not; later on, a database that is away is waited for."""
-
-        def connect() -> Conn:
-            conn = _Connection.connect(self.url, **self._connection_options())
-            try:
-                self._refuse_a_pooler(conn)
-                self._configure(conn)
-            except BaseException:
-                conn.close()
-                raise
-            return conn
-
-        conn = _reach(self.url, self.config["system_database_url"], connect)
+        conn = _reach(self.url, self.config["system_database_url"], functools.partial(self.connect, first=True))
         self.place = (conn.info.host, conn.info.port, conn.info.dbname)
         return conn
 
