@@ -2808,8 +2808,7 @@ async def _execute(run: _Run) -> Any:
     """Run the function to its end, write the outcome, and return or raise it."""
     value, error = None, None
     try:
-        if run.stopped is not None:  # while it waited for a thread
-            raise run.stopped
+        run.go_on()  # it may have waited for a thread
         run.thread = threading.get_ident()
         try:
             with _OptionBlock(**vars(_NO_OPTIONS)), _framed(_Frame(run)):  # a block around the call is not for the body
@@ -2880,8 +2879,8 @@ async def _pause_run(executor: "_Executor", *signals: _Signal, timeout: float | 
         raise DBOSException("a wait in a DBOS.transaction would hold it open, and see nothing new: wait outside of it")
     signals += (executor.closed,) if run is None else (executor.closed, run.stop)
     await (frame.run.executor if frame else executor).lent(_for_any(*signals, timeout=timeout))
-    if run is not None and run.stopped is not None:
-        raise run.stopped
+    if run is not None:
+        run.go_on()
     if executor.closed.is_set:
         raise _Closing("the executor was destroyed") if run else DBOSException("destroyed while somebody waited")
 
@@ -2915,11 +2914,7 @@ async def _result(executor: "_Executor", id: str, existing: bool = True) -> Any:
 
 def _helped(executor: "_Executor", run: _Run) -> _Wait[bool]:
     """Run what we wait for on this thread, if no other can be had; tell whether it still queues for one."""
-
-    async def on_loop() -> bool:
-        return False
-
-    return _Wait(lambda: executor.threads.help_with(run.job), on_loop)
+    return _Wait(lambda: executor.threads.help_with(run.job), lambda: asyncio.sleep(0, False))
 
 
 def _outcome_of(executor: "_Executor", row: dict[str, Any]) -> Any:
@@ -4077,10 +4072,9 @@ class _Executor:
     def offer(self) -> dict[str, Any]:
         """What this executor would take: the functions it knows, from the queues it declares; and what it dropped."""
         queues = [queue._describe() for queue in self.registry._served()]
-        interrupted = json.dumps(sorted(self.interrupted))
         return {
             "known": self.me["known"], "queues": json.dumps(queues), "deactivated": self.deactivated,
-            "interrupted": interrupted,
+            "interrupted": json.dumps(sorted(self.interrupted)),
         }
 
     def _first_connection(self) -> Conn:
