@@ -2999,17 +2999,14 @@ async def _send_message(
 ) -> None:
     """Leave a message for a workflow; in a workflow as a step, in one commit with its record."""
 
-    async def refusal(_: _Run | None = None) -> Exception | None:
-        if await executor.ask(_find, destination) is not None:
-            return None
-        return DBOSNonExistentWorkflowError(f"there is no workflow {destination} to send a message to")
+    unknown = DBOSNonExistentWorkflowError(f"there is no workflow {destination} to send a message to")
+
+    async def refusal(_: _Run) -> Exception | None:
+        return unknown if await executor.ask(_find, destination) is None else None
 
     async def post() -> None:
-        while not await executor.ask(_post, row):
-            problem = await refusal()
-            if problem is not None:
-                raise problem
-            await _breathe(executor)
+        if not await executor.ask(_post, row):
+            raise unknown
 
     row = {"destination": destination, "topic": topic, "message": _text_for("message", executor, message)}
     run = _current_run()
