@@ -2624,7 +2624,12 @@ def _next_id(parent: _Run | None, position: int) -> str:
         return ids.pop()
     if ids is not None:
         _log.warning("a second workflow in one SetWorkflowID block gets a generated ID: use a block for each")
-    return f"{parent.id}-{position}" if parent else str(uuid.uuid4())
+    return _generated_id(parent, position)
+
+
+def _generated_id(run: _Run | None, position: int) -> str:
+    """The same at each try of a step, so that the second finds it taken; random outside of workflows."""
+    return f"{run.id}-{position}" if run else str(uuid.uuid4())
 
 
 class _Start(NamedTuple):
@@ -3014,7 +3019,7 @@ async def _send_message(
         await _write_step(_SEND, "DBOS.send", refusal, **row, idempotency_key=idempotency_key)
     else:  # with a key in any case: should the answer be lost, the next try must not send it again
         position = run.advance() if run else 0
-        row["idempotency_key"] = idempotency_key or (f"{run.id}-{position}" if run else str(uuid.uuid4()))
+        row["idempotency_key"] = idempotency_key or _generated_id(run, position)
         await _checkpointed(run, position, "DBOS.send", post)
     executor.hints.send("m", destination, topic)
 
@@ -6383,9 +6388,8 @@ class DBOSClient(_Management):
         queue = _valid_name("the enqueue option queue_name", options.get("queue_name"))
         run = _current_run()
         position = run.advance() if run else 0
-        generated = f"{run.id}-{position}" if run else str(uuid.uuid4())
         given = options.get("workflow_id")
-        id = _valid_name("workflow ID", str(generated if given is None else given))
+        id = _valid_name("workflow ID", str(_generated_id(run, position) if given is None else given))
         inputs = _text_for("list of arguments", executor, {"args": list(args), "kwargs": kwargs})
         with SetWorkflowTimeout(options.get("workflow_timeout")), SetEnqueueOptions(
             deduplication_id=options.get("deduplication_id"), priority=options.get("priority"),
