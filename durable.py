@@ -2762,9 +2762,7 @@ async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None
         existing = await executor.ask(_find, row["id"])
         if existing is not None:
             _same_workflow(existing, row)
-            if parent is not None:
-                await parent.record(row["position"], row["name"], None, None, 0.0, child=row["id"])
-            return existing
+            break
         if row["deduplication_id"] is not None:
             holder = await executor.ask(_holder_of, row["deduplication_id"], row["queue"])
             if holder is not None:
@@ -2780,9 +2778,11 @@ async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None
         if parent is not None:
             await parent.settle(row["position"], row["name"])
         await _breathe(executor)
-    if parent is not None and start.abroad:
+    else:
+        existing = None
+    if parent is not None and (existing is not None or start.abroad):  # else the insert has recorded it
         await parent.record(row["position"], row["name"], None, None, 0.0, child=row["id"])
-    return None
+    return existing
 
 
 async def _write_starts(executor: "_Executor", starts: list[_Start]) -> list[bool]:
