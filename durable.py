@@ -5129,7 +5129,8 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
             "/dbos-workflow-recovery": ("POST", self._recovery),
             "/dbos-garbage-collect": ("POST", self._garbage_collect),
             "/dbos-global-timeout": ("POST", self._global_timeout),
-            "/workflows": ("POST", self._workflows), "/queues": ("POST", self._queued),
+            "/workflows": ("POST", lambda: self._listed(self.registry.list_workflows)),
+            "/queues": ("POST", lambda: self._listed(self.registry.list_queued_workflows)),
             "/workflows/ID": ("GET", self._workflow), "/workflows/ID/steps": ("GET", self._steps),
             "/workflows/ID/cancel": ("POST", self._cancel), "/workflows/ID/resume": ("POST", self._resume),
             "/workflows/ID/restart": ("POST", self._restart), "/workflows/ID/fork": ("POST", self._fork),
@@ -5179,12 +5180,6 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
         return taken
 
     # For operators: what DBOS calls them is kept, in the paths and in the fields.
-
-    def _workflows(self) -> list[dict[str, str | None]]:
-        return self._listed(self.registry.list_workflows)
-
-    def _queued(self) -> list[dict[str, str | None]]:
-        return self._listed(self.registry.list_queued_workflows)
 
     def _listed(self, read: "Callable[..., list[WorkflowStatus]]") -> list[dict[str, str | None]]:
         asked = {"load_input": False, "load_output": False, "limit": 1 << 30, **self._fields(_FILTERS)}
