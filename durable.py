@@ -3720,7 +3720,6 @@ class _Executor:
         self._tasks: set[asyncio.Task[None]] = set()  # of coroutine workflows: a loop refers to its tasks weakly
         self.launched_at, self.pid = time.monotonic(), os.getpid()
         self.trouble_since = self.trouble_until = 0.0  # when the database last gave trouble
-        self.complained = False
 
     def _connection_options(self) -> dict[str, Any]:
         # Prepared statements and settings belong to a session; behind a PgBouncer there is none to rely on.
@@ -3828,10 +3827,10 @@ class _Executor:
         """Wait before another try; say so, once, when the trouble has lasted a while."""
         now = time.monotonic()
         if now > self.trouble_until:
-            self.trouble_since, self.complained = now, False
+            self.trouble_since = now
         self.trouble_until = now + 10.0
-        if now > self.trouble_since + 1.0 and not self.complained:
-            self.complained = True
+        if now > self.trouble_since + 1.0:
+            self.trouble_since = math.inf  # said, until there was a time without trouble
             _log.warning("the database does not answer, trying again: %s", str(error).strip() or repr(error))
         _for_any(self.closed, timeout=seconds).block()
         if self.closed.is_set:
