@@ -2919,7 +2919,8 @@ async def _result(executor: "_Executor", id: str, existing: bool = True) -> Any:
 
 def _helped(executor: "_Executor", run: _Run) -> _Wait[bool]:
     """Run what we wait for on this thread, if no other can be had; tell whether it still queues for one."""
-    return _Wait(lambda: executor.threads.help_with(run.job), lambda: asyncio.sleep(0, False))
+    queues = run.thread == 0  # asked first: to look for its job among ten thousand others takes a while
+    return _Wait(lambda: queues and executor.threads.help_with(run.job), lambda: asyncio.sleep(0, False))
 
 
 def _outcome_of(executor: "_Executor", row: dict[str, Any]) -> Any:
