@@ -1842,8 +1842,8 @@ def _is_cancelled() -> bool:
 
 
 @functools.cache
-def _keep_places() -> None:
-    """From the first launch on, let threads know whose work they do.
+def _propagate_context() -> None:
+    """From the first launch on, propagate the context (whose work this is) to threads.
 
     asyncio.to_thread tells them, but a pool or a thread that a workflow hands its work to knows of no
     workflow: steps there would go unrecorded, without a word.  Nothing but a word with threading itself
@@ -1854,20 +1854,20 @@ def _keep_places() -> None:
     submit, start = pools.submit, threads.start
 
     @functools.wraps(submit)
-    def submit_placed(pool: Any, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Any:
+    def submit_in_context(pool: Any, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Any:
         if _frame.get() is None:
             return submit(pool, fn, *args, **kwargs)
-        placed = functools.partial(contextvars.copy_context().run, fn)
-        return contextvars.Context().run(submit, pool, placed, *args, **kwargs)  # a thread it begins serves others, too
+        call = functools.partial(contextvars.copy_context().run, fn)
+        return contextvars.Context().run(submit, pool, call, *args, **kwargs)  # a thread it begins serves others, too
 
     @functools.wraps(start)
-    def start_placed(thread: Any) -> None:
+    def start_in_context(thread: Any) -> None:
         frame = _frame.get()
         if frame is not None and frame.step is None:  # in a step it may be some library's, that outlives the step
             thread.run = functools.partial(contextvars.copy_context().run, thread.run)
         start(thread)
 
-    pools.submit, threads.start = submit_placed, start_placed
+    pools.submit, threads.start = submit_in_context, start_in_context
 
 
 class _Run:
@@ -4287,7 +4287,7 @@ class _Executor:
             loop.call_soon(loop.stop)  # once close() knows that this is done
 
 
-def _let_go() -> None:
+def _after_fork_in_child() -> None:
     """In a child that was forked: hold on to nothing of the parent's.
 
     The sockets would keep its sessions open, with the lock that says "alive", after its end; and whatever we
@@ -4309,7 +4309,7 @@ def _let_go() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_parent=lambda: _forks.append(None), after_in_child=_let_go)
+    os.register_at_fork(after_in_parent=lambda: _forks.append(None), after_in_child=_after_fork_in_child)
 
 
 def _recover(executor: _Executor, listed: Sequence[str] = ()) -> list[str]:
@@ -6009,7 +6009,7 @@ class Durable(_Management):
             frame = _frame.get()
             if frame is not None and frame.run.executor.pid != os.getpid():
                 _frame.set(None)  # forked within a workflow, which goes on in the parent
-            _keep_places()
+            _propagate_context()
             config = _resolved(self._config)
             guarded = config.get("admin_token") or _is_loopback(config["admin_host"])
             if config.get("run_admin_server", True) and not guarded:
