@@ -1867,8 +1867,8 @@ class _Task(asyncio.Task[Any]):
 
 
 @functools.cache
-def _keep_places() -> None:
-    """From the first launch on, let threads know whose work they do.
+def _propagate_context() -> None:
+    """From the first launch on, propagate the context (whose work this is) to threads.
 
     asyncio.to_thread tells them, but a pool or a thread that a workflow hands its work to knows of no
     workflow: steps there would go unrecorded, without a word.  Nothing but a word with threading itself
@@ -1879,20 +1879,20 @@ def _keep_places() -> None:
     submit, start = pools.submit, threads.start
 
     @functools.wraps(submit)
-    def submit_placed(pool: Any, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Any:
+    def submit_in_context(pool: Any, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Any:
         if _frame.get() is None:
             return submit(pool, fn, *args, **kwargs)
-        placed = functools.partial(contextvars.copy_context().run, fn)
-        return contextvars.Context().run(submit, pool, placed, *args, **kwargs)  # a thread it begins serves others, too
+        call = functools.partial(contextvars.copy_context().run, fn)
+        return contextvars.Context().run(submit, pool, call, *args, **kwargs)  # a thread it begins serves others, too
 
     @functools.wraps(start)
-    def start_placed(thread: Any) -> None:
+    def start_in_context(thread: Any) -> None:
         frame = _frame.get()
         if frame is not None and frame.step is None:  # in a step it may be some library's, that outlives the step
             thread.run = functools.partial(contextvars.copy_context().run, thread.run)
         start(thread)
 
-    pools.submit, threads.start = submit_placed, start_placed
+    pools.submit, threads.start = submit_in_context, start_in_context
 
 
 class _Run:
@@ -2673,7 +2673,12 @@ def _next_id(parent: _Run | None, position: int) -> str:
         return ids.pop()
     if ids is not None:
         _log.warning("a second workflow in one SetWorkflowID block gets a generated ID: use a block for each")
-    return f"{parent.id}-{position}" if parent else str(uuid.uuid4())
+    return _generated_id(parent, position)
+
+
+def _generated_id(run: _Run | None, position: int) -> str:
+    """The same at each try of a step, so that the second finds it taken; random outside of workflows."""
+    return f"{run.id}-{position}" if run else str(uuid.uuid4())
 
 
 class _Start(NamedTuple):
@@ -2806,9 +2811,7 @@ async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None
         existing = await executor.ask(_find, row["id"])
         if existing is not None:
             _same_workflow(existing, row)
-            if parent is not None:
-                await parent.record(row["position"], row["name"], None, None, 0.0, child=row["id"])
-            return existing
+            break
         if row["deduplication_id"] is not None:
             holder = await executor.ask(_holder_of, row["deduplication_id"], row["queue"])
             if holder is not None:
@@ -2824,9 +2827,11 @@ async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None
         if parent is not None:
             await parent.settle(row["position"], row["name"])
         await _breathe(executor)
-    if parent is not None and start.abroad:
+    else:
+        existing = None
+    if parent is not None and (existing is not None or start.abroad):  # else the insert has recorded it
         await parent.record(row["position"], row["name"], None, None, 0.0, child=row["id"])
-    return None
+    return existing
 
 
 async def _write_starts(executor: "_Executor", starts: list[_Start]) -> list[bool]:
@@ -2857,8 +2862,7 @@ async def _execute(run: _Run) -> Any:
     """Run the function to its end, write the outcome, and return or raise it."""
     value, error = None, None
     try:
-        if run.stopped is not None:  # while it waited for a thread
-            raise run.stopped
+        run.go_on()  # it may have waited for a thread
         run.thread = threading.get_ident()
         await run.remember(1)  # before any timer of the workflow's own can measure how long that takes
         try:
@@ -2930,8 +2934,8 @@ async def _pause_run(executor: "_Executor", *signals: _Signal, timeout: float | 
         raise DBOSException("a wait in a DBOS.transaction would hold it open, and see nothing new: wait outside of it")
     signals += (executor.closed,) if run is None else (executor.closed, run.stop)
     await (frame.run.executor if frame else executor).lent(_for_any(*signals, timeout=timeout))
-    if run is not None and run.stopped is not None:
-        raise run.stopped
+    if run is not None:
+        run.go_on()
     if executor.closed.is_set:
         raise _Closing("the executor was destroyed") if run else DBOSException("destroyed while somebody waited")
 
@@ -2965,11 +2969,8 @@ async def _result(executor: "_Executor", id: str, existing: bool = True) -> Any:
 
 def _helped(executor: "_Executor", run: _Run) -> _Wait[bool]:
     """Run what we wait for on this thread, if no other can be had; tell whether it still queues for one."""
-
-    async def on_loop() -> bool:
-        return False
-
-    return _Wait(lambda: executor.threads.help_with(run.job), on_loop)
+    queues = run.thread == 0  # asked first: to look for its job among ten thousand others takes a while
+    return _Wait(lambda: queues and executor.threads.help_with(run.job), lambda: asyncio.sleep(0, False))
 
 
 def _outcome_of(executor: "_Executor", row: dict[str, Any]) -> Any:
@@ -3054,17 +3055,14 @@ async def _send_message(
 ) -> None:
     """Leave a message for a workflow; in a workflow as a step, in one commit with its record."""
 
-    async def refusal(_: _Run | None = None) -> Exception | None:
-        if await executor.ask(_find, destination) is not None:
-            return None
-        return DBOSNonExistentWorkflowError(f"there is no workflow {destination} to send a message to")
+    unknown = DBOSNonExistentWorkflowError(f"there is no workflow {destination} to send a message to")
+
+    async def refusal(_: _Run) -> Exception | None:
+        return unknown if await executor.ask(_find, destination) is None else None
 
     async def post() -> None:
-        while not await executor.ask(_post, row):
-            problem = await refusal()
-            if problem is not None:
-                raise problem
-            await _breathe(executor)
+        if not await executor.ask(_post, row):
+            raise unknown
 
     row = {"destination": destination, "topic": topic, "message": _text_for("message", executor, message)}
     run = _current_run()
@@ -3072,7 +3070,7 @@ async def _send_message(
         await _write_step(_SEND, "DBOS.send", refusal, **row, idempotency_key=idempotency_key)
     else:  # with a key in any case: should the answer be lost, the next try must not send it again
         position = run.advance() if run else 0
-        row["idempotency_key"] = idempotency_key or (f"{run.id}-{position}" if run else str(uuid.uuid4()))
+        row["idempotency_key"] = idempotency_key or _generated_id(run, position)
         await _checkpointed(run, position, "DBOS.send", post)
     executor.hints.send("m", destination, topic)
 
@@ -3774,7 +3772,6 @@ class _Executor:
         self._tasks: set[asyncio.Task[None]] = set()  # of coroutine workflows: a loop refers to its tasks weakly
         self.launched_at, self.pid = time.monotonic(), os.getpid()
         self.trouble_since = self.trouble_until = 0.0  # when the database last gave trouble
-        self.complained = False
 
     def _connection_options(self) -> dict[str, Any]:
         # Prepared statements and settings belong to a session; behind a PgBouncer there is none to rely on.
@@ -3801,10 +3798,16 @@ class _Executor:
             set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 4;
         """
 
-    def connect(self) -> Conn:
-        """Open a connection outside of the pool, as those in it are."""
+    def connect(self, first: bool = False) -> Conn:
+        """Open a connection outside of the pool, as those in it are; the `first` shows whether a proxy pools them."""
         conn = _Connection.connect(self.url, **self._connection_options())
-        self._configure(conn)
+        try:
+            if first:
+                self._refuse_a_pooler(conn)
+            self._configure(conn)
+        except BaseException:
+            conn.close()
+            raise
         return conn
 
     # What the operations use: statements, waits, threads.
@@ -3876,10 +3879,10 @@ class _Executor:
         """Wait before another try; say so, once, when the trouble has lasted a while."""
         now = time.monotonic()
         if now > self.trouble_until:
-            self.trouble_since, self.complained = now, False
+            self.trouble_since = now
         self.trouble_until = now + 10.0
-        if now > self.trouble_since + 1.0 and not self.complained:
-            self.complained = True
+        if now > self.trouble_since + 1.0:
+            self.trouble_since = math.inf  # said, until there was a time without trouble
             _log.warning("the database does not answer, trying again: %s", str(error).strip() or repr(error))
         _for_any(self.closed, timeout=seconds).block()
         if self.closed.is_set:
@@ -4122,26 +4125,14 @@ class _Executor:
     def offer(self) -> dict[str, Any]:
         """What this executor would take: the functions it knows, from the queues it declares; and what it dropped."""
         queues = [queue._describe() for queue in self.registry._served()]
-        interrupted = json.dumps(sorted(self.interrupted))
         return {
             "known": self.me["known"], "queues": json.dumps(queues), "deactivated": self.deactivated,
-            "interrupted": interrupted,
+            "interrupted": json.dumps(sorted(self.interrupted)),
         }
 
     def _first_connection(self) -> Conn:
         """Connect, or say in one sentence why not; later on, a database that is away is waited for."""
-
-        def connect() -> Conn:
-            conn = _Connection.connect(self.url, **self._connection_options())
-            try:
-                self._refuse_a_pooler(conn)
-                self._configure(conn)
-            except BaseException:
-                conn.close()
-                raise
-            return conn
-
-        conn = _reach(self.url, self.config["system_database_url"], connect)
+        conn = _reach(self.url, self.config["system_database_url"], functools.partial(self.connect, first=True))
         self.place = (conn.info.host, conn.info.port, conn.info.dbname)
         return conn
 
@@ -4316,18 +4307,16 @@ class _Executor:
             run.halt(_Closing("the executor was destroyed"))
         if self.admin is not None:
             self.admin.stop()
-        if self._home is not None and self._home.is_running():
-            ending = asyncio.run_coroutine_threadsafe(self._end_home(), self._home)
+        home = self._home if self._home is not None and self._home.is_running() else None
+        for loop in filter(None, (home, self._loop)):  # our own may not have begun to run yet, and will
+            ending = asyncio.run_coroutine_threadsafe(self._end_tasks(loop), loop)
             with suppress(Exception):
-                ending.result(0 if self._home is here else 1.0)
-        if self._loop is not None:
-            asyncio.run_coroutine_threadsafe(self._end_loop(), self._loop)
+                ending.result(0 if loop is here else 1.0)
         for thread in self._own_threads:
             if thread is not threading.current_thread():
                 thread.join(5.0)
-        self.threads.close()
-        self.callers.close()
-        self.steps.close()
+        for threads in self.all_threads:
+            threads.close()
         self.journal.close()
         self.pool.close(timeout=1.0)
         _local_executors.discard(self)
@@ -4338,21 +4327,20 @@ class _Executor:
         self.stopping.set()
         self.closed.set()
 
-    async def _end_loop(self) -> None:
-        await self._end_tasks([task for task in asyncio.all_tasks() if task is not asyncio.current_task()])
-        asyncio.get_running_loop().stop()
-
-    async def _end_home(self) -> None:
-        await self._end_tasks([task for task in self._tasks if task.get_loop() is self._home])
-
-    async def _end_tasks(self, tasks: "list[asyncio.Task[Any]]") -> None:
+    async def _end_tasks(self, loop: asyncio.AbstractEventLoop) -> None:
+        """End our tasks on the application's loop; or on our own loop all of them, and the loop behind them."""
+        mine = asyncio.current_task()
+        known = asyncio.all_tasks() if loop is self._loop else tuple(self._tasks)
+        tasks = [task for task in known if task.get_loop() is loop and task is not mine]
         await asyncio.wait([asyncio.create_task(asyncio.sleep(0.05)), *tasks], timeout=0.2)  # they see the closing
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if loop is self._loop:
+            loop.call_soon(loop.stop)  # once close() knows that this is done
 
 
-def _let_go() -> None:
+def _after_fork_in_child() -> None:
     """In a child that was forked: hold on to nothing of the parent's.
 
     The sockets would keep its sessions open, with the lock that says "alive", after its end; and whatever we
@@ -4374,7 +4362,7 @@ def _let_go() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_parent=lambda: _forks.append(None), after_in_child=_let_go)
+    os.register_at_fork(after_in_parent=lambda: _forks.append(None), after_in_child=_after_fork_in_child)
 
 
 def _recover(executor: _Executor, listed: Sequence[str] = ()) -> list[str]:
@@ -5194,7 +5182,8 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
             "/dbos-workflow-recovery": ("POST", self._recovery),
             "/dbos-garbage-collect": ("POST", self._garbage_collect),
             "/dbos-global-timeout": ("POST", self._global_timeout),
-            "/workflows": ("POST", self._workflows), "/queues": ("POST", self._queued),
+            "/workflows": ("POST", lambda: self._listed(self.registry.list_workflows)),
+            "/queues": ("POST", lambda: self._listed(self.registry.list_queued_workflows)),
             "/workflows/ID": ("GET", self._workflow), "/workflows/ID/steps": ("GET", self._steps),
             "/workflows/ID/cancel": ("POST", self._cancel), "/workflows/ID/resume": ("POST", self._resume),
             "/workflows/ID/restart": ("POST", self._restart), "/workflows/ID/fork": ("POST", self._fork),
@@ -5244,12 +5233,6 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
         return taken
 
     # For operators: what DBOS calls them is kept, in the paths and in the fields.
-
-    def _workflows(self) -> list[dict[str, str | None]]:
-        return self._listed(self.registry.list_workflows)
-
-    def _queued(self) -> list[dict[str, str | None]]:
-        return self._listed(self.registry.list_queued_workflows)
 
     def _listed(self, read: "Callable[..., list[WorkflowStatus]]") -> list[dict[str, str | None]]:
         asked = {"load_input": False, "load_output": False, "limit": 1 << 30, **self._fields(_FILTERS)}
@@ -6079,7 +6062,7 @@ class Durable(_Management):
             frame = _frame.get()
             if frame is not None and frame.run.executor.pid != os.getpid():
                 _frame.set(None)  # forked within a workflow, which goes on in the parent
-            _keep_places()
+            _propagate_context()
             config = _resolved(self._config)
             guarded = config.get("admin_token") or _is_loopback(config["admin_host"])
             if config.get("run_admin_server", True) and not guarded:
@@ -6453,9 +6436,8 @@ class DBOSClient(_Management):
         queue = _valid_name("the enqueue option queue_name", options.get("queue_name"))
         run = _current_run()
         position = run.advance() if run else 0
-        generated = f"{run.id}-{position}" if run else str(uuid.uuid4())
         given = options.get("workflow_id")
-        id = _valid_name("workflow ID", str(generated if given is None else given))
+        id = _valid_name("workflow ID", str(_generated_id(run, position) if given is None else given))
         inputs = _text_for("list of arguments", executor, {"args": list(args), "kwargs": kwargs})
         with SetWorkflowTimeout(options.get("workflow_timeout")), SetEnqueueOptions(
             deduplication_id=options.get("deduplication_id"), priority=options.get("priority"),
