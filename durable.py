@@ -1462,6 +1462,11 @@ def _tries(conn: Conn, id: str | None) -> dict[int, int]:
     return dict(conn.execute(query, (id,)).fetchall())
 
 
+def _backend(conn: Conn) -> int:
+    """Which process serves this connection now; psycopg knows which one answered when it was opened."""
+    return int((conn.execute("select pg_backend_pid()", prepare=False).fetchone() or (0,))[0])
+
+
 def _offer(conn: Conn, offer: dict[str, Any]) -> None:
     """Tell everybody what an executor would take, after it changed."""
     query = """
@@ -2231,6 +2236,7 @@ async def _attempts(run: _Run, position: int, name: str, retries: _Retries, call
 class _Connection(psycopg.Connection[Any]):
     """A connection of ours, which may lend its session to a transaction function."""
 
+    has_session = True  # it is not one of many that a proxy lends backends to, a transaction at a time
     stage = "begin"  # of a transaction: then it is the "function"'s, and then it writes the "record"
     after: list[Callable[[], object]]  # what to tell whom once the transaction is committed
     met: list[psycopg.Error]  # the errors of this session, which are not those of another database
@@ -3780,13 +3786,14 @@ class _Executor:
         options |= {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 4}
         return options if self.listens else {**options, "prepare_threshold": None}
 
-    def _configure(self, conn: Conn) -> None:
+    def _configure(self, conn: _Connection) -> None:
+        conn.has_session = self.listens or _backend(conn) == conn.info.backend_pid
         if settings := self.settings(conn):
             conn.execute(settings)
 
-    def settings(self, conn: Conn) -> str:
+    def settings(self, conn: _Connection) -> str:
         """What our sessions are set to, whatever the role, the database or the server says."""
-        if not self.listens:
+        if not conn.has_session:
             return ""
         newer = {"idle_session_timeout": 140000, "transaction_timeout": 170000}  # and since which Postgres
         known = [f"set {name} = 0;" for name, since in newer.items() if conn.info.server_version >= since]
@@ -3798,7 +3805,7 @@ class _Executor:
             set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 4;
         """
 
-    def connect(self, first: bool = False) -> Conn:
+    def connect(self, first: bool = False) -> _Connection:
         """Open a connection outside of the pool, as those in it are; the `first` shows whether a proxy pools them."""
         conn = _Connection.connect(self.url, **self._connection_options())
         try:
@@ -4142,15 +4149,11 @@ class _Executor:
         Behind a proxy, one that pools transactions lets two sessions have one backend in turn.  (Others may
         use its backends meanwhile, so one look is not enough.)
         """
-
-        def backend(conn: Conn) -> int:
-            return int(conn.execute("select pg_backend_pid()", prepare=False).fetchone()[0])  # type: ignore[index]
-
-        own = backend(conn)
+        own = _backend(conn)
         if not self.listens or own == conn.info.backend_pid:
             return
         with _Connection.connect(self.url, **self._connection_options()) as other:
-            if any(backend(other) == own or backend(conn) != own for _ in range(10)):
+            if any(_backend(other) == own or _backend(conn) != own for _ in range(10)):
                 raise DBOSInitializationError(
                     f"the {_without_password(self.url) or 'database'} is behind a proxy that pools transactions, such "
                     f"as a PgBouncer: set use_listen_notify to False, or give the URL of Postgres itself"

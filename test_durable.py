@@ -1409,15 +1409,15 @@ OUR_SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("sessions", [True, False])
-def test_settings_of_the_database_change_nothing(executor, empty_url, witness, sessions):
-    """DateStyle, time zone, search_path and the like; where sessions are ours (no PgBouncer), timeouts and more."""
+@pytest.mark.parametrize("listens", [True, False])
+def test_settings_of_the_database_change_nothing(executor, empty_url, witness, listens):
+    """DateStyle, time zone, search_path, timeouts and more, whether hints are listened to or not."""
     known = witness.column("select name from pg_settings")
-    settings = {**SESSION_SETTINGS, **(OUR_SETTINGS if sessions else {})}
+    settings = {**SESSION_SETTINGS, **OUR_SETTINGS}
     with contextlib.closing(Witness(empty_url).connection) as connection:
         for name in settings.keys() & set(known):
             connection.execute(f"alter database {connection.info.dbname} set {name} = '{settings[name]}'")
-    dbos = executor(system_database_url=empty_url, run_admin_server=True, admin_port=0, use_listen_notify=sessions)
+    dbos = executor(system_database_url=empty_url, run_admin_server=True, admin_port=0, use_listen_notify=listens)
     greet = dbos.workflow(name="greet")(lambda: dbos.sleep(0) or "hello")
     dbos.launch()
     with SetWorkflowID("w"), SetWorkflowTimeout(60):
@@ -1428,10 +1428,9 @@ def test_settings_of_the_database_change_nothing(executor, empty_url, witness, s
     for view in ("why", "versions", "living"):
         assert len(dbos._executor.now(durable._view, view, [])) == 1
     assert ask(dbos.admin_port, "GET", "/metrics").status == 200
-    if sessions:
-        with dbos._executor.pool.connection() as connection:
-            shown = {name: connection.execute(f"show {name}").fetchone() for name in OUR_SETTINGS.keys() & set(known)}
-        assert not [name for name, (value,) in shown.items() if value == OUR_SETTINGS[name]]
+    with dbos._executor.pool.connection() as connection:
+        shown = {name: connection.execute(f"show {name}").fetchone() for name in OUR_SETTINGS.keys() & set(known)}
+    assert not [name for name, (value,) in shown.items() if value == OUR_SETTINGS[name]]
 
 
 def test_a_newer_schema_than_the_code_is_an_error(executor, empty_url):
