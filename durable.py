@@ -176,7 +176,7 @@ class _Origin(logging.Filter):
 
 _local_executors: "set[_Executor]" = set()  # those that live in this process
 _sessions: "weakref.WeakSet[_Connection]" = weakref.WeakSet()  # their connections
-_forks: list[None] = []  # one for each time that this process was forked
+_forks = 0  # how often this process was forked
 _log = logging.getLogger("durable")
 _log.addFilter(_Origin())
 
@@ -2244,10 +2244,10 @@ class _Connection(psycopg.Connection[Any]):
 
     @classmethod
     def connect(cls, *args: Any, **kwargs: Any) -> "_Connection":
-        forks = len(_forks)
+        forks = _forks
         conn = super().connect(*args, **kwargs)
         _sessions.add(conn)
-        if len(_forks) != forks:  # some child may hold this socket, and did not know
+        if _forks != forks:  # some child may hold this socket, and did not know
             conn.close()
             raise psycopg.OperationalError("the process was forked while it connected")
         return conn
@@ -4343,6 +4343,11 @@ class _Executor:
             loop.call_soon(loop.stop)  # once close() knows that this is done
 
 
+def _after_fork_in_parent() -> None:
+    global _forks
+    _forks += 1
+
+
 def _after_fork_in_child() -> None:
     """In a child that was forked: hold on to nothing of the parent's.
 
@@ -4365,7 +4370,7 @@ def _after_fork_in_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_parent=lambda: _forks.append(None), after_in_child=_after_fork_in_child)
+    os.register_at_fork(after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
 def _recover(executor: _Executor, listed: Sequence[str] = ()) -> list[str]:
