@@ -40,13 +40,16 @@ Asked of you: a workflow's own code must be deterministic.  Given the same input
 results it must call the same steps in the same order; clocks, random numbers, files and the network
 belong in steps.
 
-Contents: Errors, Values, Colours, Statements, Journal, Steps, Workflows, Waiting, Queues and schedules,
-Executors, Management, Admin, Page, the public face, and the command line.  Names and behaviour follow
-the DBOS Python library 2.x, so that code moves to `dbos` and back by one import line.
+Contents: Errors; Steps, the heart; Order; Workflows; Values; Colours; Journal; Transactions; Waiting;
+Queues and schedules; Executors; Management; Admin; Page; the public face; and the command line.  A
+statement in SQL stands with its user.  Names and behaviour follow the DBOS Python library 2.x, so that
+code moves to `dbos` and back by one import line.
 
 Needs Python 3.10+, psycopg 3 with psycopg_pool, PostgreSQL 13+, and schema.sql beside this file.
 Licence: MIT.  Made to be copied into your project and read.
 """
+
+from __future__ import annotations
 
 import argparse
 import ast
@@ -174,8 +177,8 @@ class _Origin(logging.Filter):
         return True
 
 
-_local_executors: "set[_Executor]" = set()  # those that live in this process
-_sessions: "weakref.WeakSet[_Connection]" = weakref.WeakSet()  # their connections
+_local_executors: set[_Executor] = set()  # those that live in this process
+_sessions: weakref.WeakSet[_Connection] = weakref.WeakSet()  # their connections
 _forks = 0  # how often this process was forked
 _log = logging.getLogger("durable")
 _log.addFilter(_Origin())
@@ -258,604 +261,39 @@ class _Closing(_Stopped):
 error = sys.modules[__name__]  # `from dbos import error` finds the classes there; so it does here
 
 
-# --- Values -------------------------------------------------------------------------------------------
+# --- Steps --------------------------------------------------------------------------------------------
 #
-# Arguments, results and exceptions are text that a person can read in psql: JSON where the value
-# survives JSON exactly, else a marked pickle.  Unpickling runs what it reads: whoever can write to
-# the database can run code here.  `JSONSerializer` is for those who will not have that.
-
-
-class Serializer(ABC):
-    """How values become text and come back; pass your own in the config as `serializer`."""
-
-    @abstractmethod
-    def serialize(self, data: Any) -> str:
-        """Turn `data` into text without NUL characters, or raise."""
-
-    @abstractmethod
-    def deserialize(self, serialized_data: str) -> Any:
-        """Turn the text back into an equal value, or raise."""
-
-    def name(self) -> str:
-        """Say what this is, for people."""
-        return type(self).__name__
-
-
-class JSONSerializer(Serializer):
-    """Store JSON only, and refuse (TypeError) what JSON would change: tuples, NaN, keys that are not str."""
-
-    def serialize(self, data: Any) -> str:
-        if not _survives_json(data):
-            raise TypeError(f"a value of type {type(data).__qualname__} does not survive JSON exactly")
-        return json.dumps(data)
-
-    def deserialize(self, serialized_data: str) -> Any:
-        return json.loads(serialized_data)
-
-
-class _JSONElsePickle(JSONSerializer):
-    """The default: JSON where that is exact, a marked pickle elsewhere."""
-
-    _MARK = "pickle:"  # no JSON text begins like this
-
-    def serialize(self, data: Any) -> str:
-        if _survives_json(data):
-            return json.dumps(data)
-        pickled = io.BytesIO()
-        _Pickler(pickled).dump(data)
-        return self._MARK + base64.b64encode(pickled.getvalue()).decode()
-
-    def deserialize(self, serialized_data: str) -> Any:
-        if serialized_data.startswith(self._MARK):
-            return _Unpickler(io.BytesIO(base64.b64decode(serialized_data[len(self._MARK) :]))).load()
-        return json.loads(serialized_data)
-
-
-class _Pickler(pickle.Pickler):
-    """Pickles so that what the program's main file defines is found where that file is imported.
-
-    To pickle, such a class is called `__main__.Order`, which in the next process may be another file.
-    """
-
-    def reducer_override(self, value: Any) -> Any:
-        main, module = sys.modules["__main__"], getattr(value, "__module__", None)
-        if isinstance(value, (type, types.FunctionType)) and module in ("__main__", "__mp_main__") and _main_name():
-            with suppress(AttributeError):  # it is local: pickle has words for that
-                if _attribute(main, value.__qualname__) is value:
-                    return _of_main, (_main_name(), value.__qualname__)
-        return NotImplemented
-
-
-class _Unpickler(pickle.Unpickler):
-    """And the other way round: what was imported is found in the main file, which is not run a second time."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        return super().find_class(_known_as(module, name, ["__main__"]), name)
-
-
-def _of_main(module: str, name: str) -> Any:
-    """What a pickle says for something that a file defined which ran as `__main__`, and is imported as `module`."""
-    here = "__main__" if module == _main_name() else _known_as(module, name, [*sys.modules])
-    return _attribute(importlib.import_module(here), name)
-
-
-def _attribute(module: types.ModuleType, name: str) -> Any:
-    return functools.reduce(getattr, name.split("."), cast(Any, module))
-
-
-@functools.cache
-def _main_name() -> str | None:
-    """What the main file is called by those who import it; None where there is none (a notebook, `python -`)."""
-    main = vars(sys.modules["__main__"])
-    if main.get("__spec__") is not None:  # python -m
-        return str(main["__spec__"].name)
-    if not main.get("__file__"):
-        return None
-    name, folder = Path(main["__file__"]).stem, Path(main["__file__"]).resolve().parent
-    while (folder / "__init__.py").exists():
-        name, folder = f"{folder.name}.{name}", folder.parent
-    return name
-
-
-def _known_as(module: str, name: str, candidates: list[str]) -> str:
-    """What this process calls a module that has `name`; it is not to load a file again under another name."""
-    if module in sys.modules:
-        return module
-    with suppress(Exception):  # a package above it is missing, or cannot be imported
-        if (spec := importlib.util.find_spec(module)) is not None:
-            return next(iter(_names_of(spec.origin or "")), module)
-    for each in candidates:  # shop/app.py, run as a script or from its folder, is plain app
-        full = (_main_name() if each == "__main__" else each) or ""
-        if full.rpartition(".")[2] == module.rpartition(".")[2] and hasattr(sys.modules[each], name.partition(".")[0]):
-            return each
-    return module
-
-
-def _names_of(file: str) -> list[str]:
-    """The names under which this process has loaded a file."""
-    base, path = os.path.basename(file), os.path.realpath(file)
-    loaded = {name: str(getattr(module, "__dict__", {}).get("__file__")) for name, module in sys.modules.copy().items()}
-    return [name for name, each in loaded.items() if os.path.basename(each) == base and os.path.realpath(each) == path]
-
-
-_SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # two that JSON would take for one character
-
-
-def _survives_json(value: Any, depth: int = 0, seen: set[int] | None = None) -> bool:
-    """Whether JSON returns exactly this: same types, no subclasses, nothing that it would round or refuse.
-
-    A list or dict that occurs twice is not for JSON either: it would come back as two, and a few levels
-    of that make a text without end.
-    """
-    kind = type(value)
-    if kind is str:
-        return cast(str, value).isascii() or not _SURROGATES.search(value)
-    if kind is bool or value is None:
-        return True
-    if kind is int:
-        return cast(int, value).bit_length() < 10_000  # Python refuses to parse much longer ones
-    if kind is float:
-        return math.isfinite(value)
-    seen = set() if seen is None else seen
-    if kind not in (list, dict) or depth > 100 or id(value) in seen:  # pickle goes deeper than we do
-        return False
-    seen.add(id(value))
-    if kind is dict:
-        return all(type(key) is str and _survives_json(key, depth, seen) for key in value) and all(
-            _survives_json(each, depth + 1, seen) for each in value.values()
-        )
-    return all(_survives_json(each, depth + 1, seen) for each in value)
-
-
-def _dump_error(serializer: Serializer, error: Exception) -> tuple[str, Exception]:
-    """Store an exception as JSON: its type's name and its text for people, the rest for `_load_error`.
-
-    Many exceptions can be pickled but not unpickled, because their constructor does not take their
-    `args`.  So the form that goes in is one that was seen to come out: the exception itself, or its
-    class, arguments and attributes, or (for a built-in, or one of ours) its class's name instead, or else
-    only name and text.
-    Returned too is what to raise now: the exception, or what will stand for it at a replay.
-    """
-    stored = {"type": _type_name(error), "text": _text_of(error)}
-    named = {"args": list(error.args), "attributes": error.__dict__}
-    for form in (error, [type(error), error.args, error.__dict__], named):
-        with suppress(Exception):
-            stored["value"] = serializer.serialize(form)
-            copy = _load_error(serializer, json.dumps(stored))
-            if type(copy) is type(error) and _text_of(copy) == stored["text"]:
-                return json.dumps(stored), error
-    stored.pop("value", None)
-    substitute = DBOSRestoredError(stored["type"], stored["text"])
-    substitute.__cause__ = error
-    return json.dumps(stored), substitute
-
-
-def _load_error(serializer: Serializer, text: str) -> Exception:
-    stored = json.loads(text)
-    with suppress(Exception):
-        return _rebuild_error(serializer.deserialize(stored["value"]), stored["type"])
-    return DBOSRestoredError(stored["type"], stored["text"])
-
-
-def _rebuild_error(form: Any, name: str) -> Exception:
-    if isinstance(form, Exception):
-        return form
-    if isinstance(form, dict):
-        own = globals().get(name.removeprefix(f"{__name__}."))
-        kind, args, attributes = own or getattr(builtins, name), form["args"], form["attributes"]
-    else:
-        kind, args, attributes = form
-    if not issubclass(kind, Exception):
-        raise TypeError(f"{name} is no exception")
-    rebuilt: Exception = kind.__new__(kind, *args)
-    rebuilt.args = tuple(args)
-    rebuilt.__dict__.update(attributes)
-    return rebuilt
-
-
-def _type_name(value: object) -> str:
-    kind = type(value)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _text_of(value: object) -> str:
-    try:
-        return str(value)
-    except Exception:  # a __str__ of the user's may raise
-        return f"<{type(value).__qualname__} without text>"
-
-
-# --- Colours ------------------------------------------------------------------------------------------
+# The heart.  Each call that must not happen twice takes the next position of its workflow.  If the
+# history has a record there, the call is recalled; if not, it is made, and recorded.  That is all a
+# replay is: the same function, the same positions, and memory where there were calls.
 #
-# Workflows come as `def` and as `async def`.  Every durable operation is written once, as a coroutine
-# that awaits a `_Wait` wherever it must wait: for the database, for the journal, for a hint.  One
-# driver, `_block`, does each wait on the calling thread; the other, `_suspend`, as a coroutine on the
-# event loop.  The operation cannot tell which of them drives it.
+# What is written here as `async def` runs on a plain thread as well: see Colours.
 
 
-class _Wait(Generic[T]):
-    """Something to wait for, which can be done in either colour."""
-
-    __slots__ = ("block", "on_loop")
-
-    def __init__(self, block: Callable[[], T], on_loop: Callable[[], Awaitable[T]]) -> None:
-        self.block, self.on_loop = block, on_loop
-
-    def __await__(self) -> Generator[Any, Any, T]:
-        return cast(T, (yield self))  # the driver does the waiting and sends what came of it
+async def _recorded(name: str, perform: Callable[[], Awaitable[T]], child: str | None = None) -> T:
+    """Make a call: in a workflow as its next step, elsewhere plainly."""
+    run = _current_run()
+    return await _checkpointed(run, run.advance() if run else 0, name, perform, child)
 
 
-def _block(body: Coroutine[Any, Any, T]) -> T:
-    """Run an operation to its end on this thread."""
-    try:
-        wait = body.send(None)
-        while True:
-            try:
-                if not isinstance(wait, _Wait):
-                    raise RuntimeError("a plain function returned an awaitable: make it `async def`, and await it")
-                value = wait.block()
-            except BaseException as error:
-                wait = body.throw(error)
-            else:
-                wait = body.send(value)
-    except StopIteration as end:
-        return cast(T, end.value)
-    except RuntimeError as error:
-        if _raised(error) is error:
-            raise
-        raise _raised(error) from _raised(error).__cause__
-
-
-def _raised(error: Exception) -> Exception:
-    """What was raised: Python lets no StopIteration out of a coroutine, and makes a RuntimeError of it."""
-    stop = error.__cause__
-    return stop if isinstance(stop, StopIteration) and str(error) == "coroutine raised StopIteration" else error
-
-
-@types.coroutine
-def _suspend(body: Coroutine[Any, Any, T], run: "_Run | None" = None) -> Generator[Any, Any, T]:
-    """Run an operation on the event loop; what is not our own wait comes from the user's code: pass it on.
-
-    If the body is the code of a `run`, that is told when the code goes on and when it waits.
-    """
-    step: Callable[[], Any] = functools.partial(body.send, None)
-    while True:
-        if run is not None:
-            run.take_turn()
+async def _checkpointed(
+    run: _Run | None, position: int, name: str, perform: Callable[[], Awaitable[T]], child: str | None = None
+) -> T:
+    """Return what stands on record at `position`, or make the call and record it; without a run only make it."""
+    if run is None:
+        return await perform()
+    with run.noting_cut(position, name):
+        past = await run.recall(position, name)
+        if past is not None:
+            return cast(T, run.outcome(past))
+        began = time.monotonic()
+        value, error = None, None
         try:
-            wait = step()
-        except StopIteration as end:
-            return cast(T, end.value)
-        if run is not None and run.turn is not None:
-            run.turn.waits = True
-        try:
-            value = (yield from wait.on_loop().__await__()) if isinstance(wait, _Wait) else (yield wait)
-        except BaseException as error:
-            step = functools.partial(body.throw, error)
-        else:
-            step = functools.partial(body.send, value)
-
-
-def _in_colour_of(fn: Callable[P, R], body: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[P, R]:
-    """Make of `body` what the user's `fn` is: a plain function or a coroutine function."""
-
-    async def awaited(*args: Any, **kwargs: Any) -> Any:
-        return await _suspend(body(*args, **kwargs))
-
-    def called(*args: Any, **kwargs: Any) -> Any:
-        return _block(body(*args, **kwargs))
-
-    chosen: Any = awaited if inspect.iscoroutinefunction(fn) else called
-    return cast(Callable[P, R], functools.wraps(fn)(chosen))
-
-
-def _twins(body: Callable[P, Coroutine[Any, Any, R]]) -> tuple[Callable[P, R], Callable[P, Coroutine[Any, Any, R]]]:
-    """Make the methods `name` and `name_async` of one body called `_name`.
-
-    The first refuses (RuntimeError) to block a running event loop.
-    """
-    name = body.__name__.lstrip("_")
-
-    @functools.wraps(body)
-    def blocking(*args: P.args, **kwargs: P.kwargs) -> R:
-        _refuse_to_block_a_loop(name)
-        return _block(body(*args, **kwargs))
-
-    @functools.wraps(body)
-    async def awaiting(*args: P.args, **kwargs: P.kwargs) -> R:
-        return await _suspend(body(*args, **kwargs))
-
-    blocking.__name__, awaiting.__name__ = name, f"{name}_async"
-    return blocking, awaiting
-
-
-def _handle_twins(
-    body: Callable[Concatenate[M, P], Coroutine[Any, Any, str]],
-) -> (
-    "tuple[Callable[Concatenate[M, P], WorkflowHandle[Any]], "
-    "Callable[Concatenate[M, P], Coroutine[Any, Any, WorkflowHandleAsync[Any]]]]"
-):
-    """The same for a body that returns the ID of a workflow: the twins return handles of their colour."""
-    blocking, awaiting = _twins(body)
-
-    def handle(self: M, /, *args: P.args, **kwargs: P.kwargs) -> "WorkflowHandle[Any]":
-        return WorkflowHandle(self, blocking(self, *args, **kwargs))
-
-    async def handle_async(self: M, /, *args: P.args, **kwargs: P.kwargs) -> "WorkflowHandleAsync[Any]":
-        return WorkflowHandleAsync(self, await awaiting(self, *args, **kwargs))
-
-    functools.update_wrapper(handle, blocking)
-    functools.update_wrapper(handle_async, awaiting)
-    return handle, handle_async
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    """The event loop that this code runs on."""
-    with suppress(RuntimeError):
-        return asyncio.get_running_loop()
-    return None
-
-
-def _refuse_to_block_a_loop(name: str) -> None:
-    if _running_loop() is None:
-        return
-    raise RuntimeError(f"{name}() would block the running event loop: await {name}_async() instead")
-
-
-class _Signal:
-    """A flag that is raised once, and wakes threads and coroutines alike."""
-
-    __slots__ = ("is_set", "wakers")
-
-    def __init__(self) -> None:
-        self.is_set = False
-        self.wakers: set[Callable[[], None]] = set()
-
-    def set(self) -> None:
-        self.is_set = True
-        for wake in tuple(self.wakers):
-            wake()
-
-
-def _waker(event: asyncio.Event) -> Callable[[], None]:
-    """What sets an event of the running loop, from any thread."""
-    loop = asyncio.get_running_loop()
-
-    def wake() -> None:
-        with suppress(RuntimeError):  # the loop has ended, and the waiter with it
-            loop.call_soon_threadsafe(event.set)
-
-    return wake
-
-
-@contextmanager
-def _waking(wake: Callable[[], None], signals: Sequence[_Signal]) -> Iterator[None]:
-    for signal in signals:
-        signal.wakers.add(wake)
-    try:
-        if any(signal.is_set for signal in signals):  # looked at after the entry above: none can slip between
-            wake()
-        yield
-    finally:
-        for signal in signals:
-            signal.wakers.discard(wake)
-
-
-def _for_any(*signals: _Signal, timeout: float | None = None) -> _Wait[None]:
-    """Wait until one of the signals is set, or for `timeout` seconds."""
-
-    def block() -> None:
-        woken = threading.Event()
-        with _waking(woken.set, signals):
-            woken.wait(timeout)
-
-    async def on_loop() -> None:
-        woken = asyncio.Event()
-        timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, woken.set)
-        try:
-            with _waking(_waker(woken), signals):
-                await woken.wait()
-        finally:
-            if timer is not None:
-                timer.cancel()
-
-    return _Wait(block, on_loop)
-
-
-# --- Statements ---------------------------------------------------------------------------------------
-#
-# Everything we say to Postgres of workflows, in the order of a workflow's life.  (What concerns a session
-# alone, such as BEGIN, SET and LISTEN, is said where it is needed.)
-#
-# What a run writes (its steps, messages, events, streams, children and outcome) joins to its workflow's
-# row with `claim = mine and status = 'PENDING'`: that is the fence.  Such a statement tells which rows it
-# took; a row that is missing was fenced off or is on record already, and `_Run.settle` finds out which.
-# Connections are in autocommit mode and a statement is sent together with its commit, so that a process
-# stopped between two instructions of ours never holds the lock of a row.
-
-
-class _Write:
-    """A statement that the journal makes for one row, or for many at once; {rows} stands for them."""
-
-    def __init__(
-        self, name: str, columns: str, sql: str, returning: str = "", before: str = "", by_position: bool = False
-    ) -> None:
-        self.name, self.by_position = name, by_position  # a workflow's rows are told apart by their positions
-        names = ", ".join(column.split()[0] for column in columns.split(", "))
-        typed = ", ".join("%({})s::{}".format(*column.split(" ", 1)) for column in columns.split(", "))
-        # Alone, a row comes in plain parameters, and the count of rows says whether it was taken.
-        one = f"(values ({typed})) as new({names})"
-        self.one = (f"with {before} {sql}" if before else sql).format(rows=one)
-        # Together, they come in one JSON parameter.  The condition, always true, makes the planner expect
-        # few rows, and so look each of them up by its key, whatever it knows of the tables.
-        many = f"(select * from json_to_recordset(%({name})s::json) as r({columns}) where r.id = r.id || '') as new"
-        self.part = ", ".join(filter(None, [before, f"{name} as ({sql} {returning})"])).format(rows=many)
-
-
-@functools.cache
-def _together(*writes: _Write) -> str:
-    """Write rows of several kinds in one statement: one plan, one round trip, one wait for the GIL."""
-    parts = ",\n".join(write.part for write in writes)
-    taken = " union all ".join(f"select '{write.name}', id, position from {write.name}" for write in writes)
-    return f"with {parts}\n{taken}"
-
-
-_START_COLUMNS = (
-    "id text, name text, class_name text, config_name text, inputs text, parent_workflow_id text, "
-    "status text, claim bigint, recovery_attempts integer, executor_id text, incarnation integer, "
-    "application_version text, queue text, priority integer, deduplication_id text, timeout_s double precision"
-)
-_START_NAMES = ", ".join(column.split()[0] for column in _START_COLUMNS.split(", "))
-_FROM_NOW = "case when status = 'PENDING' then clock_timestamp() + make_interval(secs => timeout_s) end"
-_INSERT_WORKFLOW = f"""
-    insert into durable.workflows ({_START_NAMES}, delayed_until, deadline_at)
-    select {_START_NAMES}, clock_timestamp() + make_interval(secs => delay_s),
-"""
-
-# A workflow begins.  An ID or a deduplication ID that is taken inserts nothing.
-_START = _Write(
-    "start",
-    _START_COLUMNS + ", delay_s double precision",
-    _INSERT_WORKFLOW + _FROM_NOW + " from {rows} on conflict do nothing",
-    "returning id, 0 as position",
-)
-
-# A child begins, and its parent's history says so, in one statement: a crash leaves both or neither.
-# (`is true` makes a hash of the IDs; a join, planned for few, would compare each with each.)
-_START_CHILD = _Write(
-    "start_child",
-    _START_COLUMNS + ", delay_s double precision, inherits boolean, parent_claim bigint, position integer",
-    "select id, 0 as position from born",
-    before="""
-         child as (select new.*, w.deadline_at as its_deadline_at
-                     from {rows} join durable.workflows as w
-                       on w.id = new.parent_workflow_id and w.claim = new.parent_claim
-                    where w.status = 'PENDING' for share of w),
-         born as ("""
-    + _INSERT_WORKFLOW
-    + f"case when inherits then its_deadline_at else {_FROM_NOW} end"
-    + """ from child on conflict do nothing returning id),
-         noted as (insert into durable.steps
-                          (workflow_id, position, name, child_workflow_id, started_at, completed_at)
-                   select parent_workflow_id, position, name, id, clock_timestamp(), clock_timestamp()
-                     from child where (id in (select id from born)) is true on conflict do nothing)""",
-)
-
-
-# A step is done.  The share lock makes a later claim wait for this record, or this record miss.
-_RECORD = _Write(
-    "record",
-    "id text, claim bigint, position integer, name text, output text, error text, "
-    "child_workflow_id text, tries integer, took_s double precision",
-    """
-    insert into durable.steps
-           (workflow_id, position, name, output, error, child_workflow_id, tries, started_at, completed_at)
-    select new.id, new.position, new.name, new.output, new.error, new.child_workflow_id, new.tries,
-           clock_timestamp() - make_interval(secs => new.took_s), clock_timestamp()
-      from {rows} join durable.workflows as w on w.id = new.id and w.claim = new.claim
-     where w.status = 'PENDING' for share of w
-        on conflict do nothing
-    """,
-    "returning workflow_id as id, position",
-    by_position=True,
-)
-
-# A sleep, which is on record since it began, was cancelled.
-_CUT_SLEEP = _Write(
-    "cut_sleep",
-    "id text, claim bigint, position integer, error text",
-    """
-    update durable.steps as s set output = null, error = slept.error from slept
-     where s.workflow_id = slept.id and s.position = slept.position
-    """,
-    "returning s.workflow_id as id, s.position",
-    before="""slept as (select new.* from {rows} join durable.workflows as w on w.id = new.id and w.claim = new.claim
-                         where w.status = 'PENDING' for share of w)""",
-    by_position=True,
-)
-
-# The record of a transaction, in that transaction's last round trip.  Unlike _RECORD it fails where it
-# would do nothing (no row under this claim: null in a key; a record there: a duplicate), so that the
-# COMMIT sent right behind it becomes a rollback of the user's work too.
-_RECORD_OR_FAIL = """
-    insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
-    values ((select id from durable.workflows
-              where id = %(id)s and claim = %(claim)s and status = 'PENDING' for share),
-            %(position)s, %(name)s, %(output)s,
-            clock_timestamp() - make_interval(secs => %(took_s)s), clock_timestamp())
-"""
-
-
-def _effect(name: str, columns: str, sql: str, only: str = "") -> _Write:
-    """A write that is a step: the record and what it stands for, both or neither.
-
-    `sql` makes of {due} what is written, `only` says on what further condition.  Where `step` is null a
-    step of the user's makes the write: it is part of that step, and has no record of its own.
-    """
-    return _Write(
-        name,
-        f"id text, claim bigint, position integer, step text, {columns}",
-        f"select id, position from {name}_due",
-        before=f"""
-         {name}_new as (select * from {{rows}}),
-         {name}_ours as (select new.* from {name}_new as new
-                           join durable.workflows as w on w.id = new.id and w.claim = new.claim
-                          where w.status = 'PENDING' {only} for share of w),
-         {name}_noted as (insert into durable.steps (workflow_id, position, name, started_at, completed_at)
-                          select id, position, step, clock_timestamp(), clock_timestamp()
-                            from {name}_ours where step is not null
-                              on conflict do nothing returning workflow_id, position),
-         {name}_due as (select * from {name}_ours
-                         where step is null or (id, position) in (select * from {name}_noted)),
-         {name}_done as ({sql.format(due=name + "_due")})""",
-        by_position=True,
-    )
-
-
-# A message to another workflow, which must exist.
-_SEND = _effect(
-    "send",
-    "destination text, topic text, message text, idempotency_key text",
-    """insert into durable.messages (workflow_id, topic, message, idempotency_key)
-       select destination, topic, message, idempotency_key from {due} on conflict do nothing""",
-    only="and exists (select from durable.workflows as d where d.id = new.destination for key share)",
-)
-
-_SET_EVENT = _effect(
-    "set_event",
-    "key text, value text",
-    """insert into durable.events (workflow_id, key, position, value) select id, key, position, value from {due}
-           on conflict (workflow_id, key, position) do update set value = excluded.value""",
-)
-
-# A value behind the last of a stream that is not closed.  Two that are written at the same moment may want
-# the same offset: one of them fails, and is written again.
-_WRITE_STREAM = _effect(
-    "write_stream",
-    "key text, value text, token bigint",
-    """insert into durable.streams (workflow_id, key, "offset", value, position, token)
-       select id, key, coalesce((select max("offset") + 1 from durable.streams as s
-                                  where s.workflow_id = id and s.key = due.key), 0)
-                        + row_number() over (partition by id, key order by position) - 1, value, position, token
-         from {due} as due on conflict (workflow_id, token) do nothing""",
-    only="""and not exists (select from (select value from durable.streams as s
-                                          where s.workflow_id = new.id and s.key = new.key
-                                          order by "offset" desc limit 1) as last where value is null)""",
-)
-
-# The function has returned or raised.
-_FINISH = _Write(
-    "finish",
-    "id text, claim bigint, status text, output text, error text",
-    """
-    update durable.workflows as w
-       set status = new.status, output = new.output, error = new.error,
-           updated_at = clock_timestamp(), completed_at = clock_timestamp()
-      from {rows}
-     where w.id = new.id and w.claim = new.claim and w.status = 'PENDING'
-    """,
-    "returning w.id, 0 as position",
-)
+            value = await perform()
+        except Exception as raised:
+            error = _raised(raised)
+        # Die here and the call is made again; one line later, it never will be.
+        return cast(T, await run.record(position, name, value, error, time.monotonic() - began, child))
 
 
 class _Record(NamedTuple):
@@ -868,1042 +306,10 @@ class _Record(NamedTuple):
     child_workflow_id: str | None
 
 
-def _read_history(conn: Conn, id: str, after: int, limit: int = _HISTORY_CHUNK) -> list[_Record]:
-    """Read the next records of a workflow, in order, behind position `after`."""
-    query = """
-        select position, name, output, error, child_workflow_id from durable.steps
-         where workflow_id = %s and position > %s order by position limit %s
-    """
-    return conn.cursor(row_factory=class_row(_Record)).execute(query, (id, after, limit)).fetchall()
-
-
-def _claims(conn: Conn, ids: list[str]) -> dict[str, tuple[int | None, str]]:
-    """Read under which claim and in which status workflows are; of those that do not exist, None and "deleted"."""
-    rows = conn.execute("select id, claim, status from durable.workflows where id = any(%s)", (ids,))
-    return dict.fromkeys(ids, (None, "deleted")) | {id: (claim, status) for id, claim, status in rows}
-
-
-_UNFINISHED = ("DELAYED", "ENQUEUED", "PENDING")  # as Python writes a tuple, SQL reads a list
-_FINISHED = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
-_MS = "floor(extract(epoch from {0}) * 1000)::bigint"  # instants leave the database as milliseconds since 1970, cut
-
-_STATUS_COLUMNS = f"""
-    id as workflow_id, status, name, class_name, config_name, inputs as input, output, error,
-    {_MS.format("created_at")} as created_at, {_MS.format("updated_at")} as updated_at,
-    {_MS.format("completed_at")} as completed_at, {_MS.format("dequeued_at")} as dequeued_at,
-    {_MS.format("delayed_until")} as delay_until_epoch_ms,
-    {_MS.format("deadline_at")} as workflow_deadline_epoch_ms,
-    (timeout_s * 1000)::bigint as workflow_timeout_ms,
-    queue as queue_name, priority, deduplication_id, executor_id, claim, incarnation,
-    application_version as app_version, recovery_attempts, forked_from, parent_workflow_id
-"""
-
-
-def _find(conn: Conn, id: str) -> dict[str, Any] | None:
-    """Read a workflow's row, under the names of WorkflowStatus."""
-    query = f"select {_STATUS_COLUMNS} from durable.workflows where id = %s"
-    return conn.cursor(row_factory=dict_row).execute(query, (id,)).fetchone()
-
-
-def _holder_of(conn: Conn, deduplication_id: str, queue: str) -> str | None:
-    """Find the unfinished workflow of a queue that has a deduplication ID."""
-    query = f"select id from durable.workflows where queue = %s and deduplication_id = %s and status in {_UNFINISHED}"
-    found = conn.execute(query, (queue, deduplication_id)).fetchone()
-    return found and found[0]
-
-
-def _steps_of(conn: Conn, id: str) -> list[dict[str, Any]]:
-    """Read a workflow's records, under the names of StepInfo."""
-    query = f"""
-        select position as function_id, name as function_name, output, error, child_workflow_id,
-               {_MS.format("started_at")} as started_at_epoch_ms,
-               {_MS.format("completed_at")} as completed_at_epoch_ms
-          from durable.steps where workflow_id = %s order by position
-    """
-    return conn.cursor(row_factory=dict_row).execute(query, (id,)).fetchall()
-
-
-def _list(
-    conn: Conn, where: dict[str, Any], limit: int | None, offset: int | None, sort_desc: bool,
-    load_input: bool, load_output: bool,
-) -> list[dict[str, Any]]:
-    """Read the rows that meet all conditions of `where` (see _CONDITIONS), by age; also under WorkflowStatus' names."""
-    prefixes = {f"prefix_{n}": each for n, each in enumerate(where.get("workflow_id_prefix", ()))}
-    likes = {name: re.sub(r"([\\%_])", r"\\\1", prefix) + "%" for name, prefix in prefixes.items()}
-    alternatives = {
-        "status": [_OF_STATUS[each] for each in where.get("status", ())],
-        "workflow_id_prefix": [f"id like %({name})s" for name in likes],
-    }
-    words = _CONDITIONS | {name: f"({' or '.join(each or ['false'])})" for name, each in alternatives.items()}
-    conditions = " and ".join(["true", *(words[name] for name in where)])
-    columns = _STATUS_COLUMNS if load_input else _STATUS_COLUMNS.replace("inputs as", "null as")
-    columns = columns if load_output else columns.replace("output, error", "null as output, null as error")
-    order = "desc" if sort_desc else "asc"  # of the column, which has an index, and not of what is made of it above
-    query = f"""
-        select {columns} from durable.workflows where {conditions}
-         order by workflows.created_at {order}, number {order} limit %(limit)s offset %(offset)s
-    """
-    parameters = {**where, **likes, "limit": limit, "offset": offset}
-    return conn.cursor(row_factory=dict_row).execute(query, parameters, prepare=False).fetchall()  # see _OF_STATUS
-
-
-# What `where` may say, and in which words: an array for most, epoch seconds for times.  A time that we told
-# is cut to its millisecond: as an end it means all of that, so that it finds the workflow it was told of.
-_CONDITIONS = {
-    name: f"{column} = any(%({name})s::text[])"
-    for name, column in {
-        "workflow_ids": "id", "name": "name", "app_version": "application_version",
-        "forked_from": "forked_from", "parent_workflow_id": "parent_workflow_id",
-        "executor_id": "executor_id", "queue_name": "queue",
-    }.items()
-} | {
-    "start_time": "created_at >= to_timestamp(%(start_time)s)",
-    "end_time": "created_at < date_trunc('milliseconds', to_timestamp(%(end_time)s)) + interval '1 ms'",
-    "queues_only": "queue is not null",
-}
-
-# The planner finds an index for words that stand in the statement, one by one, and for a pattern that it sees
-# when it plans; in an array, or in a statement prepared for all patterns, it would find none.
-_OF_STATUS = {status: f"status = '{status}'" for status in (*_UNFINISHED, *_FINISHED)}
-_OF_STATUS["PENDING"] = "(status = 'PENDING' and incarnation is not null)"
-
-
-def _children_of(conn: Conn, ids: list[str]) -> list[str]:
-    """Find the children of workflows, and theirs, and so on."""
-    query = """
-        with recursive family as (
-            select unnest(%s::text[]) as id
-            union select w.id from durable.workflows as w join family on w.parent_workflow_id = family.id)
-        select id from family
-    """
-    return [id for (id,) in conn.execute(query, (ids,)) if id not in ids]
-
-
-def _post(conn: Conn, row: dict[str, Any]) -> bool:
-    """Leave a message that no workflow's history speaks of; False: there is no such destination."""
-    query = """
-        with destination as (select id from durable.workflows where id = %(destination)s for key share),
-        posted as (insert into durable.messages (workflow_id, topic, message, idempotency_key)
-                   select id, %(topic)s, %(message)s, %(idempotency_key)s from destination on conflict do nothing)
-        select id from destination
-    """
-    return conn.execute(query, row).fetchone() is not None
-
-
-def _receive(conn: Conn, row: dict[str, Any]) -> tuple[str | None, bool]:
-    """Take the oldest message of a topic and record it, in one; return it, or else whether it may be waited for.
-
-    With `nothing`, the text of None, that there is none is put on record.  Our own former try, should
-    it be at work yet, has its message locked: this one waits for it, and fails at the record.
-    """
-    query = """
-        with ours as (select id from durable.workflows
-                       where id = %(id)s and claim = %(claim)s and status = 'PENDING' for share),
-        oldest as (select number, message from durable.messages
-                    where workflow_id = %(id)s and exists (select from ours) and topic = %(topic)s
-                      and received_at is null
-                    order by number limit 1 for update),
-        noted as (insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
-                  select id, %(position)s, %(name)s, coalesce((select message from oldest), %(nothing)s),
-                         clock_timestamp() - make_interval(secs => %(took_s)s), clock_timestamp()
-                    from ours where %(nothing)s::text is not null or exists (select from oldest)
-                      on conflict do nothing returning output),
-        received as (update durable.messages set received_at = clock_timestamp()
-                      where number in (select number from oldest) and exists (select from noted))
-        select (select output from noted),
-               exists (select from ours) and not exists (select from durable.steps
-                                                          where workflow_id = %(id)s and position = %(position)s)
-    """
-    message, absent = conn.execute(query, row).fetchone() or (None, False)
-    return message, absent
-
-
-def _events_of(conn: Conn, id: str, key: str | None = None) -> dict[str, str]:
-    """Read what a workflow has set, under one key or all."""
-    query = """
-        select distinct on (key) key, value from durable.events
-         where workflow_id = %(id)s and (key = %(key)s or %(key)s::text is null) order by key, position desc
-    """
-    return dict(conn.execute(query, {"id": id, "key": key}).fetchall())
-
-
-def _read_stream(conn: Conn, id: str, key: str, offset: int, limit: int | None) -> tuple[str | None, list[str | None]]:
-    """Read a workflow's status, and the values of a stream from an offset on; None among them closes it."""
-    query = """
-        select status, (select array_agg(value order by "offset") from
-                           (select "offset", value from durable.streams
-                             where workflow_id = %(id)s and key = %(key)s and "offset" >= %(offset)s
-                             order by "offset" limit %(limit)s) as next)
-          from durable.workflows where id = %(id)s
-    """
-    status, values = conn.execute(
-        query, {"id": id, "key": key, "offset": offset, "limit": limit}
-    ).fetchone() or (None, None)
-    return status, values or []
-
-
-def _arrived(conn: Conn, awaited: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Say for which of the awaited hints there is something to be seen."""
-    query = f"""
-        select kind, id, key from json_to_recordset(%s) as a(kind text, id text, key text, since integer)
-         where case kind
-               when 'w' then not exists (select from durable.workflows as w
-                                          where w.id = a.id and w.status in {_UNFINISHED})
-               when 'm' then exists (select from durable.messages as m
-                                      where m.workflow_id = a.id and m.topic = a.key and m.received_at is null)
-               when 'e' then exists (select from durable.events as e where e.workflow_id = a.id and e.key = a.key)
-               when 's' then exists (select from durable.streams as s
-                                      where s.workflow_id = a.id and s.key = a.key and s."offset" >= a.since) end
-    """
-    rows = conn.execute(query, (json.dumps(awaited),))
-    return [tuple(part for part in row if part is not None) for row in rows]
-
-
-def _clock(conn: Conn) -> float:
-    """Read the time that all processes share, in seconds since 1970."""
-    row = conn.execute("select extract(epoch from clock_timestamp())::float8").fetchone()
-    return float(row[0]) if row else 0.0
-
-
-def _busy(conn: Conn, queues: list[str]) -> list[str]:
-    """Say which of these queues have something waiting: one look, instead of a dequeue for each."""
-    query = """
-        select name from unnest(%s::text[]) as q(name)
-         where exists (select from durable.workflows where queue = q.name and status = 'ENQUEUED')
-    """
-    return [name for (name,) in conn.execute(query, (queues,))]
-
-
-def _release_delayed(conn: Conn) -> None:
-    """Let the workflows whose delay is over be taken, in the place that they had from the start."""
-    conn.execute("""
-        update durable.workflows set status = 'ENQUEUED', updated_at = clock_timestamp()
-         where status = 'DELAYED' and delayed_until <= statement_timestamp()
-    """)
-
-
-class _Claimed(NamedTuple):
-    """A row that a dequeue or a sweep took."""
-
-    id: str
-    name: str
-    class_name: str | None
-    config_name: str | None
-    inputs: str
-    claim: int
-    status: str  # PENDING: run it.  ENQUEUED: back in its queue.  Else: it may not run again
-    queue: str | None
-    has_history: bool = True  # an earlier run, or the workflow that this was forked from, may have left steps
-    has_deadline: bool = False
-
-
-_CLAIMED = "w.id, w.name, w.class_name, w.config_name, w.inputs, w.claim, w.status, w.queue"
-_KNOWN = """known as (select * from json_to_recordset(%(known)s)
-                          as k(name text, class_name text, config_name text, most bigint))"""
-_IS_KNOWN = """w.name = known.name and w.class_name is not distinct from known.class_name
-                                       and w.config_name is not distinct from known.config_name"""
-
-
-def _dequeue(conn: Conn, queue: "Queue", room: int, me: dict[str, Any]) -> list[_Claimed]:
-    """Take up to `room` due rows of a queue: lowest priority number first, then in order of arrival.
-
-    Rows that another executor is taking right now are skipped.  Where the queue has limits that hold
-    across executors, those take turns: an advisory lock comes in the same round trip, in a statement
-    of its own, so that the next one counts what the previous holder committed.  `least` passes over
-    the limits that are null.
-
-    Written so that the planner walks workflows_due in order and stops at the limit, however long the queue:
-    `lateral` instead of a join before the limit, few rows expected (`|| ''`) behind it, and one
-    statement_timestamp(), behind the lock, where clock_timestamp() would use no index.
-    """
-    query = f"""
-        with {_KNOWN},
-        room as (
-            select least(%(room)s::bigint,
-                         %(concurrency)s::bigint - (select count(*) from durable.workflows where queue = %(queue)s
-                                                        and status = 'PENDING' and incarnation is not null),
-                         %(limit)s::bigint - (select count(*) from durable.workflows
-                                               where queue = %(queue)s and dequeued_at
-                                                   > statement_timestamp() - make_interval(secs => %(period)s))
-                        ) as n),
-        due as (
-            select w.id, known.most, (w.executor_id is not null or w.forked_from is not null) as has_history
-              from durable.workflows as w
-             cross join lateral (select most from known where {_IS_KNOWN} limit 1) as known
-             where w.queue = %(queue)s and w.status = 'ENQUEUED'
-               and (w.application_version = %(version)s or w.application_version is null)
-             order by w.priority, w.number
-             limit greatest(0, (select n from room)) for update of w skip locked),
-        taken as (
-            update durable.workflows as w
-               set status = case when w.recovery_attempts > due.most
-                                 then 'MAX_RECOVERY_ATTEMPTS_EXCEEDED' else 'PENDING' end,
-                   claim = w.claim + 1, recovery_attempts = w.recovery_attempts + 1,
-                   executor_id = %(executor_id)s, incarnation = %(incarnation)s,
-                   application_version = %(version)s,
-                   dequeued_at = statement_timestamp(), updated_at = statement_timestamp(),
-                   deadline_at = coalesce(w.deadline_at,
-                                          statement_timestamp() + make_interval(secs => w.timeout_s))
-              from due where w.id = due.id and due.id = due.id || '' returning w.*, due.has_history)
-        select {_CLAIMED}, w.has_history, w.deadline_at is not null as has_deadline
-          from taken as w order by w.priority, w.number
-    """
-    limiter = queue.limiter or {"limit": None, "period": None}
-    cur = conn.cursor(row_factory=class_row(_Claimed))
-    with conn.pipeline():
-        if queue.concurrency is not None or queue.limiter is not None:
-            conn.execute("select pg_advisory_xact_lock(%s, hashtext(%s))", (-_LOCKS, queue.name))
-        cur.execute(query, {**me, "queue": queue.name, "room": room, "concurrency": queue.concurrency, **limiter})
-    return cur.fetchall()
-
-
-_ALIVE = "(select incarnation from durable.living)"  # a lock that somebody holds is an executor that lives
-
-
-class _Pending(NamedTuple):
-    """How many workflows of one function are PENDING under one incarnation, and what we know of that."""
-
-    incarnation: int
-    executor_id: str
-    name: str
-    class_name: str | None
-    config_name: str | None
-    number: int
-    alive: bool  # somebody holds its lock
-    stopped: bool  # it ended in good order
-
-
-def _pending(conn: Conn, me: dict[str, Any]) -> list[_Pending]:
-    """Count who is running, or left behind, which workflows of this version.
-
-    Just after Postgres came up everybody counts as alive: they need a moment to take their locks again.
-    """
-    query = f"""
-        select incarnation, executor_id, name, class_name, config_name, count(*) as number, incarnation in {_ALIVE}
-               or pg_postmaster_start_time() > clock_timestamp() - make_interval(secs => %(grace_s)s) as alive,
-               incarnation in (select incarnation from durable.executors where stopped_at is not null) as stopped
-          from durable.workflows
-         where status = 'PENDING' and incarnation is not null and application_version = %(version)s
-         group by incarnation, executor_id, name, class_name, config_name
-    """
-    return conn.cursor(row_factory=class_row(_Pending)).execute(query, {**me, "grace_s": _RESTART_GRACE_S}).fetchall()
-
-
-def _own_claims(conn: Conn, me: dict[str, Any]) -> list[tuple[str, int]]:
-    """Read what is PENDING under this incarnation: which workflows, and under which claims."""
-    query = """
-        select id, claim from durable.workflows
-         where status = 'PENDING' and incarnation = %(incarnation)s and application_version = %(version)s
-    """
-    return conn.execute(query, me).fetchall()
-
-
-def _sweep(
-    conn: Conn, me: dict[str, Any], lost: list[tuple[str, int]], dead: list[int], listed: list[str]
-) -> list[_Claimed]:
-    """Take the PENDING workflows of this version that nobody runs.
-
-    They are our own that are `lost` (an acknowledgement was), those of dead incarnations, and those of
-    the executors that an operator listed.  What came from a queue goes back to its place there, so
-    that the queue's limits hold.  Raising the claim that was read, and no other, is what keeps two
-    sweeps from taking the same row: the second waits for the first, and misses.
-    """
-    query = f"""
-        with {_KNOWN},
-        lost as (
-            select w.id, w.claim, known.most from durable.workflows as w join known on {_IS_KNOWN}
-             where w.status = 'PENDING' and w.incarnation is not null and w.application_version = %(version)s
-               and case when w.incarnation = %(incarnation)s
-                        then (w.id, w.claim) in (select * from unnest(%(ids)s::text[], %(claims)s::bigint[]))
-                        else w.incarnation = any(%(dead)s) or w.executor_id = any(%(listed)s) end)
-        update durable.workflows as w
-           set status = case when w.recovery_attempts > lost.most then 'MAX_RECOVERY_ATTEMPTS_EXCEEDED'
-                             when w.queue is null then 'PENDING' else 'ENQUEUED' end,
-               claim = w.claim + 1, recovery_attempts = w.recovery_attempts + (w.queue is null)::integer,
-               executor_id = %(executor_id)s, incarnation = %(incarnation)s, updated_at = clock_timestamp()
-          from lost
-         where w.id = lost.id and w.claim = lost.claim and w.status = 'PENDING'
-        returning {_CLAIMED}
-    """
-    cur = conn.cursor(row_factory=class_row(_Claimed))
-    ids, claims = [id for id, _ in lost], [claim for _, claim in lost]
-    return cur.execute(query, {**me, "ids": ids, "claims": claims, "dead": dead, "listed": listed}).fetchall()
-
-
-def _expire(conn: Conn) -> tuple[list[list[str]], float | None, float]:
-    """Cancel what is past its deadline, and return the IDs, queues and claims of that.
-
-    Tell also in how many seconds the next one is due, and what time it is.
-    """
-    query = f"""
-        with late as (select id from durable.workflows
-                       where deadline_at <= statement_timestamp() and status in {_UNFINISHED}
-                       order by id for update skip locked),
-        cancelled as (update durable.workflows as w
-                         set status = 'CANCELLED', deduplication_id = null,
-                             updated_at = clock_timestamp(), completed_at = clock_timestamp()
-                        from late where w.id = late.id returning w.id, w.queue, w.claim)
-        select (select coalesce(array_agg(array[id, queue, claim::text]), '{{}}') from cancelled),
-               (select extract(epoch from min(deadline_at) - clock_timestamp())::float8 from durable.workflows
-                 where deadline_at > statement_timestamp() and status in {_UNFINISHED}),
-               extract(epoch from clock_timestamp())::float8
-    """
-    ids, due_s, now = conn.execute(query).fetchone() or ([], None, 0.0)
-    return ids, due_s, now
-
-
-# Locks rows in the order of their IDs, so that no two of the statements below wait for each other.  With a
-# batch of the journal, which locks them by kinds of writes, they still may: Postgres ends that after a
-# second, and whoever lost tries again.
-_IN_ORDER = "select id, queue, claim, status from durable.workflows where id = any(%(ids)s) order by id for update"
-
-
-def _cancel(conn: Conn, ids: list[str]) -> list[tuple[str, str | None, int]]:
-    """Cancel what has not come to an end yet; return the IDs, queues and claims of all that is cancelled now.
-
-    Its place in a queue and its deduplication ID are free with that.  Who runs it can write no more.
-    """
-    query = f"""
-        with those as ({_IN_ORDER}),
-        cancelled as (
-            update durable.workflows as w
-               set status = 'CANCELLED', deduplication_id = null,
-                   updated_at = clock_timestamp(), completed_at = clock_timestamp()
-              from those where w.id = those.id and w.status not in ('SUCCESS', 'ERROR', 'CANCELLED'))
-        select id, queue, claim from those where status not in ('SUCCESS', 'ERROR')
-    """
-    return conn.execute(query, {"ids": ids}).fetchall()
-
-
-def _resume(conn: Conn, ids: list[str], queue: str) -> list[tuple[str, int, str]]:
-    """Enqueue workflows anew, with their history, unless they have succeeded or failed.
-
-    Returns the IDs of those that exist, with claim and status.
-    """
-    query = f"""
-        with those as ({_IN_ORDER}),
-        resumed as (
-            update durable.workflows as w
-               set status = 'ENQUEUED', queue = %(queue)s, recovery_attempts = 0, deadline_at = null,
-                   deduplication_id = null, delayed_until = null, dequeued_at = null, completed_at = null,
-                   updated_at = clock_timestamp()
-              from those where w.id = those.id and w.status not in ('SUCCESS', 'ERROR'))
-        select id, claim, case when status in ('SUCCESS', 'ERROR') then status else 'ENQUEUED' end from those
-    """
-    return conn.execute(query, {"ids": ids, "queue": queue}).fetchall()
-
-
-def _fork(conn: Conn, row: dict[str, Any]) -> tuple[str | None] | None:
-    """Enqueue a copy of a workflow, with what it had recorded, set and written before a position.
-
-    Returns of which workflow `new_id` is a fork now; None instead: there is no original.
-    """
-    query = """
-        with original as (select * from durable.workflows where id = %(id)s),
-        forked as (
-            insert into durable.workflows
-                   (id, name, class_name, config_name, inputs, forked_from, status, claim, queue, application_version)
-            select %(new_id)s, name, class_name, config_name, inputs, id, 'ENQUEUED', %(claim)s, %(queue)s, %(version)s
-              from original on conflict do nothing returning id),
-        steps as (
-            insert into durable.steps
-                   (workflow_id, position, name, output, error, child_workflow_id, tries, started_at, completed_at)
-            select forked.id, s.position, s.name, s.output, s.error, s.child_workflow_id, s.tries, s.started_at,
-                   s.completed_at
-              from forked, durable.steps as s where s.workflow_id = %(id)s and s.position < %(start_step)s),
-        events as (
-            insert into durable.events (workflow_id, key, position, value)
-            select forked.id, e.key, e.position, e.value
-              from forked, durable.events as e where e.workflow_id = %(id)s and e.position < %(start_step)s)
-        insert into durable.streams (workflow_id, key, "offset", value, position, token)
-        select forked.id, s.key, row_number() over (partition by s.key order by s."offset") - 1, s.value,
-               s.position, s.token
-          from forked, durable.streams as s where s.workflow_id = %(id)s and s.position < %(start_step)s
-    """
-    conn.execute(query, row)
-    return conn.execute("select forked_from from durable.workflows where id = %(new_id)s", row).fetchone()
-
-
-_REMOVE = ", ".join(
-    f"{table} as (delete from durable.{table} where workflow_id in (select id from gone))"
-    for table in ("steps", "messages", "events", "streams")
-)
-
-
-def _delete(conn: Conn, ids: list[str], even_unfinished: bool = True) -> list[tuple[str, str | None, int]]:
-    """Delete workflows with all that belongs to them; return the IDs, queues and claims of those that there were.
-
-    Locked first, in a statement of its own: what others write under a lock on the workflow's row is
-    there to be seen, and deleted, when the second statement begins.
-    """
-    query = f"""
-        with gone as (delete from durable.workflows
-                       where id = any(%s) and (%s or status not in {_UNFINISHED}) returning id, queue, claim),
-        {_REMOVE} select id, queue, claim from gone
-    """
-    cur = conn.cursor()
-    with conn.pipeline():
-        conn.execute(_IN_ORDER, {"ids": ids})
-        cur.execute(query, (ids, even_unfinished))
-    return cur.fetchall()
-
-
-def _begun_until(conn: Conn, cutoff_s: float) -> list[str]:
-    """The unfinished workflows that began up to a time; the oldest first."""
-    query = f"""
-        select id from durable.workflows where {_CONDITIONS["end_time"]} and status in {_UNFINISHED} order by created_at
-    """
-    return [id for (id,) in conn.execute(query, {"end_time": cutoff_s})]
-
-
-# When a workflow came to its end: what waits as a dead letter completed nothing.  Both in the words of the index.
-_ENDED = f"status not in {_UNFINISHED}"
-_ENDED_AT = "coalesce(completed_at, updated_at)"
-
-
-def _ended_before(conn: Conn, cutoff_s: float, limit: int) -> list[str]:
-    """The workflows that ended before a time; the first to end first."""
-    query = f"""
-        select id from durable.workflows where {_ENDED} and {_ENDED_AT} < to_timestamp(%s) order by {_ENDED_AT} limit %s
-    """
-    return [id for (id,) in conn.execute(query, (cutoff_s, limit))]
-
-
-def _last_ended(conn: Conn, number: int) -> float | None:
-    """When the first of the last `number` workflows to end did, in seconds since 1970; None: there are fewer."""
-    query = f"select extract(epoch from {_ENDED_AT})::float8 from durable.workflows where {_ENDED}"
-    found = conn.execute(f"{query} order by {_ENDED_AT} desc limit 1 offset %s", (number - 1,)).fetchone()
-    return found and found[0]
-
-
-def _forget_executors(conn: Conn, cutoff_s: float) -> None:
-    """Forget launches that were over before a time, and that no unfinished workflow refers to."""
-    conn.execute(
-        f"""
-        delete from durable.executors as e
-         where coalesce(stopped_at, lost_at) < to_timestamp(%s) and incarnation not in {_ALIVE}
-           and not exists (select from durable.workflows as w
-                            where w.incarnation = e.incarnation and w.status = 'PENDING')
-        """,
-        (cutoff_s,),
-    )
-
-
-def _requeue(conn: Conn, names: list[str]) -> tuple[list[str], int]:
-    """Give the PENDING workflows of dead executors back to a queue; tell also how many are of living ones."""
-    query = f"""
-        with theirs as (select id, claim, incarnation in {_ALIVE} as alive from durable.workflows
-                         where status = 'PENDING' and incarnation is not null and executor_id = any(%(names)s)),
-        requeued as (update durable.workflows as w
-                        set status = 'ENQUEUED', queue = coalesce(w.queue, %(queue)s), updated_at = clock_timestamp()
-                       from theirs where w.id = theirs.id and w.claim = theirs.claim and w.status = 'PENDING'
-                                     and not theirs.alive returning w.id)
-        select (select coalesce(array_agg(id), '{{}}') from requeued), (select count(*) from theirs where alive)
-    """
-    ids, alive = conn.execute(query, {"names": names, "queue": _INTERNAL_QUEUE}).fetchone() or ([], 0)
-    return ids, alive
-
-
-def _view(conn: Conn, name: str, ids: list[str]) -> list[dict[str, Any]]:
-    """Read one of the views for operators; of some workflows, where IDs are given."""
-    query = f"select * from durable.{name}" + (" where workflow_id = any(%s)" if ids else "")
-    # Binary, since times as text are written as the session's DateStyle has it, which behind a PgBouncer is anybody's.
-    return conn.cursor(row_factory=dict_row, binary=True).execute(query, (ids,) if ids else ()).fetchall()
-
-
-def _stranded(conn: Conn, version: str) -> list[tuple[str, int]]:
-    """Count the unfinished workflows of other versions that no live executor serves, by version."""
-    query = """
-        select application_version, delayed + enqueued + pending from durable.versions
-         where stranded and application_version <> %s order by application_version
-    """
-    return conn.execute(query, (version,)).fetchall()
-
-
-def _note_lost(conn: Conn) -> None:
-    """Note which executors were seen to be gone, and take it back of those that were not."""
-    conn.execute(f"""
-        update durable.executors set lost_at = case when lost_at is null then clock_timestamp() end
-         where stopped_at is null and (lost_at is null) = (incarnation not in {_ALIVE})
-    """)
-
-
-def _executors(conn: Conn, most: int) -> list[dict[str, Any]]:
-    """Read the latest launches, those that live first."""
-    query = f"""
-        select executor_id, incarnation, application, application_version, hostname, pid,
-               incarnation in {_ALIVE} as alive, deactivated, failover, {_MS.format("launched_at")} as launched_at,
-               {_MS.format("stopped_at")} as stopped_at, {_MS.format("lost_at")} as lost_at
-          from durable.executors order by alive desc, incarnation desc limit %s
-    """
-    return conn.cursor(row_factory=dict_row).execute(query, (most,)).fetchall()
-
-
-def _unfinished(conn: Conn) -> list[tuple[str, str, str, int, float]]:
-    """Count the unfinished workflows by status, name and queue; with the age of the oldest, in seconds."""
-    return conn.execute("""
-        select status, name, coalesce(queue, ''), count(*), extract(epoch from now() - min(updated_at))::float8
-          from durable.unfinished group by status, name, queue order by status, name, queue
-    """).fetchall()
-
-
-def _count(conn: Conn, newest: int) -> dict[str, int]:
-    """Count by status: the newest workflows, not all, so that it takes no longer when there are millions."""
-    query = """
-        select status, count(*) from (select status from durable.workflows order by created_at desc limit %s) as newest
-         group by status order by status
-    """
-    return dict(conn.execute(query, (newest,)).fetchall())
-
-
-def _tries(conn: Conn, id: str | None) -> dict[int, int]:
-    """Say which steps of a workflow took more than one try."""
-    query = "select position, tries from durable.steps where workflow_id = %s and tries > 1"
-    return dict(conn.execute(query, (id,)).fetchall())
-
-
-def _backend(conn: Conn) -> int:
-    """Which process serves this connection now; psycopg knows which one answered when it was opened."""
-    return int((conn.execute("select pg_backend_pid()", prepare=False).fetchone() or (0,))[0])
-
-
-def _offer(conn: Conn, offer: dict[str, Any]) -> None:
-    """Tell everybody what an executor would take, after it changed."""
-    query = """
-        update durable.executors
-           set known = %(known)s, queues = %(queues)s, deactivated = %(deactivated)s, interrupted = %(interrupted)s
-         where incarnation = %(incarnation)s
-    """
-    conn.execute(query, offer)
-
-
-def _enlist(conn: Conn, me: dict[str, Any]) -> int:
-    """Enter a new incarnation, and return its number."""
-    query = """
-        insert into durable.executors
-               (executor_id, application, application_version, workflows, hostname, pid, known, queues, failover)
-        values (%(executor_id)s, %(application)s, %(version)s, %(workflows)s, %(hostname)s, %(pid)s, %(known)s,
-                %(queues)s, %(failover)s)
-        returning incarnation
-    """
-    return int((conn.execute(query, me).fetchone() or (0,))[0])
-
-
-def _hold(conn: Conn, incarnation: int, lasting: bool) -> bool:
-    """Take the lock that says "alive"; False: an earlier connection of ours still has it.
-
-    Behind a PgBouncer in transaction mode a session is nobody's for long, so there (`lasting` off) the
-    lock belongs to a transaction that stays open.  It has written nothing, so it holds up no vacuum.
-    """
-    if not lasting:
-        conn.execute("begin")
-    call = "pg_try_advisory_lock" if lasting else "pg_try_advisory_xact_lock"
-    row = conn.execute(f"select {call}(%s, %s)", (_LOCKS, incarnation)).fetchone()
-    return bool(row and row[0])
-
-
-def _delist(conn: Conn, incarnation: int) -> None:
-    """Note that this incarnation ended in good order."""
-    conn.execute("update durable.executors set stopped_at = now() where incarnation = %s", (incarnation,))
-
-
-def _notify(conn: Conn, sender: int, keys: Iterable[tuple[str, ...]]) -> None:
-    """Give hints to the other processes.  (What does not fit a notification is found by polling.)"""
-    payloads = [payload for key in keys if len(payload := f"{sender} {json.dumps(key)}") < 7900]
-    conn.execute("select pg_notify(%s, payload) from unnest(%s::text[]) as payload", (_CHANNEL, payloads))
-
-
-def _empty(conn: Conn) -> None:
-    """Delete all that the tables hold, where there are any."""
-    query = "select quote_ident(tablename) from pg_tables where schemaname = 'durable' and tablename <> 'version'"
-    names = [f"durable.{name}" for (name,) in conn.execute(query)]
-    if names:
-        conn.execute(f"truncate {', '.join(names)}")
-
-
-def _migrate(conn: Conn, apply: bool) -> None:
-    """Bring the schema up to this code's edition: one transaction, one executor at a time."""
-    schema = Path(__file__).with_name("schema.sql")
-    with conn.transaction():
-        conn.execute("select pg_advisory_xact_lock(%s, 0)", (_LOCKS,))
-        number = None
-        if conn.execute("select to_regclass('durable.version')").fetchone() != (None,):
-            (number,) = conn.execute("select max(number) from durable.version").fetchone() or (None,)
-        if number == _SCHEMA_VERSION:
-            return
-        if number is not None and number > _SCHEMA_VERSION:
-            raise DBOSInitializationError(
-                f"the database's schema is edition {number}, newer than edition {_SCHEMA_VERSION} of this "
-                f"durable.py: update durable.py and schema.sql together"
-            )
-        if not apply:
-            raise DBOSInitializationError(
-                f"the database's schema is {'missing' if number is None else f'edition {number}'}, this "
-                f"durable.py needs edition {_SCHEMA_VERSION}, and run_migrations is off: apply it with "
-                f"`python {Path(__file__).name} migrate`"
-            )
-        if not schema.exists():
-            raise DBOSInitializationError(f"{schema} is missing: it belongs beside durable.py")
-        while number is not None:  # others are at work: have all locks before what takes long, or let go and try again
-            with suppress(psycopg.errors.DeadlockDetected), conn.transaction():
-                conn.execute(_LOCK_ALL)
-                break
-        conn.execute(schema.read_bytes())
-
-
-_LOCK_ALL = """
-    do $$ begin
-        execute (select 'lock table ' || string_agg(oid::regclass::text, ', ') || ' in access exclusive mode'
-                   from pg_class where relnamespace = 'durable'::regnamespace and relkind in ('r', 'v'));
-    end $$
-"""
-
-
-# --- Journal ------------------------------------------------------------------------------------------
-#
-# What runs write (starts, records of steps, messages, outcomes) costs Postgres a commit each, and commits
-# are what durable execution is slow by.  The journal writes whatever is waiting in one commit.  While it
-# writes, the next batch gathers; it never waits for one.  It has no thread of its own: a caller who finds
-# a lane free writes at once, by itself, so that a lone workflow pays nothing for the grouping; one who
-# finds none leaves its rows and waits.  Whoever has written hands its lane to one of those who gathered
-# meanwhile.  (Measured and rejected: lingering to grow a batch, always slower; one thread that writes
-# for all, slower for few callers; a queue on one connection's lock, a tenth of the speed.)
-
-
-class _Entry:
-    """Rows on their way to the database, and whoever waits for them."""
-
-    __slots__ = ("error", "lane", "on_loop", "rows", "taken", "wake", "write")
-
-    def __init__(self, write: _Write, rows: Sequence[dict[str, Any]], on_loop: bool, wake: Callable[[], None]) -> None:
-        self.write, self.rows, self.on_loop, self.wake = write, rows, on_loop, wake
-        self.taken: list[bool] = []  # for each row, whether it took effect
-        self.error: BaseException | None = None
-        self.lane: _Lane | None = None  # given to one who is woken to lead
-
-    def row_keys(self) -> list[tuple[str, Any, Any]]:
-        return [(self.write.name, row["id"], row["position"] if self.write.by_position else 0) for row in self.rows]
-
-    def result(self) -> list[bool]:
-        if self.error is not None:
-            raise self.error
-        return self.taken
-
-
-class _Lane:
-    """The right to write a batch, and the connection and cursor kept for it (a new cursor costs 30 us)."""
-
-    conn: "_Connection | None" = None
-    cursor: "psycopg.Cursor[Any]"
-    holder: _Entry | None = None  # who leads with it
-
-
-class _Journal:
-    """Groups the writes of many runs into few commits."""
-
-    def __init__(self, executor: "_Executor") -> None:
-        self._executor = executor
-        self._lock = threading.Lock()
-        lanes = _LANES if executor.pool.max_size >= 4 else 1  # of a small pool, leave something to the others
-        self._lanes = [_Lane() for _ in range(lanes)]
-        self._free = list(self._lanes)
-        self._gathered: deque[_Entry] = deque()  # invariant: empty while a lane is free
-
-    def write(self, write: _Write, *rows: dict[str, Any]) -> _Wait[list[bool]]:
-        """Commit the rows together; tell for each whether it took effect."""
-        self._executor.here()
-        return _Wait(lambda: self._write_on_thread(write, rows), lambda: self._write_off_loop(write, rows))
-
-    def _write_on_thread(self, write: _Write, rows: Sequence[dict[str, Any]]) -> list[bool]:
-        gate = threading.Lock()  # the cheapest thing to wait at
-        gate.acquire()
-        entry = _Entry(write, rows, False, gate.release)
-        try:
-            lane = self._join(entry)
-            if lane is None:
-                gate.acquire()
-                lane = entry.lane
-            if lane is not None:
-                self._lead(lane, entry)
-        except BaseException:  # KeyboardInterrupt, anywhere: we leave, perhaps with a lane
-            self._leave(entry)
-            raise
-        return entry.result()
-
-    async def _write_off_loop(self, write: _Write, rows: Sequence[dict[str, Any]]) -> list[bool]:
-        # A coroutine never leads: its loop may be busy, or end, and everybody would wait for it.
-        written = asyncio.Event()
-        entry = _Entry(write, rows, True, _waker(written))
-        lane = self._join(entry)
-        if lane is not None:
-            self._executor.callers.submit(functools.partial(self._lead, lane, entry))
-        await written.wait()
-        return entry.result()
-
-    def _join(self, entry: _Entry) -> _Lane | None:
-        with self._lock:
-            if self._free:
-                self._free[-1].holder = entry
-                return self._free.pop()
-            self._gathered.append(entry)
-            return None
-
-    def _leave(self, entry: _Entry) -> None:
-        with self._lock, suppress(ValueError):
-            self._gathered.remove(entry)
-        for lane in self._lanes:
-            if lane.holder is entry:
-                self._hand_on(lane)
-
-    def _lead(self, lane: _Lane, own: _Entry) -> None:
-        """Write our own entry and what has gathered by now, then let others lead."""
-        try:
-            batch = self._take(own)
-            self._write_or_split(lane, batch)
-            for entry in batch:
-                entry.wake()
-        finally:
-            self._hand_on(lane)
-
-    def _write_or_split(self, lane: _Lane, batch: list[_Entry]) -> None:
-        """Write a batch; if that fails, each entry by itself: one row's fault must not be everybody's."""
-        try:
-            self._write(lane, batch)
-        except BaseException as error:
-            if len(batch) == 1:
-                batch[0].error = error
-                return
-            for entry in batch:
-                self._write_or_split(lane, [entry])
-            if not isinstance(error, Exception):
-                batch[0].error = error  # KeyboardInterrupt is for this thread, whose entry is the first
-
-    def _take(self, own: _Entry) -> list[_Entry]:
-        """Take what has gathered, but no key twice: a statement could not tell which of two rows it took."""
-        with self._lock:
-            waiting = (own, *self._gathered)
-            self._gathered.clear()
-            batch: list[_Entry] = []
-            seen: set[tuple[str, Any, Any]] = set()
-            for entry in waiting:
-                keys = entry.row_keys() if len(waiting) > 1 else []
-                (batch if seen.isdisjoint(keys) else self._gathered).append(entry)
-                seen.update(keys)
-            return batch
-
-    def _hand_on(self, lane: _Lane) -> None:
-        """Give the lane to whoever waits longest; nobody goes on writing while its own caller waits."""
-        with self._lock:
-            if not self._gathered:
-                lane.holder = None
-                self._free.append(lane)
-                return
-            heir = self._gathered.popleft()
-            lane.holder, heir.lane = heir, lane
-            if not heir.on_loop:
-                return heir.wake()
-        self._executor.callers.submit(functools.partial(self._lead, lane, heir))
-
-    def _write(self, lane: _Lane, batch: list[_Entry]) -> None:
-        def attempt() -> None:
-            if lane.conn is None:
-                lane.conn = self._executor.pool.getconn()
-                lane.cursor = lane.conn.cursor()
-            try:
-                _commit(lane.cursor, batch)
-            except BaseException:
-                self._executor.pool.putconn(lane.conn)  # the pool looks whether it is still good
-                lane.conn = None
-                raise
-
-        self._executor.patiently(attempt)
-
-    def close(self) -> None:
-        """Give the idle connections back to the pool."""
-        with self._lock:
-            for lane in self._free:
-                if lane.conn is not None:
-                    self._executor.pool.putconn(lane.conn)
-                    lane.conn = None
-
-
-def _commit(cursor: "psycopg.Cursor[Any]", batch: list[_Entry]) -> None:
-    """Write a batch in one transaction and one round trip, and note in the entries which rows were taken."""
-    if len(batch) == 1 and len(batch[0].rows) == 1:
-        (entry,) = batch
-        entry.taken = [cursor.execute(entry.write.one, entry.rows[0]).rowcount > 0]
-        return
-    kinds: dict[_Write, list[dict[str, Any]]] = {}
-    for entry in batch:
-        kinds.setdefault(entry.write, []).extend(entry.rows)
-    writes = sorted(kinds, key=lambda write: write.name)  # so that few statements are made, and kept prepared
-    for write in set(kinds) - {_START, _START_CHILD}:  # what starts keeps its order of arrival
-        kinds[write].sort(key=lambda row: str(row["id"]))  # the order in which rows are locked
-    cursor.execute(_together(*writes), {write.name: json.dumps(kinds[write]) for write in writes})
-    taken = set(cursor.fetchall())
-    for entry in batch:
-        entry.taken = [key in taken for key in entry.row_keys()]
-
-
-# --- Steps --------------------------------------------------------------------------------------------
-#
-# The heart.  Each call that must not happen twice takes the next position of its workflow.  If the
-# history has a record there, the call is recalled; if not, it is made, and recorded.  That is all a
-# replay is: the same function, the same positions, and memory where there were calls.
-
-
-@dataclass(frozen=True)
-class StepStatus:
-    """What `DBOS.step_status` tells inside a step; the attempt counts from 0, None without retries."""
-
-    step_id: int
-    current_attempt: int | None = None
-    max_attempts: int | None = None
-
-
-class StepOptions(TypedDict, total=False):
-    """How `run_step` treats a step; the same names as the arguments of `DBOS.step`."""
-
-    name: str | None
-    retries_allowed: bool
-    interval_seconds: float
-    max_attempts: int
-    backoff_rate: float
-    should_retry: Callable[[Exception], bool | Awaitable[bool]] | None
-
-
-@dataclass(frozen=True)
-class _Retries:
-    """When to try a step again: the fields of StepOptions, without the name."""
-
-    retries_allowed: bool = False
-    interval_seconds: float = 1.0
-    max_attempts: int = 3
-    backoff_rate: float = 2.0
-    should_retry: Callable[[Exception], bool | Awaitable[bool]] | None = None
-
-    def check(self, name: str, fn: Callable[..., Any]) -> None:
-        if self.max_attempts < 1 or self.interval_seconds < 0 or self.backoff_rate < 0:
-            raise DBOSException(f"step {name}: max_attempts must be 1 or more, interval and backoff not negative")
-        if inspect.iscoroutinefunction(self.should_retry) and not inspect.iscoroutinefunction(fn):
-            raise DBOSException(f"step {name} is a plain function, and its should_retry is async: make both alike")
-
-    def pause(self, attempt: int) -> float:
-        return min(self.interval_seconds * self.backoff_rate**attempt, _RETRY_CEILING_S)
-
-
-class _Frame(NamedTuple):
-    """Where the code that runs now stands: in which run, and in which step of it."""
-
-    run: "_Run"
-    step: StepStatus | None = None
-    connection: "_Connection | None" = None
-    reserved: tuple[int, str] | None = None  # position and name, taken already for the transaction called next
-
-
-class _Turn:
-    """A coroutine workflow from a call of its own, or the end of a wait, to the next; and who calls in it."""
-
-    __slots__ = ("caller", "waits")
-
-    def __init__(self) -> None:
-        self.waits = False
-        self.caller: tuple[int, object] | None = None  # a thread, and one call there
-
-
-_frame: contextvars.ContextVar[_Frame | None] = contextvars.ContextVar("durable_frame", default=None)
-_turn: contextvars.ContextVar[_Turn | None] = contextvars.ContextVar("durable_turn", default=None)
-_caller: contextvars.ContextVar[tuple[int, object]] = contextvars.ContextVar("durable_caller", default=(0, None))
-
-
-def _current_run() -> "_Run | None":
-    """The run whose workflow function is calling; None outside workflows, and inside a step."""
-    frame = _here()
-    return frame.run if frame is not None and frame.step is None else None
-
-
-def _here() -> _Frame | None:
-    """Where this code stands; an error in a process that was forked from there."""
-    frame = _frame.get()
-    if frame is not None:
-        frame.run.executor.here()
-    return frame
-
-
-@contextmanager
-def _framed(frame: _Frame) -> Iterator[None]:
-    """Let the user's code run here; what it raises is its outcome, unless somebody wants this task to end."""
-    if frame.step is not None:
-        frame.run.go_on()  # asked for the last time: the step was found not to be on record a while ago
-    token = _frame.set(frame)
-    try:
-        yield
-    except asyncio.CancelledError as stray:
-        if _is_cancelled():
-            raise
-        code = f"step {frame.step.step_id} of workflow" if frame.step else "workflow"
-        raise DBOSException(
-            f"{code} {frame.run.id} raised CancelledError, and nobody had cancelled it: something that it awaited was "
-            f"cancelled, perhaps by itself; catch the error where that is awaited"
-        ) from stray
-    finally:
-        _frame.reset(token)
-
-
-def _is_cancelled() -> bool:
-    """Whether the task that runs here was cancelled (Python 3.10 cannot tell of tasks that are not ours: perhaps)."""
-    with suppress(RuntimeError):  # there is no event loop here, and so nobody who could
-        task: Any = asyncio.current_task()
-        return task is not None and (task.cancelling() > 0 if hasattr(task, "cancelling") else True)
-    return False
-
-
-class _Task(asyncio.Task[Any]):
-    """For Python 3.10: a task that can tell whether it was cancelled, as all can since."""
-
-    _cancels = 0
-
-    def cancel(self, msg: Any = None) -> bool:
-        self._cancels += 1
-        return super().cancel(msg)
-
-    def cancelling(self) -> int:
-        return self._cancels
-
-
-@functools.cache
-def _propagate_context() -> None:
-    """From the first launch on, propagate the context (whose work this is) to threads.
-
-    asyncio.to_thread tells them, but a pool or a thread that a workflow hands its work to knows of no
-    workflow: steps there would go unrecorded, without a word.  Nothing but a word with threading itself
-    helps; it changes nothing for code outside of workflows.
-    """
-    pools: Any = ThreadPoolExecutor
-    threads: Any = threading.Thread
-    submit, start = pools.submit, threads.start
-
-    @functools.wraps(submit)
-    def submit_in_context(pool: Any, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Any:
-        if _frame.get() is None:
-            return submit(pool, fn, *args, **kwargs)
-        call = functools.partial(contextvars.copy_context().run, fn)
-        return contextvars.Context().run(submit, pool, call, *args, **kwargs)  # a thread it begins serves others, too
-
-    @functools.wraps(start)
-    def start_in_context(thread: Any) -> None:
-        frame = _frame.get()
-        if frame is not None and frame.step is None:  # in a step it may be some library's, that outlives the step
-            thread.run = functools.partial(contextvars.copy_context().run, thread.run)
-        start(thread)
-
-    pools.submit, threads.start = submit_in_context, start_in_context
-
-
 class _Run:
     """One run of a workflow by this process, under one claim."""
 
-    def __init__(self, executor: "_Executor", function: "_Function", row: _Claimed) -> None:
+    def __init__(self, executor: _Executor, function: _Function, row: _Claimed) -> None:
         self.executor, self.row, self.id, self.claim, self.queue = executor, row, row.id, row.claim, row.queue
         self.function = function
         self.loop: asyncio.AbstractEventLoop | None = None  # that of its caller, which may end before it does
@@ -2140,6 +546,7 @@ _CUT_OFF = json.dumps({
     "type": "asyncio.CancelledError",
     "text": "the workflow cancelled this call, perhaps by a timeout, and went on without it",
 })
+
 _DISORDER = (
     "workflow {} makes durable calls on several threads: their order, by which results are recalled, is left to "
     "chance; make them in the workflow's own code, with asyncio.gather over async steps or "
@@ -2147,30 +554,182 @@ _DISORDER = (
 )
 
 
-async def _recorded(name: str, perform: Callable[[], Awaitable[T]], child: str | None = None) -> T:
-    """Make a call: in a workflow as its next step, elsewhere plainly."""
-    run = _current_run()
-    return await _checkpointed(run, run.advance() if run else 0, name, perform, child)
+class _Write:
+    """A statement that the journal makes for one row, or for many at once; {rows} stands for them."""
+
+    def __init__(
+        self, name: str, columns: str, sql: str, returning: str = "", before: str = "", by_position: bool = False
+    ) -> None:
+        self.name, self.by_position = name, by_position  # a workflow's rows are told apart by their positions
+        names = ", ".join(column.split()[0] for column in columns.split(", "))
+        typed = ", ".join("%({})s::{}".format(*column.split(" ", 1)) for column in columns.split(", "))
+        # Alone, a row comes in plain parameters, and the count of rows says whether it was taken.
+        one = f"(values ({typed})) as new({names})"
+        self.one = (f"with {before} {sql}" if before else sql).format(rows=one)
+        # Together, they come in one JSON parameter.  The condition, always true, makes the planner expect
+        # few rows, and so look each of them up by its key, whatever it knows of the tables.
+        many = f"(select * from json_to_recordset(%({name})s::json) as r({columns}) where r.id = r.id || '') as new"
+        self.part = ", ".join(filter(None, [before, f"{name} as ({sql} {returning})"])).format(rows=many)
 
 
-async def _checkpointed(
-    run: _Run | None, position: int, name: str, perform: Callable[[], Awaitable[T]], child: str | None = None
-) -> T:
-    """Return what stands on record at `position`, or make the call and record it; without a run only make it."""
-    if run is None:
-        return await perform()
-    with run.noting_cut(position, name):
-        past = await run.recall(position, name)
-        if past is not None:
-            return cast(T, run.outcome(past))
-        began = time.monotonic()
-        value, error = None, None
-        try:
-            value = await perform()
-        except Exception as raised:
-            error = _raised(raised)
-        # Die here and the call is made again; one line later, it never will be.
-        return cast(T, await run.record(position, name, value, error, time.monotonic() - began, child))
+# A step is done.  The share lock makes a later claim wait for this record, or this record miss.
+_RECORD = _Write(
+    "record",
+    "id text, claim bigint, position integer, name text, output text, error text, "
+    "child_workflow_id text, tries integer, took_s double precision",
+    """
+    insert into durable.steps
+           (workflow_id, position, name, output, error, child_workflow_id, tries, started_at, completed_at)
+    select new.id, new.position, new.name, new.output, new.error, new.child_workflow_id, new.tries,
+           clock_timestamp() - make_interval(secs => new.took_s), clock_timestamp()
+      from {rows} join durable.workflows as w on w.id = new.id and w.claim = new.claim
+     where w.status = 'PENDING' for share of w
+        on conflict do nothing
+    """,
+    "returning workflow_id as id, position",
+    by_position=True,
+)
+
+# A sleep, which is on record since it began, was cancelled.
+_CUT_SLEEP = _Write(
+    "cut_sleep",
+    "id text, claim bigint, position integer, error text",
+    """
+    update durable.steps as s set output = null, error = slept.error from slept
+     where s.workflow_id = slept.id and s.position = slept.position
+    """,
+    "returning s.workflow_id as id, s.position",
+    before="""slept as (select new.* from {rows} join durable.workflows as w on w.id = new.id and w.claim = new.claim
+                         where w.status = 'PENDING' for share of w)""",
+    by_position=True,
+)
+
+
+def _read_history(conn: Conn, id: str, after: int, limit: int = _HISTORY_CHUNK) -> list[_Record]:
+    """Read the next records of a workflow, in order, behind position `after`."""
+    query = """
+        select position, name, output, error, child_workflow_id from durable.steps
+         where workflow_id = %s and position > %s order by position limit %s
+    """
+    return conn.cursor(row_factory=class_row(_Record)).execute(query, (id, after, limit)).fetchall()
+
+
+def _claims(conn: Conn, ids: list[str]) -> dict[str, tuple[int | None, str]]:
+    """Read under which claim and in which status workflows are; of those that do not exist, None and "deleted"."""
+    rows = conn.execute("select id, claim, status from durable.workflows where id = any(%s)", (ids,))
+    return dict.fromkeys(ids, (None, "deleted")) | {id: (claim, status) for id, claim, status in rows}
+
+
+async def _breathe(executor: _Executor) -> None:
+    """Pause before a write is made again that was refused without a reason: whatever it is, nothing spins."""
+    await _for_any(executor.closed, timeout=_AGAIN_S)
+
+
+@dataclass(frozen=True)
+class StepStatus:
+    """What `DBOS.step_status` tells inside a step; the attempt counts from 0, None without retries."""
+
+    step_id: int
+    current_attempt: int | None = None
+    max_attempts: int | None = None
+
+
+class StepOptions(TypedDict, total=False):
+    """How `run_step` treats a step; the same names as the arguments of `DBOS.step`."""
+
+    name: str | None
+    retries_allowed: bool
+    interval_seconds: float
+    max_attempts: int
+    backoff_rate: float
+    should_retry: Callable[[Exception], bool | Awaitable[bool]] | None
+
+
+@dataclass(frozen=True)
+class _Retries:
+    """When to try a step again: the fields of StepOptions, without the name."""
+
+    retries_allowed: bool = False
+    interval_seconds: float = 1.0
+    max_attempts: int = 3
+    backoff_rate: float = 2.0
+    should_retry: Callable[[Exception], bool | Awaitable[bool]] | None = None
+
+    def check(self, name: str, fn: Callable[..., Any]) -> None:
+        if self.max_attempts < 1 or self.interval_seconds < 0 or self.backoff_rate < 0:
+            raise DBOSException(f"step {name}: max_attempts must be 1 or more, interval and backoff not negative")
+        if inspect.iscoroutinefunction(self.should_retry) and not inspect.iscoroutinefunction(fn):
+            raise DBOSException(f"step {name} is a plain function, and its should_retry is async: make both alike")
+
+    def pause(self, attempt: int) -> float:
+        return min(self.interval_seconds * self.backoff_rate**attempt, _RETRY_CEILING_S)
+
+
+class _Frame(NamedTuple):
+    """Where the code that runs now stands: in which run, and in which step of it."""
+
+    run: _Run
+    step: StepStatus | None = None
+    connection: _Connection | None = None
+    reserved: tuple[int, str] | None = None  # position and name, taken already for the transaction called next
+
+
+_frame: contextvars.ContextVar[_Frame | None] = contextvars.ContextVar("durable_frame", default=None)
+
+
+def _current_run() -> _Run | None:
+    """The run whose workflow function is calling; None outside workflows, and inside a step."""
+    frame = _here()
+    return frame.run if frame is not None and frame.step is None else None
+
+
+def _here() -> _Frame | None:
+    """Where this code stands; an error in a process that was forked from there."""
+    frame = _frame.get()
+    if frame is not None:
+        frame.run.executor.here()
+    return frame
+
+
+@contextmanager
+def _framed(frame: _Frame) -> Iterator[None]:
+    """Let the user's code run here; what it raises is its outcome, unless somebody wants this task to end."""
+    if frame.step is not None:
+        frame.run.go_on()  # asked for the last time: the step was found not to be on record a while ago
+    token = _frame.set(frame)
+    try:
+        yield
+    except asyncio.CancelledError as stray:
+        if _is_cancelled():
+            raise
+        code = f"step {frame.step.step_id} of workflow" if frame.step else "workflow"
+        raise DBOSException(
+            f"{code} {frame.run.id} raised CancelledError, and nobody had cancelled it: something that it awaited was "
+            f"cancelled, perhaps by itself; catch the error where that is awaited"
+        ) from stray
+    finally:
+        _frame.reset(token)
+
+
+def _is_cancelled() -> bool:
+    """Whether the task that runs here was cancelled (Python 3.10 cannot tell of tasks that are not ours: perhaps)."""
+    with suppress(RuntimeError):  # there is no event loop here, and so nobody who could
+        task: Any = asyncio.current_task()
+        return task is not None and (task.cancelling() > 0 if hasattr(task, "cancelling") else True)
+    return False
+
+
+class _Task(asyncio.Task[Any]):
+    """For Python 3.10: a task that can tell whether it was cancelled, as all can since."""
+
+    _cancels = 0
+
+    def cancel(self, msg: Any = None) -> bool:
+        self._cancels += 1
+        return super().cancel(msg)
+
+    def cancelling(self) -> int:
+        return self._cancels
 
 
 async def _step(name: str, retries: _Retries, call: Callable[[], Any]) -> Any:
@@ -2180,31 +739,6 @@ async def _step(name: str, retries: _Retries, call: Callable[[], Any]) -> Any:
         return await _value_of(call())
     position = run.advance()
     return await _checkpointed(run, position, name, lambda: _attempts(run, position, name, retries, call))
-
-
-def _unless_stopped(run: _Run | None, call: Callable[[], T]) -> T:
-    """Call, on another thread or loop than that on which it was decided to; there may have been a wait in between."""
-    if run is not None:
-        run.go_on()
-    return call()
-
-
-async def _off_loop(threads: "_Threads | None", call: Callable[[], T]) -> T:
-    """Call a blocking function for a coroutine, on one of these threads."""
-
-    def carried() -> T:
-        try:
-            return call()
-        except StopIteration as stop:  # no future takes it, and who awaited it would wait for ever
-            raise RuntimeError("coroutine raised StopIteration") from stop
-
-    if threads is None:
-        return await asyncio.to_thread(carried)
-    return await threads.call(functools.partial(contextvars.copy_context().run, carried))
-
-
-async def _value_of(value: Any) -> Any:
-    return await value if inspect.isawaitable(value) else value
 
 
 async def _attempts(run: _Run, position: int, name: str, retries: _Retries, call: Callable[[], Any]) -> Any:
@@ -2233,197 +767,78 @@ async def _attempts(run: _Run, position: int, name: str, retries: _Retries, call
     )
 
 
-class _Connection(psycopg.Connection[Any]):
-    """A connection of ours, which may lend its session to a transaction function."""
+async def _value_of(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value
 
-    has_session = True  # it is not one of many that a proxy lends backends to, a transaction at a time
-    stage = "begin"  # of a transaction: then it is the "function"'s, and then it writes the "record"
-    after: list[Callable[[], object]]  # what to tell whom once the transaction is committed
-    met: list[psycopg.Error]  # the errors of this session, which are not those of another database
-    borrowed: "_Borrowed | None" = None
 
-    @classmethod
-    def connect(cls, *args: Any, **kwargs: Any) -> "_Connection":
-        forks = _forks
-        conn = super().connect(*args, **kwargs)
-        _sessions.add(conn)
-        if _forks != forks:  # some child may hold this socket, and did not know
-            conn.close()
-            raise psycopg.OperationalError("the process was forked while it connected")
-        return conn
+def _unless_stopped(run: _Run | None, call: Callable[[], T]) -> T:
+    """Call, on another thread or loop than that on which it was decided to; there may have been a wait in between."""
+    if run is not None:
+        run.go_on()
+    return call()
 
-    def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+
+async def _off_loop(threads: _Threads | None, call: Callable[[], T]) -> T:
+    """Call a blocking function for a coroutine, on one of these threads."""
+
+    def carried() -> T:
         try:
-            return super().wait(gen, *args, **kwargs)
-        except psycopg.Error as error:
-            if self.borrowed is not None:
-                self.met.append(error)
-            raise
+            return call()
+        except StopIteration as stop:  # no future takes it, and who awaited it would wait for ever
+            raise RuntimeError("coroutine raised StopIteration") from stop
 
-    @contextmanager
-    def lent(self) -> Iterator[None]:
-        """Show the session to a function as another object, which ends with it."""
-        kept = self.prepare_threshold, self.prepared_max
-        self.borrowed = borrowed = _Borrowed(self.pgconn)
-        borrowed.owner, borrowed.autocommit = self, True
-        borrowed._prepared = self._prepared  # which names are taken is the session's, not the object's
-        try:
-            yield
-        finally:
-            self.prepare_threshold, self.prepared_max = kept
-            borrowed.pgconn = cast(pq.abc.PGconn, psycopg.errors.FinishedPGconn())
-            self.borrowed = None
+    if threads is None:
+        return await asyncio.to_thread(carried)
+    return await threads.call(functools.partial(contextvars.copy_context().run, carried))
 
 
-class _Borrowed(psycopg.Connection[Any]):
-    """What a transaction function sees: all psycopg, but to end the transaction is not the function's to do.
+# --- Order --------------------------------------------------------------------------------------------
+#
+# Results are recalled by position, so positions must be taken in the same order by every replay: in the
+# workflow's own code.  Calls that threads make at the same time have no order, and are an error.
 
-    Row factory, adapters and handlers are set on this object, and go with it.
+
+class _Turn:
+    """A coroutine workflow from a call of its own, or the end of a wait, to the next; and who calls in it."""
+
+    __slots__ = ("caller", "waits")
+
+    def __init__(self) -> None:
+        self.waits = False
+        self.caller: tuple[int, object] | None = None  # a thread, and one call there
+
+
+_turn: contextvars.ContextVar[_Turn | None] = contextvars.ContextVar("durable_turn", default=None)
+_caller: contextvars.ContextVar[tuple[int, object]] = contextvars.ContextVar("durable_caller", default=(0, None))
+
+
+@functools.cache
+def _propagate_context() -> None:
+    """From the first launch on, propagate the context (whose work this is) to threads.
+
+    asyncio.to_thread tells them, but a pool or a thread that a workflow hands its work to knows of no
+    workflow: steps there would go unrecorded, without a word.  Nothing but a word with threading itself
+    helps; it changes nothing for code outside of workflows.
     """
+    pools: Any = ThreadPoolExecutor
+    threads: Any = threading.Thread
+    submit, start = pools.submit, threads.start
 
-    owner: _Connection
+    @functools.wraps(submit)
+    def submit_in_context(pool: Any, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Any:
+        if _frame.get() is None:
+            return submit(pool, fn, *args, **kwargs)
+        call = functools.partial(contextvars.copy_context().run, fn)
+        return contextvars.Context().run(submit, pool, call, *args, **kwargs)  # a thread it begins serves others, too
 
-    def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
-        if isinstance(self.pgconn, psycopg.errors.FinishedPGconn):  # said of its cursors, too
-            raise DBOSException("this DBOS.connection was that of a transaction which is over")
-        return self.owner.wait(gen, *args, **kwargs)
+    @functools.wraps(start)
+    def start_in_context(thread: Any) -> None:
+        frame = _frame.get()
+        if frame is not None and frame.step is None:  # in a step it may be some library's, that outlives the step
+            thread.run = functools.partial(contextvars.copy_context().run, thread.run)
+        start(thread)
 
-    def commit(self) -> None:
-        raise DBOSException(_PARTED.format("called commit()"))
-
-    def close(self) -> None:
-        raise DBOSException(_PARTED.format("called close()"))
-
-
-_PARTED = (
-    "a DBOS.transaction function {}, which parts its work from its checkpoint: "
-    "let it return, and both are committed together"
-)
-
-
-def _transaction(name: str, isolation: str, call: Callable[[], Any]) -> Any:
-    """Run a transaction function; its work and its record commit together, or neither does."""
-    run, frame = _current_run(), _frame.get()
-    if run is None or frame is None:
-        raise DBOSException(f"transaction {name} was called inside a step: call it from the workflow itself")
-    position, name = frame.reserved or (run.advance(), name)
-    with run.noting_cut(position, name):
-        return _transact_at(run, position, name, isolation, call)
-
-
-def _transact_at(run: _Run, position: int, name: str, isolation: str, call: Callable[[], Any]) -> Any:
-    past = _block(run.recall(position, name))
-    if past is not None:
-        return run.outcome(past)
-    began, tries = time.monotonic(), 0
-    for pause in _pauses():
-        undone = lost = False
-        try:
-            # Those who met a conflict take turns: at a crowded row each would fail the others, again and again.
-            with run.executor.turns[name] if tries else nullcontext(), run.executor.pool.connection() as conn:
-                try:
-                    value, raised = _commit_together(conn, run, position, name, isolation, call, began)
-                except Exception as error:
-                    undone, lost = _undone(conn, error), conn.closed  # told while nobody else has the session
-                    raise
-        except Exception as error:
-            # The commit may have happened all the same, and only its acknowledgement be lost: the record
-            # tells.  If it comes later still, ours collides with it, and is rolled back with our work.
-            standing = _block(run.settle(position, name))
-            if standing is not None:
-                return run.outcome(standing)
-            tries += undone
-            if _may_pass(error) and tries < _TRIES:
-                if undone and not lost:
-                    _block(_pause_run(run.executor, timeout=pause))
-                else:
-                    run.executor.pause(pause, error)
-                continue
-            value, raised = None, error
-        if raised is None:
-            return value
-        return _block(run.record(position, name, None, raised, time.monotonic() - began))
-
-
-def _undone(conn: _Connection, error: Exception) -> bool:
-    """Whether an error counts as a try of the function: it may be of its making.
-
-    Else the database is in trouble, before the function was called or with our record, and is waited for.
-    """
-    if conn.stage == "record":
-        return conn.closed or str(getattr(error, "sqlstate", None))[:2] in ("40", "25")
-    return conn.stage == "function"
-
-
-async def _transact(name: str, call: Callable[[], Any]) -> Any:
-    """Call a transaction function, perhaps on another thread, at the position that is taken here."""
-    run = _current_run()
-    if run is None:
-        return await _value_of(call())
-    position = run.advance()
-    with run.noting_cut(position, name):
-        past = await run.recall(position, name)  # here: what waits for a thread could time out in each replay
-        if past is not None:
-            return run.outcome(past)
-        with _framed(_Frame(run, reserved=(position, name))):
-            return await _value_of(call())
-
-
-def _commit_together(
-    conn: _Connection, run: _Run, position: int, name: str, isolation: str, call: Callable[[], Any], began: float
-) -> tuple[Any, Exception | None]:
-    """Call the function and commit; or roll back and return what it raised of its own accord."""
-    conn.stage, conn.after, conn.met = "begin", [], []
-    clean = _CLEAN.format(settings=run.executor.settings(conn))
-    try:
-        with conn.lent():
-            # Begun in SQL, so that `with connection.transaction()` is a savepoint.
-            begun = conn.execute(f"begin isolation level {isolation}; show transaction_read_only")
-            if begun.nextset() and begun.fetchone() != ("off",):  # later, it is the function's own doing
-                raise psycopg.errors.ReadOnlySqlTransaction("the database is read-only")
-            conn.stage = "function"
-            try:
-                with _framed(_Frame(run, StepStatus(position), conn)):
-                    value = call()
-                if conn.info.transaction_status == pq.TransactionStatus.IDLE:
-                    raise DBOSException(_PARTED.format("ended its transaction by itself"))
-                output, _, unstorable = run.store(f"transaction {name}", value, None)
-            except Exception as error:
-                if conn.closed or (error in conn.met and str(getattr(error, "sqlstate", None))[:2] in ("40", "53")):
-                    raise  # lost, a conflict, out of resources: the whole may be tried again
-                return None, error
-        if unstorable is not None:
-            return None, unstorable
-        conn.stage = "record"
-        row = {"id": run.id, "claim": run.claim, "position": position, "name": name, "output": output}
-        # One message, so that the record's lock on the workflow's row lives within this one round trip.
-        psycopg.ClientCursor(conn).execute(
-            f"set constraints all immediate; {clean}; {_RECORD_OR_FAIL}; commit; {_UNLOCK}",
-            {**row, "took_s": time.monotonic() - began},
-        )
-        conn.stage = "committed"
-        for tell in conn.after:
-            tell()
-        return value, None
-    finally:
-        conn.met = []
-        if conn.stage != "committed":
-            with suppress(psycopg.Error):
-                conn.execute(f"rollback; {clean}; {_UNLOCK}")
-
-
-# What a function did to the session ends with its transaction; what it deferred still sees its settings.
-# (DISCARD ALL would do most of that, but no transaction may contain it, and it unprepares our statements.)
-_CLEAN = """
-    set session authorization default; reset role; reset all; {settings}
-    close all; unlisten *; discard temp;
-    do $$ declare its text; begin
-        for its in select quote_ident(name) from pg_prepared_statements where from_sql loop
-            execute 'deallocate ' || its;
-        end loop;
-    end $$
-"""
-_UNLOCK = "select pg_advisory_unlock_all()"
+    pools.submit, threads.start = submit_in_context, start_in_context
 
 
 # --- Workflows ----------------------------------------------------------------------------------------
@@ -2432,149 +847,104 @@ _UNLOCK = "select pg_advisory_unlock_all()"
 # (the outcome is written).  Whoever begins an ID that exists already gets the existing execution.
 
 
-def _name_of(fn: Callable[..., Any]) -> str:
-    """What a function is called, the same in every process; for a callable object, its class."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    return str(getattr(fn, "__qualname__", type(fn).__qualname__))
+async def _call(executor: _Executor, function: _Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a workflow function: begin it and see it through, here if it is ours, else wherever it runs.
 
-
-class _Function:
-    """A registered function: what a row's `name` means in this process."""
-
-    def __init__(
-        self, name: str, call: Callable[..., Any], source: Callable[..., Any], most: int | None, kind: str = "workflow"
-    ) -> None:
-        self.name, self.call, self.max_recovery_attempts, self.kind = name, call, most, kind
-        self.given, self.held = source, _held(source)
-        self.is_async = inspect.iscoroutinefunction(call)
-        self.signature = inspect.signature(source)
-        while isinstance(source, functools.partial):
-            source = source.func
-        source = inspect.unwrap(source)
-        self.source: Any = source if hasattr(source, "__code__") else type(source).__call__  # of a callable object
-        self.receiver: Literal["class", "instance"] | None = None  # set by dbos_class for methods
-
-    @functools.cached_property
-    def hash(self) -> str:
-        """Tell this code from another."""
-        return hashlib.sha256(f"{self.name}\n{_code_of(self.source)}".encode()).hexdigest()[:16]
-
-
-def _code_of(fn: Any, seen: frozenset[int] = frozenset()) -> object:
-    """What tells a function's code from another's: its source, with that of a plain function which it wraps.
-
-    What has no source (a .pyc alone, `python -`) is known by its bytecode, and its defaults.
+    In a parent this takes two positions: the start, and behind it the result.
     """
+    start = _prepare_start(executor, function, args, kwargs, None, positions=2)
+    id, run = await _begin(executor, function, start)
+
+    async def see_through() -> Any:
+        if run is not None:
+            with suppress(_Superseded, DBOSWorkflowCancelledError):  # then its row knows better how it ends
+                return await _execute(run)
+        return await _result(executor, id)
+
+    return await _checkpointed(start.parent, start.row["position"] + 1, "DBOS.getResult", see_through, child=id)
+
+
+class _Start(NamedTuple):
+    """A workflow about to begin: its row (with the position that its start has in the parent), and the parent."""
+
+    row: dict[str, Any]
+    parent: _Run | None
+    abroad: bool = False  # the parent's history is in another database, which only its start is recorded in
+
+    def kind(self) -> _Write:
+        return _START if self.parent is None or self.abroad else _START_CHILD
+
+
+def _prepare_start(
+    executor: _Executor, function: _Function, args: tuple[Any, ...], kwargs: dict[str, Any],
+    queue: str | None, positions: int = 1,
+) -> _Start:
+    """Take the position and the ID, and prepare the row, all before the first wait."""
+    if function.name not in executor.registry._functions:
+        raise DBOSWorkflowFunctionNotFoundError(f"{function.name} is no longer registered: the registry was destroyed")
+    frame = _frame.get()
+    if frame is not None and frame.step is not None:
+        raise DBOSException(
+            f"{function.name} was started inside step {frame.step.step_id} of workflow {frame.run.id}: a step is "
+            f"recorded as a whole, so start workflows from the workflow itself"
+        )
+    parent = frame.run if frame else None
+    function.signature.bind(*args, **kwargs)  # TypeError now, rather than in a row that nobody can run
+    class_name, config_name = executor.registry._name_receiver(function, args)
+    position = parent.advance(positions) if parent else 0
+    inputs = {"args": list(args[1:] if function.receiver else args), "kwargs": kwargs}
     try:
-        source = inspect.getsource(fn)
-        tree = ast.parse(f"if 1:\n{source}" if source[0].isspace() else source)
-        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-        code: object = _shape(next((node for node in ast.walk(tree) if isinstance(node, kinds)), tree))
-    except (OSError, TypeError, SyntaxError):
-        given = [*(getattr(fn, "__defaults__", None) or ()), *(getattr(fn, "__kwdefaults__", None) or {}).values()]
-        code = _shape([getattr(fn, "__code__", None), [v if _survives_json(v) else _type_name(v) for v in given]])
-    wrapped = [each for each in _held(fn).values() if isinstance(each, types.FunctionType) and id(each) not in seen]
-    inner = [_code_of(each, seen | {id(fn)}) for each in wrapped if not hasattr(each, "_durable_function")]
-    return [code, *inner] if inner else code
+        text = executor.serialize(inputs)
+    except Exception as cause:
+        types = ", ".join(sorted({_type_name(each) for each in (*inputs["args"], *kwargs.values())}))
+        raise DBOSException(f"the arguments of {function.name} ({types}) cannot be stored: {cause}") from cause
+    names = {"name": function.name, "class_name": class_name, "config_name": config_name}
+    abroad = parent is not None and not executor.hosts(parent)
+    kin = None if abroad else parent
+    origin = {"parent_workflow_id": kin and kin.id, "parent_claim": kin and kin.claim, "position": position}
+    row = {"id": _next_id(parent, position), **names, "inputs": text, **origin, **_terms(executor, queue)}
+    return _Start(row, parent, abroad)
 
 
-_CODE = "code", "exceptiontable", "consts", "names", "varnames", "freevars", "argcount", "kwonlyargcount", "flags"
+def _terms(executor: _Executor, queue: str | None) -> dict[str, Any]:
+    """The part of a new row that says when and by whom it is run, as the options have it."""
+    options, me = _options.get(), executor.me
+    terms: dict[str, Any] = {
+        "queue": queue, "claim": _first_claim(),
+        "timeout_s": options.timeout and options.timeout[0], "inherits": options.timeout is None,
+    }
+    if queue is None:  # begun under our own claim
+        return terms | {
+            "status": "PENDING", "application_version": me["version"], "executor_id": me["executor_id"],
+            "incarnation": me["incarnation"], "recovery_attempts": 1, "priority": 0, "deduplication_id": None,
+            "delay_s": None,
+        }
+    return terms | {
+        "status": "ENQUEUED" if options.delay_seconds is None else "DELAYED",
+        "application_version": options.app_version or me["version"], "executor_id": None, "incarnation": None,
+        "recovery_attempts": 0, "priority": options.priority or 0, "deduplication_id": options.deduplication_id,
+        "delay_s": options.delay_seconds,
+    }
 
 
-def _shape(node: object) -> object:
-    """A piece of syntax as nested lists, so that comments, blank lines and layout do not count.
-
-    What is empty is left out: so are the fields that newer versions of Python add, in older code, and
-    the empty pieces that 3.12 sees in f-strings.  Compiled code is instructions, names and constants.
-    """
-    if isinstance(node, types.CodeType):
-        return [_shape(getattr(node, f"co_{each}", None)) for each in _CODE]
-    if isinstance(node, frozenset):  # a constant, whose order is another in each process
-        return sorted(ascii(_shape(each)) for each in node)
-    if isinstance(node, ast.JoinedStr):
-        return [_shape(piece) for piece in node.values if getattr(piece, "value", None) != ""]
-    if isinstance(node, ast.AST):
-        fields = [(name, _shape(value)) for name, value in ast.iter_fields(node) if value not in (None, [])]
-        return [type(node).__name__, *fields]
-    return [_shape(each) for each in node] if isinstance(node, (list, tuple)) else ascii(node)
+def _first_claim() -> int:
+    """Where a row's claims begin: anywhere, so that no late write of a deleted workflow fits the next of that ID."""
+    return secrets.randbits(48) + 1
 
 
-class _Site(NamedTuple):
-    """Where something is declared: by which run of which module's code."""
-
-    run: types.CodeType | None = None  # each run of a module, or of a cell of a notebook, compiles or loads it anew
-    module: str | None = None  # its file, under whichever name it was imported; its name, where there is none
-    line: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.run.co_filename}, line {self.line}" if self.run else "a thread"
-
-
-def _site() -> _Site:
-    """Find the code outside of all functions and classes that led here."""
-    frame: types.FrameType | None = sys._getframe()
-    while frame is not None and frame.f_locals is not frame.f_globals:
-        frame = frame.f_back
-    if frame is None:
-        return _Site()
-    file, name = (frame.f_globals.get(each) for each in ("__file__", "__name__"))
-    return _Site(frame.f_code, os.path.realpath(file) if file else name, frame.f_lineno)
+def _next_id(parent: _Run | None, position: int) -> str:
+    """The ID of a workflow about to begin: as asked for, or its parent's with the position, or random."""
+    ids = _options.get().ids
+    if ids:
+        return ids.pop()
+    if ids is not None:
+        _log.warning("a second workflow in one SetWorkflowID block gets a generated ID: use a block for each")
+    return _generated_id(parent, position)
 
 
-_UNSET = object()  # what a variable holds that has no value yet
-
-
-def _alike(new: Any, former: Any, again: bool = False, seen: frozenset[int] = frozenset()) -> bool:
-    """Whether two things are one, as far as a function's behaviour depends on them.
-
-    Two functions are if they have the same code and hold alike things: one line can make many functions.
-    Where their module was run `again`, their code may have been edited, and their names tell; for a name
-    that stands for nothing by itself (of a function within another, a lambda), what they hold does, too.
-    """
-    new, held = _as_written(new)
-    former, before = _as_written(former)
-    if new is _UNSET or former is _UNSET:
-        return again
-    if new is former or id(new) in seen:
-        return True
-    if not (isinstance(new, types.FunctionType) and isinstance(former, types.FunctionType)):
-        if again and not _survives_json(new):
-            return _name_of(new) == _name_of(former)
-        lasting = again or type(new).__hash__ is not None  # two lists may be equal now, and differ later
-        return type(new) is type(former) and lasting and bool(new == former)
-    if not again:
-        same = new.__code__ is former.__code__
-    elif new.__name__ == "<lambda>":
-        same = _shape(new.__code__) == _shape(former.__code__)
-    else:
-        same = new.__qualname__ == former.__qualname__
-    if not same or (again and "<" not in new.__qualname__):
-        return same
-    return (again or held.keys() == before.keys()) and all(
-        _alike(held[name], before[name], again, seen | {id(new)}) for name in held.keys() & before.keys()
-    )
-
-
-def _held(fn: object) -> dict[object, Any]:
-    """What a function has besides its code: its defaults, and the variables of the functions around it."""
-    if not isinstance(fn, types.FunctionType):
-        return {}
-    held: dict[object, Any] = dict(enumerate(fn.__defaults__ or ()))
-    held.update(fn.__kwdefaults__ or {})
-    for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
-        if name not in ("__class__", fn.__name__):  # which are being defined, as it is
-            try:
-                held[name] = cell.cell_contents
-            except ValueError:
-                held[name] = _UNSET
-    return held
-
-
-def _as_written(fn: Any) -> tuple[Any, dict[object, Any]]:
-    """A function without our decoration, and what it held when it was registered (or holds now, if it was not)."""
-    function = vars(fn).get("_durable_function") if isinstance(fn, types.FunctionType) else fn
-    return (function.given, function.held) if isinstance(function, _Function) else (fn, _held(fn))
+def _generated_id(run: _Run | None, position: int) -> str:
+    """The same at each try of a step, so that the second finds it taken; random outside of workflows."""
+    return f"{run.id}-{position}" if run else str(uuid.uuid4())
 
 
 @dataclass
@@ -2672,101 +1042,7 @@ def _storable(text: str) -> bool:
     return "\0" not in text and text == text.encode("utf-8", "replace").decode()
 
 
-def _next_id(parent: _Run | None, position: int) -> str:
-    """The ID of a workflow about to begin: as asked for, or its parent's with the position, or random."""
-    ids = _options.get().ids
-    if ids:
-        return ids.pop()
-    if ids is not None:
-        _log.warning("a second workflow in one SetWorkflowID block gets a generated ID: use a block for each")
-    return _generated_id(parent, position)
-
-
-def _generated_id(run: _Run | None, position: int) -> str:
-    """The same at each try of a step, so that the second finds it taken; random outside of workflows."""
-    return f"{run.id}-{position}" if run else str(uuid.uuid4())
-
-
-class _Start(NamedTuple):
-    """A workflow about to begin: its row (with the position that its start has in the parent), and the parent."""
-
-    row: dict[str, Any]
-    parent: _Run | None
-    abroad: bool = False  # the parent's history is in another database, which only its start is recorded in
-
-    def kind(self) -> _Write:
-        return _START if self.parent is None or self.abroad else _START_CHILD
-
-
-def _prepare_start(
-    executor: "_Executor", function: _Function, args: tuple[Any, ...], kwargs: dict[str, Any],
-    queue: str | None, positions: int = 1,
-) -> _Start:
-    """Take the position and the ID, and prepare the row, all before the first wait."""
-    if function.name not in executor.registry._functions:
-        raise DBOSWorkflowFunctionNotFoundError(f"{function.name} is no longer registered: the registry was destroyed")
-    frame = _frame.get()
-    if frame is not None and frame.step is not None:
-        raise DBOSException(
-            f"{function.name} was started inside step {frame.step.step_id} of workflow {frame.run.id}: a step is "
-            f"recorded as a whole, so start workflows from the workflow itself"
-        )
-    parent = frame.run if frame else None
-    function.signature.bind(*args, **kwargs)  # TypeError now, rather than in a row that nobody can run
-    class_name, config_name = executor.registry._name_receiver(function, args)
-    position = parent.advance(positions) if parent else 0
-    inputs = {"args": list(args[1:] if function.receiver else args), "kwargs": kwargs}
-    try:
-        text = executor.serialize(inputs)
-    except Exception as cause:
-        types = ", ".join(sorted({_type_name(each) for each in (*inputs["args"], *kwargs.values())}))
-        raise DBOSException(f"the arguments of {function.name} ({types}) cannot be stored: {cause}") from cause
-    names = {"name": function.name, "class_name": class_name, "config_name": config_name}
-    abroad = parent is not None and not executor.hosts(parent)
-    kin = None if abroad else parent
-    origin = {"parent_workflow_id": kin and kin.id, "parent_claim": kin and kin.claim, "position": position}
-    row = {"id": _next_id(parent, position), **names, "inputs": text, **origin, **_terms(executor, queue)}
-    return _Start(row, parent, abroad)
-
-
-def _terms(executor: "_Executor", queue: str | None) -> dict[str, Any]:
-    """The part of a new row that says when and by whom it is run, as the options have it."""
-    options, me = _options.get(), executor.me
-    terms: dict[str, Any] = {
-        "queue": queue, "claim": _first_claim(),
-        "timeout_s": options.timeout and options.timeout[0], "inherits": options.timeout is None,
-    }
-    if queue is None:  # begun under our own claim
-        return terms | {
-            "status": "PENDING", "application_version": me["version"], "executor_id": me["executor_id"],
-            "incarnation": me["incarnation"], "recovery_attempts": 1, "priority": 0, "deduplication_id": None,
-            "delay_s": None,
-        }
-    return terms | {
-        "status": "ENQUEUED" if options.delay_seconds is None else "DELAYED",
-        "application_version": options.app_version or me["version"], "executor_id": None, "incarnation": None,
-        "recovery_attempts": 0, "priority": options.priority or 0, "deduplication_id": options.deduplication_id,
-        "delay_s": options.delay_seconds,
-    }
-
-
-def _first_claim() -> int:
-    """Where a row's claims begin: anywhere, so that no late write of a deleted workflow fits the next of that ID."""
-    return secrets.randbits(48) + 1
-
-
-async def _has_begun(start: _Start) -> bool:
-    """Whether the parent's history has this start: then take the ID from there, or raise what refused it."""
-    if start.parent is None:
-        return False
-    past = await start.parent.recall(start.row["position"], start.row["name"])
-    if past is not None:
-        start.parent.outcome(past)
-        start.row["id"] = past.child_workflow_id
-    return past is not None
-
-
-async def _begin(executor: "_Executor", function: _Function, start: _Start) -> tuple[str, _Run | None]:
+async def _begin(executor: _Executor, function: _Function, start: _Start) -> tuple[str, _Run | None]:
     """Commit the row; return the ID, and the run if it is ours to execute now."""
     row = start.row
     if await _has_begun(start):
@@ -2810,7 +1086,18 @@ async def _begin(executor: "_Executor", function: _Function, start: _Start) -> t
     return run.id, run
 
 
-async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None:
+async def _has_begun(start: _Start) -> bool:
+    """Whether the parent's history has this start: then take the ID from there, or raise what refused it."""
+    if start.parent is None:
+        return False
+    past = await start.parent.recall(start.row["position"], start.row["name"])
+    if past is not None:
+        start.parent.outcome(past)
+        start.row["id"] = past.child_workflow_id
+    return past is not None
+
+
+async def _insert(executor: _Executor, start: _Start) -> dict[str, Any] | None:
     """Insert the row and, in the parent's history, its start; return the row that was there before, if any."""
     row, parent = start.row, start.parent
     while not (await _write_starts(executor, [start]))[0]:
@@ -2840,13 +1127,57 @@ async def _insert(executor: "_Executor", start: _Start) -> dict[str, Any] | None
     return existing
 
 
-async def _write_starts(executor: "_Executor", starts: list[_Start]) -> list[bool]:
+async def _write_starts(executor: _Executor, starts: list[_Start]) -> list[bool]:
     """Insert the rows of workflows about to begin, of one parent or none; tell for each whether it took effect."""
     with ExitStack() as noting:
         for start in starts:
             if start.parent is not None:
                 noting.enter_context(start.parent.noting_cut(start.row["position"], start.row["name"]))
         return await executor.journal.write(starts[0].kind(), *(start.row for start in starts))
+
+
+_START_COLUMNS = (
+    "id text, name text, class_name text, config_name text, inputs text, parent_workflow_id text, "
+    "status text, claim bigint, recovery_attempts integer, executor_id text, incarnation integer, "
+    "application_version text, queue text, priority integer, deduplication_id text, timeout_s double precision"
+)
+
+_START_NAMES = ", ".join(column.split()[0] for column in _START_COLUMNS.split(", "))
+_FROM_NOW = "case when status = 'PENDING' then clock_timestamp() + make_interval(secs => timeout_s) end"
+
+_INSERT_WORKFLOW = f"""
+    insert into durable.workflows ({_START_NAMES}, delayed_until, deadline_at)
+    select {_START_NAMES}, clock_timestamp() + make_interval(secs => delay_s),
+"""
+
+# A workflow begins.  An ID or a deduplication ID that is taken inserts nothing.
+_START = _Write(
+    "start",
+    _START_COLUMNS + ", delay_s double precision",
+    _INSERT_WORKFLOW + _FROM_NOW + " from {rows} on conflict do nothing",
+    "returning id, 0 as position",
+)
+
+# A child begins, and its parent's history says so, in one statement: a crash leaves both or neither.
+# (`is true` makes a hash of the IDs; a join, planned for few, would compare each with each.)
+_START_CHILD = _Write(
+    "start_child",
+    _START_COLUMNS + ", delay_s double precision, inherits boolean, parent_claim bigint, position integer",
+    "select id, 0 as position from born",
+    before="""
+         child as (select new.*, w.deadline_at as its_deadline_at
+                     from {rows} join durable.workflows as w
+                       on w.id = new.parent_workflow_id and w.claim = new.parent_claim
+                    where w.status = 'PENDING' for share of w),
+         born as ("""
+    + _INSERT_WORKFLOW
+    + f"case when inherits then its_deadline_at else {_FROM_NOW} end"
+    + """ from child on conflict do nothing returning id),
+         noted as (insert into durable.steps
+                          (workflow_id, position, name, child_workflow_id, started_at, completed_at)
+                   select parent_workflow_id, position, name, id, clock_timestamp(), clock_timestamp()
+                     from child where (id in (select id from born)) is true on conflict do nothing)""",
+)
 
 
 def _same_workflow(existing: dict[str, Any], row: dict[str, Any]) -> None:
@@ -2862,6 +1193,28 @@ def _same_workflow(existing: dict[str, Any], row: dict[str, Any]) -> None:
             "workflow %s exists on queue %s already; it is not moved to %s",
             *(row["id"], existing["queue_name"], row["queue"]),
         )
+
+
+def _holder_of(conn: Conn, deduplication_id: str, queue: str) -> str | None:
+    """Find the unfinished workflow of a queue that has a deduplication ID."""
+    query = f"select id from durable.workflows where queue = %s and deduplication_id = %s and status in {_UNFINISHED}"
+    found = conn.execute(query, (queue, deduplication_id)).fetchone()
+    return found and found[0]
+
+
+class _Claimed(NamedTuple):
+    """A row that a dequeue or a sweep took."""
+
+    id: str
+    name: str
+    class_name: str | None
+    config_name: str | None
+    inputs: str
+    claim: int
+    status: str  # PENDING: run it.  ENQUEUED: back in its queue.  Else: it may not run again
+    queue: str | None
+    has_history: bool = True  # an earlier run, or the workflow that this was forked from, may have left steps
+    has_deadline: bool = False
 
 
 async def _execute(run: _Run) -> Any:
@@ -2909,21 +1262,903 @@ async def _finish(run: _Run, value: Any, error: Exception | None) -> Exception |
     return error
 
 
-async def _call(executor: "_Executor", function: _Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a workflow function: begin it and see it through, here if it is ours, else wherever it runs.
-
-    In a parent this takes two positions: the start, and behind it the result.
+# The function has returned or raised.
+_FINISH = _Write(
+    "finish",
+    "id text, claim bigint, status text, output text, error text",
     """
-    start = _prepare_start(executor, function, args, kwargs, None, positions=2)
-    id, run = await _begin(executor, function, start)
+    update durable.workflows as w
+       set status = new.status, output = new.output, error = new.error,
+           updated_at = clock_timestamp(), completed_at = clock_timestamp()
+      from {rows}
+     where w.id = new.id and w.claim = new.claim and w.status = 'PENDING'
+    """,
+    "returning w.id, 0 as position",
+)
 
-    async def see_through() -> Any:
+
+class _Function:
+    """A registered function: what a row's `name` means in this process."""
+
+    def __init__(
+        self, name: str, call: Callable[..., Any], source: Callable[..., Any], most: int | None, kind: str = "workflow"
+    ) -> None:
+        self.name, self.call, self.max_recovery_attempts, self.kind = name, call, most, kind
+        self.given, self.held = source, _held(source)
+        self.is_async = inspect.iscoroutinefunction(call)
+        self.signature = inspect.signature(source)
+        while isinstance(source, functools.partial):
+            source = source.func
+        source = inspect.unwrap(source)
+        self.source: Any = source if hasattr(source, "__code__") else type(source).__call__  # of a callable object
+        self.receiver: Literal["class", "instance"] | None = None  # set by dbos_class for methods
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Tell this code from another."""
+        return hashlib.sha256(f"{self.name}\n{_code_of(self.source)}".encode()).hexdigest()[:16]
+
+
+def _code_of(fn: Any, seen: frozenset[int] = frozenset()) -> object:
+    """What tells a function's code from another's: its source, with that of a plain function which it wraps.
+
+    What has no source (a .pyc alone, `python -`) is known by its bytecode, and its defaults.
+    """
+    try:
+        source = inspect.getsource(fn)
+        tree = ast.parse(f"if 1:\n{source}" if source[0].isspace() else source)
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+        code: object = _shape(next((node for node in ast.walk(tree) if isinstance(node, kinds)), tree))
+    except (OSError, TypeError, SyntaxError):
+        given = [*(getattr(fn, "__defaults__", None) or ()), *(getattr(fn, "__kwdefaults__", None) or {}).values()]
+        code = _shape([getattr(fn, "__code__", None), [v if _survives_json(v) else _type_name(v) for v in given]])
+    wrapped = [each for each in _held(fn).values() if isinstance(each, types.FunctionType) and id(each) not in seen]
+    inner = [_code_of(each, seen | {id(fn)}) for each in wrapped if not hasattr(each, "_durable_function")]
+    return [code, *inner] if inner else code
+
+
+_CODE = "code", "exceptiontable", "consts", "names", "varnames", "freevars", "argcount", "kwonlyargcount", "flags"
+
+
+def _shape(node: object) -> object:
+    """A piece of syntax as nested lists, so that comments, blank lines and layout do not count.
+
+    What is empty is left out: so are the fields that newer versions of Python add, in older code, and
+    the empty pieces that 3.12 sees in f-strings.  Compiled code is instructions, names and constants.
+    """
+    if isinstance(node, types.CodeType):
+        return [_shape(getattr(node, f"co_{each}", None)) for each in _CODE]
+    if isinstance(node, frozenset):  # a constant, whose order is another in each process
+        return sorted(ascii(_shape(each)) for each in node)
+    if isinstance(node, ast.JoinedStr):
+        return [_shape(piece) for piece in node.values if getattr(piece, "value", None) != ""]
+    if isinstance(node, ast.AST):
+        fields = [(name, _shape(value)) for name, value in ast.iter_fields(node) if value not in (None, [])]
+        return [type(node).__name__, *fields]
+    return [_shape(each) for each in node] if isinstance(node, (list, tuple)) else ascii(node)
+
+
+def _name_of(fn: Callable[..., Any]) -> str:
+    """What a function is called, the same in every process; for a callable object, its class."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return str(getattr(fn, "__qualname__", type(fn).__qualname__))
+
+
+# --- Values -------------------------------------------------------------------------------------------
+#
+# Arguments, results and exceptions are text that a person can read in psql: JSON where the value
+# survives JSON exactly, else a marked pickle.  Unpickling runs what it reads: whoever can write to
+# the database can run code here.  `JSONSerializer` is for those who will not have that.
+
+
+class Serializer(ABC):
+    """How values become text and come back; pass your own in the config as `serializer`."""
+
+    @abstractmethod
+    def serialize(self, data: Any) -> str:
+        """Turn `data` into text without NUL characters, or raise."""
+
+    @abstractmethod
+    def deserialize(self, serialized_data: str) -> Any:
+        """Turn the text back into an equal value, or raise."""
+
+    def name(self) -> str:
+        """Say what this is, for people."""
+        return type(self).__name__
+
+
+class JSONSerializer(Serializer):
+    """Store JSON only, and refuse (TypeError) what JSON would change: tuples, NaN, keys that are not str."""
+
+    def serialize(self, data: Any) -> str:
+        if not _survives_json(data):
+            raise TypeError(f"a value of type {type(data).__qualname__} does not survive JSON exactly")
+        return json.dumps(data)
+
+    def deserialize(self, serialized_data: str) -> Any:
+        return json.loads(serialized_data)
+
+
+class _JSONElsePickle(JSONSerializer):
+    """The default: JSON where that is exact, a marked pickle elsewhere."""
+
+    _MARK = "pickle:"  # no JSON text begins like this
+
+    def serialize(self, data: Any) -> str:
+        if _survives_json(data):
+            return json.dumps(data)
+        pickled = io.BytesIO()
+        _Pickler(pickled).dump(data)
+        return self._MARK + base64.b64encode(pickled.getvalue()).decode()
+
+    def deserialize(self, serialized_data: str) -> Any:
+        if serialized_data.startswith(self._MARK):
+            return _Unpickler(io.BytesIO(base64.b64decode(serialized_data[len(self._MARK) :]))).load()
+        return json.loads(serialized_data)
+
+
+_SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # two that JSON would take for one character
+
+
+def _survives_json(value: Any, depth: int = 0, seen: set[int] | None = None) -> bool:
+    """Whether JSON returns exactly this: same types, no subclasses, nothing that it would round or refuse.
+
+    A list or dict that occurs twice is not for JSON either: it would come back as two, and a few levels
+    of that make a text without end.
+    """
+    kind = type(value)
+    if kind is str:
+        return cast(str, value).isascii() or not _SURROGATES.search(value)
+    if kind is bool or value is None:
+        return True
+    if kind is int:
+        return cast(int, value).bit_length() < 10_000  # Python refuses to parse much longer ones
+    if kind is float:
+        return math.isfinite(value)
+    seen = set() if seen is None else seen
+    if kind not in (list, dict) or depth > 100 or id(value) in seen:  # pickle goes deeper than we do
+        return False
+    seen.add(id(value))
+    if kind is dict:
+        return all(type(key) is str and _survives_json(key, depth, seen) for key in value) and all(
+            _survives_json(each, depth + 1, seen) for each in value.values()
+        )
+    return all(_survives_json(each, depth + 1, seen) for each in value)
+
+
+def _dump_error(serializer: Serializer, error: Exception) -> tuple[str, Exception]:
+    """Store an exception as JSON: its type's name and its text for people, the rest for `_load_error`.
+
+    Many exceptions can be pickled but not unpickled, because their constructor does not take their
+    `args`.  So the form that goes in is one that was seen to come out: the exception itself, or its
+    class, arguments and attributes, or (for a built-in, or one of ours) its class's name instead, or else
+    only name and text.
+    Returned too is what to raise now: the exception, or what will stand for it at a replay.
+    """
+    stored = {"type": _type_name(error), "text": _text_of(error)}
+    named = {"args": list(error.args), "attributes": error.__dict__}
+    for form in (error, [type(error), error.args, error.__dict__], named):
+        with suppress(Exception):
+            stored["value"] = serializer.serialize(form)
+            copy = _load_error(serializer, json.dumps(stored))
+            if type(copy) is type(error) and _text_of(copy) == stored["text"]:
+                return json.dumps(stored), error
+    stored.pop("value", None)
+    substitute = DBOSRestoredError(stored["type"], stored["text"])
+    substitute.__cause__ = error
+    return json.dumps(stored), substitute
+
+
+def _load_error(serializer: Serializer, text: str) -> Exception:
+    stored = json.loads(text)
+    with suppress(Exception):
+        return _rebuild_error(serializer.deserialize(stored["value"]), stored["type"])
+    return DBOSRestoredError(stored["type"], stored["text"])
+
+
+def _rebuild_error(form: Any, name: str) -> Exception:
+    if isinstance(form, Exception):
+        return form
+    if isinstance(form, dict):
+        own = globals().get(name.removeprefix(f"{__name__}."))
+        kind, args, attributes = own or getattr(builtins, name), form["args"], form["attributes"]
+    else:
+        kind, args, attributes = form
+    if not issubclass(kind, Exception):
+        raise TypeError(f"{name} is no exception")
+    rebuilt: Exception = kind.__new__(kind, *args)
+    rebuilt.args = tuple(args)
+    rebuilt.__dict__.update(attributes)
+    return rebuilt
+
+
+def _type_name(value: object) -> str:
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _text_of(value: object) -> str:
+    try:
+        return str(value)
+    except Exception:  # a __str__ of the user's may raise
+        return f"<{type(value).__qualname__} without text>"
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles so that what the program's main file defines is found where that file is imported.
+
+    To pickle, such a class is called `__main__.Order`, which in the next process may be another file.
+    """
+
+    def reducer_override(self, value: Any) -> Any:
+        main, module = sys.modules["__main__"], getattr(value, "__module__", None)
+        if isinstance(value, (type, types.FunctionType)) and module in ("__main__", "__mp_main__") and _main_name():
+            with suppress(AttributeError):  # it is local: pickle has words for that
+                if _attribute(main, value.__qualname__) is value:
+                    return _of_main, (_main_name(), value.__qualname__)
+        return NotImplemented
+
+
+class _Unpickler(pickle.Unpickler):
+    """And the other way round: what was imported is found in the main file, which is not run a second time."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return super().find_class(_known_as(module, name, ["__main__"]), name)
+
+
+def _of_main(module: str, name: str) -> Any:
+    """What a pickle says for something that a file defined which ran as `__main__`, and is imported as `module`."""
+    here = "__main__" if module == _main_name() else _known_as(module, name, [*sys.modules])
+    return _attribute(importlib.import_module(here), name)
+
+
+def _attribute(module: types.ModuleType, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), cast(Any, module))
+
+
+@functools.cache
+def _main_name() -> str | None:
+    """What the main file is called by those who import it; None where there is none (a notebook, `python -`)."""
+    main = vars(sys.modules["__main__"])
+    if main.get("__spec__") is not None:  # python -m
+        return str(main["__spec__"].name)
+    if not main.get("__file__"):
+        return None
+    name, folder = Path(main["__file__"]).stem, Path(main["__file__"]).resolve().parent
+    while (folder / "__init__.py").exists():
+        name, folder = f"{folder.name}.{name}", folder.parent
+    return name
+
+
+def _known_as(module: str, name: str, candidates: list[str]) -> str:
+    """What this process calls a module that has `name`; it is not to load a file again under another name."""
+    if module in sys.modules:
+        return module
+    with suppress(Exception):  # a package above it is missing, or cannot be imported
+        if (spec := importlib.util.find_spec(module)) is not None:
+            return next(iter(_names_of(spec.origin or "")), module)
+    for each in candidates:  # shop/app.py, run as a script or from its folder, is plain app
+        full = (_main_name() if each == "__main__" else each) or ""
+        if full.rpartition(".")[2] == module.rpartition(".")[2] and hasattr(sys.modules[each], name.partition(".")[0]):
+            return each
+    return module
+
+
+def _names_of(file: str) -> list[str]:
+    """The names under which this process has loaded a file."""
+    base, path = os.path.basename(file), os.path.realpath(file)
+    loaded = {name: str(getattr(module, "__dict__", {}).get("__file__")) for name, module in sys.modules.copy().items()}
+    return [name for name, each in loaded.items() if os.path.basename(each) == base and os.path.realpath(each) == path]
+
+
+# --- Colours ------------------------------------------------------------------------------------------
+#
+# Workflows come as `def` and as `async def`.  Every durable operation is written once, as a coroutine
+# that awaits a `_Wait` wherever it must wait: for the database, for the journal, for a hint.  One
+# driver, `_block`, does each wait on the calling thread; the other, `_suspend`, as a coroutine on the
+# event loop.  The operation cannot tell which of them drives it.
+
+
+class _Wait(Generic[T]):
+    """Something to wait for, which can be done in either colour."""
+
+    __slots__ = ("block", "on_loop")
+
+    def __init__(self, block: Callable[[], T], on_loop: Callable[[], Awaitable[T]]) -> None:
+        self.block, self.on_loop = block, on_loop
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        return cast(T, (yield self))  # the driver does the waiting and sends what came of it
+
+
+def _block(body: Coroutine[Any, Any, T]) -> T:
+    """Run an operation to its end on this thread."""
+    try:
+        wait = body.send(None)
+        while True:
+            try:
+                if not isinstance(wait, _Wait):
+                    raise RuntimeError("a plain function returned an awaitable: make it `async def`, and await it")
+                value = wait.block()
+            except BaseException as error:
+                wait = body.throw(error)
+            else:
+                wait = body.send(value)
+    except StopIteration as end:
+        return cast(T, end.value)
+    except RuntimeError as error:
+        if _raised(error) is error:
+            raise
+        raise _raised(error) from _raised(error).__cause__
+
+
+@types.coroutine
+def _suspend(body: Coroutine[Any, Any, T], run: _Run | None = None) -> Generator[Any, Any, T]:
+    """Run an operation on the event loop; what is not our own wait comes from the user's code: pass it on.
+
+    If the body is the code of a `run`, that is told when the code goes on and when it waits.
+    """
+    step: Callable[[], Any] = functools.partial(body.send, None)
+    while True:
         if run is not None:
-            with suppress(_Superseded, DBOSWorkflowCancelledError):  # then its row knows better how it ends
-                return await _execute(run)
-        return await _result(executor, id)
+            run.take_turn()
+        try:
+            wait = step()
+        except StopIteration as end:
+            return cast(T, end.value)
+        if run is not None and run.turn is not None:
+            run.turn.waits = True
+        try:
+            value = (yield from wait.on_loop().__await__()) if isinstance(wait, _Wait) else (yield wait)
+        except BaseException as error:
+            step = functools.partial(body.throw, error)
+        else:
+            step = functools.partial(body.send, value)
 
-    return await _checkpointed(start.parent, start.row["position"] + 1, "DBOS.getResult", see_through, child=id)
+
+def _raised(error: Exception) -> Exception:
+    """What was raised: Python lets no StopIteration out of a coroutine, and makes a RuntimeError of it."""
+    stop = error.__cause__
+    return stop if isinstance(stop, StopIteration) and str(error) == "coroutine raised StopIteration" else error
+
+
+def _in_colour_of(fn: Callable[P, R], body: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[P, R]:
+    """Make of `body` what the user's `fn` is: a plain function or a coroutine function."""
+
+    async def awaited(*args: Any, **kwargs: Any) -> Any:
+        return await _suspend(body(*args, **kwargs))
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return _block(body(*args, **kwargs))
+
+    chosen: Any = awaited if inspect.iscoroutinefunction(fn) else called
+    return cast(Callable[P, R], functools.wraps(fn)(chosen))
+
+
+def _twins(body: Callable[P, Coroutine[Any, Any, R]]) -> tuple[Callable[P, R], Callable[P, Coroutine[Any, Any, R]]]:
+    """Make the methods `name` and `name_async` of one body called `_name`.
+
+    The first refuses (RuntimeError) to block a running event loop.
+    """
+    name = body.__name__.lstrip("_")
+
+    @functools.wraps(body)
+    def blocking(*args: P.args, **kwargs: P.kwargs) -> R:
+        _refuse_to_block_a_loop(name)
+        return _block(body(*args, **kwargs))
+
+    @functools.wraps(body)
+    async def awaiting(*args: P.args, **kwargs: P.kwargs) -> R:
+        return await _suspend(body(*args, **kwargs))
+
+    blocking.__name__, awaiting.__name__ = name, f"{name}_async"
+    return blocking, awaiting
+
+
+def _handle_twins(
+    body: Callable[Concatenate[M, P], Coroutine[Any, Any, str]],
+) -> tuple[
+    Callable[Concatenate[M, P], WorkflowHandle[Any]],
+    Callable[Concatenate[M, P], Coroutine[Any, Any, WorkflowHandleAsync[Any]]],
+]:
+    """The same for a body that returns the ID of a workflow: the twins return handles of their colour."""
+    blocking, awaiting = _twins(body)
+
+    def handle(self: M, /, *args: P.args, **kwargs: P.kwargs) -> WorkflowHandle[Any]:
+        return WorkflowHandle(self, blocking(self, *args, **kwargs))
+
+    async def handle_async(self: M, /, *args: P.args, **kwargs: P.kwargs) -> WorkflowHandleAsync[Any]:
+        return WorkflowHandleAsync(self, await awaiting(self, *args, **kwargs))
+
+    functools.update_wrapper(handle, blocking)
+    functools.update_wrapper(handle_async, awaiting)
+    return handle, handle_async
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop that this code runs on."""
+    with suppress(RuntimeError):
+        return asyncio.get_running_loop()
+    return None
+
+
+def _refuse_to_block_a_loop(name: str) -> None:
+    if _running_loop() is None:
+        return
+    raise RuntimeError(f"{name}() would block the running event loop: await {name}_async() instead")
+
+
+class _Signal:
+    """A flag that is raised once, and wakes threads and coroutines alike."""
+
+    __slots__ = ("is_set", "wakers")
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self.wakers: set[Callable[[], None]] = set()
+
+    def set(self) -> None:
+        self.is_set = True
+        for wake in tuple(self.wakers):
+            wake()
+
+
+def _for_any(*signals: _Signal, timeout: float | None = None) -> _Wait[None]:
+    """Wait until one of the signals is set, or for `timeout` seconds."""
+
+    def block() -> None:
+        woken = threading.Event()
+        with _waking(woken.set, signals):
+            woken.wait(timeout)
+
+    async def on_loop() -> None:
+        woken = asyncio.Event()
+        timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, woken.set)
+        try:
+            with _waking(_waker(woken), signals):
+                await woken.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    return _Wait(block, on_loop)
+
+
+@contextmanager
+def _waking(wake: Callable[[], None], signals: Sequence[_Signal]) -> Iterator[None]:
+    for signal in signals:
+        signal.wakers.add(wake)
+    try:
+        if any(signal.is_set for signal in signals):  # looked at after the entry above: none can slip between
+            wake()
+        yield
+    finally:
+        for signal in signals:
+            signal.wakers.discard(wake)
+
+
+def _waker(event: asyncio.Event) -> Callable[[], None]:
+    """What sets an event of the running loop, from any thread."""
+    loop = asyncio.get_running_loop()
+
+    def wake() -> None:
+        with suppress(RuntimeError):  # the loop has ended, and the waiter with it
+            loop.call_soon_threadsafe(event.set)
+
+    return wake
+
+
+# --- Journal ------------------------------------------------------------------------------------------
+#
+# What runs write (starts, records of steps, messages, outcomes) costs Postgres a commit each, and commits
+# are what durable execution is slow by.  The journal writes whatever is waiting in one commit.  While it
+# writes, the next batch gathers; it never waits for one.  It has no thread of its own: a caller who finds
+# a lane free writes at once, by itself, so that a lone workflow pays nothing for the grouping; one who
+# finds none leaves its rows and waits.  Whoever has written hands its lane to one of those who gathered
+# meanwhile.  (Measured and rejected: lingering to grow a batch, always slower; one thread that writes
+# for all, slower for few callers; a queue on one connection's lock, a tenth of the speed.)
+#
+# The fence: what a run writes (its steps, messages, events, streams, children and outcome) joins to its
+# workflow's row with `claim = mine and status = 'PENDING'`.  Such a statement tells which rows it took; a row
+# that is missing was fenced off or is on record already, and `_Run.settle` finds out which.
+#
+# Connections are in autocommit mode and a statement is sent together with its commit, so that a process
+# stopped between two instructions of ours never holds the lock of a row.
+
+
+class _Journal:
+    """Groups the writes of many runs into few commits."""
+
+    def __init__(self, executor: _Executor) -> None:
+        self._executor = executor
+        self._lock = threading.Lock()
+        lanes = _LANES if executor.pool.max_size >= 4 else 1  # of a small pool, leave something to the others
+        self._lanes = [_Lane() for _ in range(lanes)]
+        self._free = list(self._lanes)
+        self._gathered: deque[_Entry] = deque()  # invariant: empty while a lane is free
+
+    def write(self, write: _Write, *rows: dict[str, Any]) -> _Wait[list[bool]]:
+        """Commit the rows together; tell for each whether it took effect."""
+        self._executor.here()
+        return _Wait(lambda: self._write_on_thread(write, rows), lambda: self._write_off_loop(write, rows))
+
+    def _write_on_thread(self, write: _Write, rows: Sequence[dict[str, Any]]) -> list[bool]:
+        gate = threading.Lock()  # the cheapest thing to wait at
+        gate.acquire()
+        entry = _Entry(write, rows, False, gate.release)
+        try:
+            lane = self._join(entry)
+            if lane is None:
+                gate.acquire()
+                lane = entry.lane
+            if lane is not None:
+                self._lead(lane, entry)
+        except BaseException:  # KeyboardInterrupt, anywhere: we leave, perhaps with a lane
+            self._leave(entry)
+            raise
+        return entry.result()
+
+    async def _write_off_loop(self, write: _Write, rows: Sequence[dict[str, Any]]) -> list[bool]:
+        # A coroutine never leads: its loop may be busy, or end, and everybody would wait for it.
+        written = asyncio.Event()
+        entry = _Entry(write, rows, True, _waker(written))
+        lane = self._join(entry)
+        if lane is not None:
+            self._executor.callers.submit(functools.partial(self._lead, lane, entry))
+        await written.wait()
+        return entry.result()
+
+    def _join(self, entry: _Entry) -> _Lane | None:
+        with self._lock:
+            if self._free:
+                self._free[-1].holder = entry
+                return self._free.pop()
+            self._gathered.append(entry)
+            return None
+
+    def _leave(self, entry: _Entry) -> None:
+        with self._lock, suppress(ValueError):
+            self._gathered.remove(entry)
+        for lane in self._lanes:
+            if lane.holder is entry:
+                self._hand_on(lane)
+
+    def _lead(self, lane: _Lane, own: _Entry) -> None:
+        """Write our own entry and what has gathered by now, then let others lead."""
+        try:
+            batch = self._take(own)
+            self._write_or_split(lane, batch)
+            for entry in batch:
+                entry.wake()
+        finally:
+            self._hand_on(lane)
+
+    def _write_or_split(self, lane: _Lane, batch: list[_Entry]) -> None:
+        """Write a batch; if that fails, each entry by itself: one row's fault must not be everybody's."""
+        try:
+            self._write(lane, batch)
+        except BaseException as error:
+            if len(batch) == 1:
+                batch[0].error = error
+                return
+            for entry in batch:
+                self._write_or_split(lane, [entry])
+            if not isinstance(error, Exception):
+                batch[0].error = error  # KeyboardInterrupt is for this thread, whose entry is the first
+
+    def _take(self, own: _Entry) -> list[_Entry]:
+        """Take what has gathered, but no key twice: a statement could not tell which of two rows it took."""
+        with self._lock:
+            waiting = (own, *self._gathered)
+            self._gathered.clear()
+            batch: list[_Entry] = []
+            seen: set[tuple[str, Any, Any]] = set()
+            for entry in waiting:
+                keys = entry.row_keys() if len(waiting) > 1 else []
+                (batch if seen.isdisjoint(keys) else self._gathered).append(entry)
+                seen.update(keys)
+            return batch
+
+    def _hand_on(self, lane: _Lane) -> None:
+        """Give the lane to whoever waits longest; nobody goes on writing while its own caller waits."""
+        with self._lock:
+            if not self._gathered:
+                lane.holder = None
+                self._free.append(lane)
+                return
+            heir = self._gathered.popleft()
+            lane.holder, heir.lane = heir, lane
+            if not heir.on_loop:
+                return heir.wake()
+        self._executor.callers.submit(functools.partial(self._lead, lane, heir))
+
+    def _write(self, lane: _Lane, batch: list[_Entry]) -> None:
+        def attempt() -> None:
+            if lane.conn is None:
+                lane.conn = self._executor.pool.getconn()
+                lane.cursor = lane.conn.cursor()
+            try:
+                _commit(lane.cursor, batch)
+            except BaseException:
+                self._executor.pool.putconn(lane.conn)  # the pool looks whether it is still good
+                lane.conn = None
+                raise
+
+        self._executor.patiently(attempt)
+
+    def close(self) -> None:
+        """Give the idle connections back to the pool."""
+        with self._lock:
+            for lane in self._free:
+                if lane.conn is not None:
+                    self._executor.pool.putconn(lane.conn)
+                    lane.conn = None
+
+
+class _Entry:
+    """Rows on their way to the database, and whoever waits for them."""
+
+    __slots__ = ("error", "lane", "on_loop", "rows", "taken", "wake", "write")
+
+    def __init__(self, write: _Write, rows: Sequence[dict[str, Any]], on_loop: bool, wake: Callable[[], None]) -> None:
+        self.write, self.rows, self.on_loop, self.wake = write, rows, on_loop, wake
+        self.taken: list[bool] = []  # for each row, whether it took effect
+        self.error: BaseException | None = None
+        self.lane: _Lane | None = None  # given to one who is woken to lead
+
+    def row_keys(self) -> list[tuple[str, Any, Any]]:
+        return [(self.write.name, row["id"], row["position"] if self.write.by_position else 0) for row in self.rows]
+
+    def result(self) -> list[bool]:
+        if self.error is not None:
+            raise self.error
+        return self.taken
+
+
+class _Lane:
+    """The right to write a batch, and the connection and cursor kept for it (a new cursor costs 30 us)."""
+
+    conn: _Connection | None = None
+    cursor: psycopg.Cursor[Any]
+    holder: _Entry | None = None  # who leads with it
+
+
+def _commit(cursor: psycopg.Cursor[Any], batch: list[_Entry]) -> None:
+    """Write a batch in one transaction and one round trip, and note in the entries which rows were taken."""
+    if len(batch) == 1 and len(batch[0].rows) == 1:
+        (entry,) = batch
+        entry.taken = [cursor.execute(entry.write.one, entry.rows[0]).rowcount > 0]
+        return
+    kinds: dict[_Write, list[dict[str, Any]]] = {}
+    for entry in batch:
+        kinds.setdefault(entry.write, []).extend(entry.rows)
+    writes = sorted(kinds, key=lambda write: write.name)  # so that few statements are made, and kept prepared
+    for write in set(kinds) - {_START, _START_CHILD}:  # what starts keeps its order of arrival
+        kinds[write].sort(key=lambda row: str(row["id"]))  # the order in which rows are locked
+    cursor.execute(_together(*writes), {write.name: json.dumps(kinds[write]) for write in writes})
+    taken = set(cursor.fetchall())
+    for entry in batch:
+        entry.taken = [key in taken for key in entry.row_keys()]
+
+
+@functools.cache
+def _together(*writes: _Write) -> str:
+    """Write rows of several kinds in one statement: one plan, one round trip, one wait for the GIL."""
+    parts = ",\n".join(write.part for write in writes)
+    taken = " union all ".join(f"select '{write.name}', id, position from {write.name}" for write in writes)
+    return f"with {parts}\n{taken}"
+
+
+# --- Transactions -------------------------------------------------------------------------------------
+#
+# A transaction is a step whose work is SQL on this database: it commits together with its record, in one
+# Postgres transaction, and so happens exactly once.
+
+
+def _transaction(name: str, isolation: str, call: Callable[[], Any]) -> Any:
+    """Run a transaction function; its work and its record commit together, or neither does."""
+    run, frame = _current_run(), _frame.get()
+    if run is None or frame is None:
+        raise DBOSException(f"transaction {name} was called inside a step: call it from the workflow itself")
+    position, name = frame.reserved or (run.advance(), name)
+    with run.noting_cut(position, name):
+        return _transact_at(run, position, name, isolation, call)
+
+
+def _transact_at(run: _Run, position: int, name: str, isolation: str, call: Callable[[], Any]) -> Any:
+    past = _block(run.recall(position, name))
+    if past is not None:
+        return run.outcome(past)
+    began, tries = time.monotonic(), 0
+    for pause in _pauses():
+        undone = lost = False
+        try:
+            # Those who met a conflict take turns: at a crowded row each would fail the others, again and again.
+            with run.executor.turns[name] if tries else nullcontext(), run.executor.pool.connection() as conn:
+                try:
+                    value, raised = _commit_together(conn, run, position, name, isolation, call, began)
+                except Exception as error:
+                    undone, lost = _undone(conn, error), conn.closed  # told while nobody else has the session
+                    raise
+        except Exception as error:
+            # The commit may have happened all the same, and only its acknowledgement be lost: the record
+            # tells.  If it comes later still, ours collides with it, and is rolled back with our work.
+            standing = _block(run.settle(position, name))
+            if standing is not None:
+                return run.outcome(standing)
+            tries += undone
+            if _may_pass(error) and tries < _TRIES:
+                if undone and not lost:
+                    _block(_pause_run(run.executor, timeout=pause))
+                else:
+                    run.executor.pause(pause, error)
+                continue
+            value, raised = None, error
+        if raised is None:
+            return value
+        return _block(run.record(position, name, None, raised, time.monotonic() - began))
+
+
+async def _transact(name: str, call: Callable[[], Any]) -> Any:
+    """Call a transaction function, perhaps on another thread, at the position that is taken here."""
+    run = _current_run()
+    if run is None:
+        return await _value_of(call())
+    position = run.advance()
+    with run.noting_cut(position, name):
+        past = await run.recall(position, name)  # here: what waits for a thread could time out in each replay
+        if past is not None:
+            return run.outcome(past)
+        with _framed(_Frame(run, reserved=(position, name))):
+            return await _value_of(call())
+
+
+def _commit_together(
+    conn: _Connection, run: _Run, position: int, name: str, isolation: str, call: Callable[[], Any], began: float
+) -> tuple[Any, Exception | None]:
+    """Call the function and commit; or roll back and return what it raised of its own accord."""
+    conn.stage, conn.after, conn.met = "begin", [], []
+    clean = _CLEAN.format(settings=run.executor.settings(conn))
+    try:
+        with conn.lent():
+            # Begun in SQL, so that `with connection.transaction()` is a savepoint.
+            begun = conn.execute(f"begin isolation level {isolation}; show transaction_read_only")
+            if begun.nextset() and begun.fetchone() != ("off",):  # later, it is the function's own doing
+                raise psycopg.errors.ReadOnlySqlTransaction("the database is read-only")
+            conn.stage = "function"
+            try:
+                with _framed(_Frame(run, StepStatus(position), conn)):
+                    value = call()
+                if conn.info.transaction_status == pq.TransactionStatus.IDLE:
+                    raise DBOSException(_PARTED.format("ended its transaction by itself"))
+                output, _, unstorable = run.store(f"transaction {name}", value, None)
+            except Exception as error:
+                if conn.closed or (error in conn.met and str(getattr(error, "sqlstate", None))[:2] in ("40", "53")):
+                    raise  # lost, a conflict, out of resources: the whole may be tried again
+                return None, error
+        if unstorable is not None:
+            return None, unstorable
+        conn.stage = "record"
+        row = {"id": run.id, "claim": run.claim, "position": position, "name": name, "output": output}
+        # One message, so that the record's lock on the workflow's row lives within this one round trip.
+        psycopg.ClientCursor(conn).execute(
+            f"set constraints all immediate; {clean}; {_RECORD_OR_FAIL}; commit; {_UNLOCK}",
+            {**row, "took_s": time.monotonic() - began},
+        )
+        conn.stage = "committed"
+        for tell in conn.after:
+            tell()
+        return value, None
+    finally:
+        conn.met = []
+        if conn.stage != "committed":
+            with suppress(psycopg.Error):
+                conn.execute(f"rollback; {clean}; {_UNLOCK}")
+
+
+# The record of a transaction, in that transaction's last round trip.  Unlike _RECORD it fails where it
+# would do nothing (no row under this claim: null in a key; a record there: a duplicate), so that the
+# COMMIT sent right behind it becomes a rollback of the user's work too.
+_RECORD_OR_FAIL = """
+    insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
+    values ((select id from durable.workflows
+              where id = %(id)s and claim = %(claim)s and status = 'PENDING' for share),
+            %(position)s, %(name)s, %(output)s,
+            clock_timestamp() - make_interval(secs => %(took_s)s), clock_timestamp())
+"""
+
+# What a function did to the session ends with its transaction; what it deferred still sees its settings.
+# (DISCARD ALL would do most of that, but no transaction may contain it, and it unprepares our statements.)
+_CLEAN = """
+    set session authorization default; reset role; reset all; {settings}
+    close all; unlisten *; discard temp;
+    do $$ declare its text; begin
+        for its in select quote_ident(name) from pg_prepared_statements where from_sql loop
+            execute 'deallocate ' || its;
+        end loop;
+    end $$
+"""
+
+_UNLOCK = "select pg_advisory_unlock_all()"
+
+
+def _undone(conn: _Connection, error: Exception) -> bool:
+    """Whether an error counts as a try of the function: it may be of its making.
+
+    Else the database is in trouble, before the function was called or with our record, and is waited for.
+    """
+    if conn.stage == "record":
+        return conn.closed or str(getattr(error, "sqlstate", None))[:2] in ("40", "25")
+    return conn.stage == "function"
+
+
+class _Connection(psycopg.Connection[Any]):
+    """A connection of ours, which may lend its session to a transaction function."""
+
+    has_session = True  # it is not one of many that a proxy lends backends to, a transaction at a time
+    stage = "begin"  # of a transaction: then it is the "function"'s, and then it writes the "record"
+    after: list[Callable[[], object]]  # what to tell whom once the transaction is committed
+    met: list[psycopg.Error]  # the errors of this session, which are not those of another database
+    borrowed: _Borrowed | None = None
+
+    @classmethod
+    def connect(cls, *args: Any, **kwargs: Any) -> _Connection:
+        forks = _forks
+        conn = super().connect(*args, **kwargs)
+        _sessions.add(conn)
+        if _forks != forks:  # some child may hold this socket, and did not know
+            conn.close()
+            raise psycopg.OperationalError("the process was forked while it connected")
+        return conn
+
+    def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+        try:
+            return super().wait(gen, *args, **kwargs)
+        except psycopg.Error as error:
+            if self.borrowed is not None:
+                self.met.append(error)
+            raise
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Show the session to a function as another object, which ends with it."""
+        kept = self.prepare_threshold, self.prepared_max
+        self.borrowed = borrowed = _Borrowed(self.pgconn)
+        borrowed.owner, borrowed.autocommit = self, True
+        borrowed._prepared = self._prepared  # which names are taken is the session's, not the object's
+        try:
+            yield
+        finally:
+            self.prepare_threshold, self.prepared_max = kept
+            borrowed.pgconn = cast(pq.abc.PGconn, psycopg.errors.FinishedPGconn())
+            self.borrowed = None
+
+
+class _Borrowed(psycopg.Connection[Any]):
+    """What a transaction function sees: all psycopg, but to end the transaction is not the function's to do.
+
+    Row factory, adapters and handlers are set on this object, and go with it.
+    """
+
+    owner: _Connection
+
+    def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+        if isinstance(self.pgconn, psycopg.errors.FinishedPGconn):  # said of its cursors, too
+            raise DBOSException("this DBOS.connection was that of a transaction which is over")
+        return self.owner.wait(gen, *args, **kwargs)
+
+    def commit(self) -> None:
+        raise DBOSException(_PARTED.format("called commit()"))
+
+    def close(self) -> None:
+        raise DBOSException(_PARTED.format("called close()"))
+
+
+_PARTED = (
+    "a DBOS.transaction function {}, which parts its work from its checkpoint: "
+    "let it return, and both are committed together"
+)
 
 
 # --- Waiting ------------------------------------------------------------------------------------------
@@ -2933,7 +2168,7 @@ async def _call(executor: "_Executor", function: _Function, args: tuple[Any, ...
 # statement, made for all waiters of this process together, looks for what was missed.
 
 
-async def _pause_run(executor: "_Executor", *signals: _Signal, timeout: float | None = None) -> None:
+async def _pause_run(executor: _Executor, *signals: _Signal, timeout: float | None = None) -> None:
     """Wait for a signal, for `timeout` seconds, or until this run or the executor is to stop (which raises)."""
     run, frame = _current_run(), _frame.get()
     if frame is not None and frame.connection is not None:
@@ -2946,7 +2181,7 @@ async def _pause_run(executor: "_Executor", *signals: _Signal, timeout: float | 
         raise _Closing("the executor was destroyed") if run else DBOSException("destroyed while somebody waited")
 
 
-async def _result(executor: "_Executor", id: str, existing: bool = True) -> Any:
+async def _result(executor: _Executor, id: str, existing: bool = True) -> Any:
     """Wait until a workflow has ended, here or anywhere, and return or raise its outcome.
 
     With `existing` off it may yet begin: until it does, look once in a while.
@@ -2973,13 +2208,13 @@ async def _result(executor: "_Executor", id: str, existing: bool = True) -> Any:
             await _pause_run(executor, hint)
 
 
-def _helped(executor: "_Executor", run: _Run) -> _Wait[bool]:
+def _helped(executor: _Executor, run: _Run) -> _Wait[bool]:
     """Run what we wait for on this thread, if no other can be had; tell whether it still queues for one."""
     queues = run.thread == 0  # asked first: to look for its job among ten thousand others takes a while
     return _Wait(lambda: queues and executor.threads.help_with(run.job), lambda: asyncio.sleep(0, False))
 
 
-def _outcome_of(executor: "_Executor", row: dict[str, Any]) -> Any:
+def _outcome_of(executor: _Executor, row: dict[str, Any]) -> Any:
     """Return or raise what a finished workflow's row says."""
     if row["status"] == "SUCCESS":
         return executor.serializer.deserialize(row["output"])
@@ -2994,7 +2229,7 @@ def _outcome_of(executor: "_Executor", row: dict[str, Any]) -> Any:
     )
 
 
-async def _first_ended(executor: "_Executor", ids: list[str]) -> str:
+async def _first_ended(executor: _Executor, ids: list[str]) -> str:
     """Wait until one of several workflows has ended, and say which."""
     while True:
         with ExitStack() as expected:
@@ -3020,7 +2255,7 @@ def _checked_seconds(what: str, seconds: float) -> float:
     return seconds
 
 
-async def _wait_until(executor: "_Executor", run: _Run | None, position: int, seconds: float) -> float:
+async def _wait_until(executor: _Executor, run: _Run | None, position: int, seconds: float) -> float:
     """Put on record, once, when a wait of `run` ends; return that as an instant of time.monotonic().
 
     The record has it in the database's time, for another process may have to wait for the rest.
@@ -3031,7 +2266,7 @@ async def _wait_until(executor: "_Executor", run: _Run | None, position: int, se
     return await _checkpointed(run, position, "DBOS.sleep", decide) - executor.clock_ahead
 
 
-async def _receive_message(executor: "_Executor", topic: str, timeout_s: float) -> Any:
+async def _receive_message(executor: _Executor, topic: str, timeout_s: float) -> Any:
     """Take the oldest message of a topic, or None once the time is up; the taking is the record."""
     run, name, began = _own_run("recv"), "DBOS.recv", time.monotonic()
     position = run.advance(2)
@@ -3056,8 +2291,36 @@ async def _receive_message(executor: "_Executor", topic: str, timeout_s: float) 
                 await _pause_run(executor, hint, timeout=min(left, _POLL_S) if troubled else left)
 
 
+def _receive(conn: Conn, row: dict[str, Any]) -> tuple[str | None, bool]:
+    """Take the oldest message of a topic and record it, in one; return it, or else whether it may be waited for.
+
+    With `nothing`, the text of None, that there is none is put on record.  Our own former try, should
+    it be at work yet, has its message locked: this one waits for it, and fails at the record.
+    """
+    query = """
+        with ours as (select id from durable.workflows
+                       where id = %(id)s and claim = %(claim)s and status = 'PENDING' for share),
+        oldest as (select number, message from durable.messages
+                    where workflow_id = %(id)s and exists (select from ours) and topic = %(topic)s
+                      and received_at is null
+                    order by number limit 1 for update),
+        noted as (insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
+                  select id, %(position)s, %(name)s, coalesce((select message from oldest), %(nothing)s),
+                         clock_timestamp() - make_interval(secs => %(took_s)s), clock_timestamp()
+                    from ours where %(nothing)s::text is not null or exists (select from oldest)
+                      on conflict do nothing returning output),
+        received as (update durable.messages set received_at = clock_timestamp()
+                      where number in (select number from oldest) and exists (select from noted))
+        select (select output from noted),
+               exists (select from ours) and not exists (select from durable.steps
+                                                          where workflow_id = %(id)s and position = %(position)s)
+    """
+    message, absent = conn.execute(query, row).fetchone() or (None, False)
+    return message, absent
+
+
 async def _send_message(
-    executor: "_Executor", destination: str, message: Any, topic: str, idempotency_key: str | None
+    executor: _Executor, destination: str, message: Any, topic: str, idempotency_key: str | None
 ) -> None:
     """Leave a message for a workflow; in a workflow as a step, in one commit with its record."""
 
@@ -3081,7 +2344,54 @@ async def _send_message(
     executor.hints.send("m", destination, topic)
 
 
-def _text_for(what: str, executor: "_Executor", value: Any) -> str:
+def _effect(name: str, columns: str, sql: str, only: str = "") -> _Write:
+    """A write that is a step: the record and what it stands for, both or neither.
+
+    `sql` makes of {due} what is written, `only` says on what further condition.  Where `step` is null a
+    step of the user's makes the write: it is part of that step, and has no record of its own.
+    """
+    return _Write(
+        name,
+        f"id text, claim bigint, position integer, step text, {columns}",
+        f"select id, position from {name}_due",
+        before=f"""
+         {name}_new as (select * from {{rows}}),
+         {name}_ours as (select new.* from {name}_new as new
+                           join durable.workflows as w on w.id = new.id and w.claim = new.claim
+                          where w.status = 'PENDING' {only} for share of w),
+         {name}_noted as (insert into durable.steps (workflow_id, position, name, started_at, completed_at)
+                          select id, position, step, clock_timestamp(), clock_timestamp()
+                            from {name}_ours where step is not null
+                              on conflict do nothing returning workflow_id, position),
+         {name}_due as (select * from {name}_ours
+                         where step is null or (id, position) in (select * from {name}_noted)),
+         {name}_done as ({sql.format(due=name + "_due")})""",
+        by_position=True,
+    )
+
+
+# A message to another workflow, which must exist.
+_SEND = _effect(
+    "send",
+    "destination text, topic text, message text, idempotency_key text",
+    """insert into durable.messages (workflow_id, topic, message, idempotency_key)
+       select destination, topic, message, idempotency_key from {due} on conflict do nothing""",
+    only="and exists (select from durable.workflows as d where d.id = new.destination for key share)",
+)
+
+
+def _post(conn: Conn, row: dict[str, Any]) -> bool:
+    """Leave a message that no workflow's history speaks of; False: there is no such destination."""
+    query = """
+        with destination as (select id from durable.workflows where id = %(destination)s for key share),
+        posted as (insert into durable.messages (workflow_id, topic, message, idempotency_key)
+                   select id, %(topic)s, %(message)s, %(idempotency_key)s from destination on conflict do nothing)
+        select id from destination
+    """
+    return conn.execute(query, row).fetchone() is not None
+
+
+def _text_for(what: str, executor: _Executor, value: Any) -> str:
     try:
         return executor.serialize(value)
     except Exception as cause:
@@ -3120,38 +2430,15 @@ async def _write_step(
     return run
 
 
-async def _was_taken(run: _Run, write: _Write, row: dict[str, Any]) -> bool:
-    while True:
-        with suppress(psycopg.errors.UniqueViolation):  # another value came to this offset of a stream first
-            return (await run.executor.journal.write(write, row))[0]
+_SET_EVENT = _effect(
+    "set_event",
+    "key text, value text",
+    """insert into durable.events (workflow_id, key, position, value) select id, key, position, value from {due}
+           on conflict (workflow_id, key, position) do update set value = excluded.value""",
+)
 
 
-async def _write_to_stream(name: str, key: str, value: str | None) -> None:
-    """Append to a stream of this workflow; without a value, close it."""
-    async def refusal(run: _Run) -> Exception | None:
-        _, values = await run.executor.ask(_read_stream, run.id, key, 0, None)
-        if None not in values:
-            return None
-        return DBOSException(f"the stream {key!r} of workflow {run.id} is closed: nobody would read what follows")
-
-    run = await _write_step(_WRITE_STREAM, name, refusal, key=key, value=value, token=secrets.randbits(63))
-    run.executor.hints.send("s", run.id, key)
-
-
-async def _read_values(executor: "_Executor", id: str, key: str, offset: int, most: int) -> list[Any]:
-    """Wait for the next values of a stream; none: it was closed, or its workflow has ended."""
-    while True:
-        with executor.hints.expected("s", id, key, since=offset) as more, executor.hints.expected("w", id) as ended:
-            status, values = await executor.ask(_read_stream, id, key, offset, most)
-            if status is None:
-                raise DBOSNonExistentWorkflowError(f"there is no workflow {id} whose stream could be read")
-            if values or status not in _UNFINISHED:
-                texts = itertools.takewhile(lambda value: value is not None, values)
-                return [executor.serializer.deserialize(cast(str, text)) for text in texts]
-            await _pause_run(executor, more, ended)
-
-
-async def _event(executor: "_Executor", id: str, key: str, timeout_s: float) -> Any:
+async def _event(executor: _Executor, id: str, key: str, timeout_s: float) -> Any:
     """Wait for a workflow to set an event; None once the time is up."""
     run = _current_run()
     position = run.advance(2) if run else 0
@@ -3171,9 +2458,75 @@ async def _event(executor: "_Executor", id: str, key: str, timeout_s: float) -> 
     return await _checkpointed(run, position, "DBOS.getEvent", wait)
 
 
-async def _breathe(executor: "_Executor") -> None:
-    """Pause before a write is made again that was refused without a reason: whatever it is, nothing spins."""
-    await _for_any(executor.closed, timeout=_AGAIN_S)
+def _events_of(conn: Conn, id: str, key: str | None = None) -> dict[str, str]:
+    """Read what a workflow has set, under one key or all."""
+    query = """
+        select distinct on (key) key, value from durable.events
+         where workflow_id = %(id)s and (key = %(key)s or %(key)s::text is null) order by key, position desc
+    """
+    return dict(conn.execute(query, {"id": id, "key": key}).fetchall())
+
+
+# A value behind the last of a stream that is not closed.  Two that are written at the same moment may want
+# the same offset: one of them fails, and is written again.
+_WRITE_STREAM = _effect(
+    "write_stream",
+    "key text, value text, token bigint",
+    """insert into durable.streams (workflow_id, key, "offset", value, position, token)
+       select id, key, coalesce((select max("offset") + 1 from durable.streams as s
+                                  where s.workflow_id = id and s.key = due.key), 0)
+                        + row_number() over (partition by id, key order by position) - 1, value, position, token
+         from {due} as due on conflict (workflow_id, token) do nothing""",
+    only="""and not exists (select from (select value from durable.streams as s
+                                          where s.workflow_id = new.id and s.key = new.key
+                                          order by "offset" desc limit 1) as last where value is null)""",
+)
+
+
+async def _was_taken(run: _Run, write: _Write, row: dict[str, Any]) -> bool:
+    while True:
+        with suppress(psycopg.errors.UniqueViolation):  # another value came to this offset of a stream first
+            return (await run.executor.journal.write(write, row))[0]
+
+
+async def _write_to_stream(name: str, key: str, value: str | None) -> None:
+    """Append to a stream of this workflow; without a value, close it."""
+    async def refusal(run: _Run) -> Exception | None:
+        _, values = await run.executor.ask(_read_stream, run.id, key, 0, None)
+        if None not in values:
+            return None
+        return DBOSException(f"the stream {key!r} of workflow {run.id} is closed: nobody would read what follows")
+
+    run = await _write_step(_WRITE_STREAM, name, refusal, key=key, value=value, token=secrets.randbits(63))
+    run.executor.hints.send("s", run.id, key)
+
+
+async def _read_values(executor: _Executor, id: str, key: str, offset: int, most: int) -> list[Any]:
+    """Wait for the next values of a stream; none: it was closed, or its workflow has ended."""
+    while True:
+        with executor.hints.expected("s", id, key, since=offset) as more, executor.hints.expected("w", id) as ended:
+            status, values = await executor.ask(_read_stream, id, key, offset, most)
+            if status is None:
+                raise DBOSNonExistentWorkflowError(f"there is no workflow {id} whose stream could be read")
+            if values or status not in _UNFINISHED:
+                texts = itertools.takewhile(lambda value: value is not None, values)
+                return [executor.serializer.deserialize(cast(str, text)) for text in texts]
+            await _pause_run(executor, more, ended)
+
+
+def _read_stream(conn: Conn, id: str, key: str, offset: int, limit: int | None) -> tuple[str | None, list[str | None]]:
+    """Read a workflow's status, and the values of a stream from an offset on; None among them closes it."""
+    query = """
+        select status, (select array_agg(value order by "offset") from
+                           (select "offset", value from durable.streams
+                             where workflow_id = %(id)s and key = %(key)s and "offset" >= %(offset)s
+                             order by "offset" limit %(limit)s) as next)
+          from durable.workflows where id = %(id)s
+    """
+    status, values = conn.execute(
+        query, {"id": id, "key": key, "offset": offset, "limit": limit}
+    ).fetchone() or (None, None)
+    return status, values or []
 
 
 class _Hints:
@@ -3184,7 +2537,7 @@ class _Hints:
     a stream.
     """
 
-    def __init__(self, executor: "_Executor") -> None:
+    def __init__(self, executor: _Executor) -> None:
         self._executor = executor
         self._lock = threading.Lock()
         self._expected: dict[tuple[str, ...], dict[_Signal, int]] = {}
@@ -3273,6 +2626,29 @@ class _Hints:
             time.sleep(_HINT_PAUSE_S)
 
 
+def _notify(conn: Conn, sender: int, keys: Iterable[tuple[str, ...]]) -> None:
+    """Give hints to the other processes.  (What does not fit a notification is found by polling.)"""
+    payloads = [payload for key in keys if len(payload := f"{sender} {json.dumps(key)}") < 7900]
+    conn.execute("select pg_notify(%s, payload) from unnest(%s::text[]) as payload", (_CHANNEL, payloads))
+
+
+def _arrived(conn: Conn, awaited: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Say for which of the awaited hints there is something to be seen."""
+    query = f"""
+        select kind, id, key from json_to_recordset(%s) as a(kind text, id text, key text, since integer)
+         where case kind
+               when 'w' then not exists (select from durable.workflows as w
+                                          where w.id = a.id and w.status in {_UNFINISHED})
+               when 'm' then exists (select from durable.messages as m
+                                      where m.workflow_id = a.id and m.topic = a.key and m.received_at is null)
+               when 'e' then exists (select from durable.events as e where e.workflow_id = a.id and e.key = a.key)
+               when 's' then exists (select from durable.streams as s
+                                      where s.workflow_id = a.id and s.key = a.key and s."offset" >= a.since) end
+    """
+    rows = conn.execute(query, (json.dumps(awaited),))
+    return [tuple(part for part in row if part is not None) for row in rows]
+
+
 # --- Queues and schedules -----------------------------------------------------------------------------
 #
 # A queue is a name on rows, and limits that those who take the rows observe.  Nobody owns a queue: any
@@ -3300,7 +2676,7 @@ class Queue:
     def __init__(
         self, name: str, concurrency: int | None = None, limiter: QueueRateLimit | None = None, *,
         worker_concurrency: int | None = None, global_concurrency: int | None = None,
-        priority_enabled: bool = False, polling_interval_sec: float = _POLL_S, durable: "Durable | None" = None,
+        priority_enabled: bool = False, polling_interval_sec: float = _POLL_S, durable: Durable | None = None,
     ) -> None:
         self.name, self._durable = _valid_name("queue", name), DBOS if durable is None else durable
         self.set_limits(
@@ -3339,7 +2715,7 @@ class Queue:
         known = {"name": self.name, **limits, "rateLimit": self.limiter}
         return {key: value for key, value in known.items() if value is not None}
 
-    def enqueue(self, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> "WorkflowHandle[R]":
+    def enqueue(self, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> WorkflowHandle[R]:
         """Put a workflow, or a step as a workflow of its own, on this queue.
 
         Returns once its row is committed.  Raises DBOSQueueDeduplicatedError.
@@ -3348,11 +2724,11 @@ class Queue:
 
     async def enqueue_async(
         self, func: Callable[P, Coroutine[Any, Any, R]] | Callable[P, R], *args: P.args, **kwargs: P.kwargs
-    ) -> "WorkflowHandleAsync[R]":
+    ) -> WorkflowHandleAsync[R]:
         """Do as `enqueue`, without blocking the event loop."""
         return await self._durable.enqueue_workflow_async(self.name, func, *args, **kwargs)
 
-    def enqueue_many(self, func: Callable[..., Any], calls: Sequence[Any]) -> "list[WorkflowHandle[Any]]":
+    def enqueue_many(self, func: Callable[..., Any], calls: Sequence[Any]) -> list[WorkflowHandle[Any]]:
         """Enqueue one workflow for each element of `calls` (a tuple is the arguments, else the only one).
 
         All are committed together, in this order, and share the options of the surrounding blocks.
@@ -3365,7 +2741,7 @@ class Queue:
 
 
 async def _enqueue(
-    executor: "_Executor", queue: str, calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]
+    executor: _Executor, queue: str, calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]
 ) -> list[str]:
     """Put workflows on a queue in one commit, and return their IDs."""
     _valid_name("queue", queue)
@@ -3385,7 +2761,7 @@ async def _enqueue(
     return [start.row["id"] for start in starts]
 
 
-def _dequeue_round(executor: "_Executor", queue: Queue) -> None:
+def _dequeue_round(executor: _Executor, queue: Queue) -> None:
     """Take and start what this queue, this process and its threads have room for."""
 
     def take(conn: Conn) -> tuple[int, list[_Claimed]]:
@@ -3404,7 +2780,7 @@ def _dequeue_round(executor: "_Executor", queue: Queue) -> None:
                 return
 
 
-def _room_for(executor: "_Executor", queue: Queue) -> int:
+def _room_for(executor: _Executor, queue: Queue) -> int:
     """How many more workflows of this queue may begin here: none once it is deactivated, or closes."""
     if executor.deactivated or executor.stopping.is_set():
         return 0
@@ -3416,9 +2792,89 @@ def _room_for(executor: "_Executor", queue: Queue) -> int:
     return room
 
 
+_KNOWN = """known as (select * from json_to_recordset(%(known)s)
+                          as k(name text, class_name text, config_name text, most bigint))"""
+
+_IS_KNOWN = """w.name = known.name and w.class_name is not distinct from known.class_name
+                                       and w.config_name is not distinct from known.config_name"""
+
+_CLAIMED = "w.id, w.name, w.class_name, w.config_name, w.inputs, w.claim, w.status, w.queue"
+
+
+def _dequeue(conn: Conn, queue: Queue, room: int, me: dict[str, Any]) -> list[_Claimed]:
+    """Take up to `room` due rows of a queue: lowest priority number first, then in order of arrival.
+
+    Rows that another executor is taking right now are skipped.  Where the queue has limits that hold
+    across executors, those take turns: an advisory lock comes in the same round trip, in a statement
+    of its own, so that the next one counts what the previous holder committed.  `least` passes over
+    the limits that are null.
+
+    Written so that the planner walks workflows_due in order and stops at the limit, however long the queue:
+    `lateral` instead of a join before the limit, few rows expected (`|| ''`) behind it, and one
+    statement_timestamp(), behind the lock, where clock_timestamp() would use no index.
+    """
+    query = f"""
+        with {_KNOWN},
+        room as (
+            select least(%(room)s::bigint,
+                         %(concurrency)s::bigint - (select count(*) from durable.workflows where queue = %(queue)s
+                                                        and status = 'PENDING' and incarnation is not null),
+                         %(limit)s::bigint - (select count(*) from durable.workflows
+                                               where queue = %(queue)s and dequeued_at
+                                                   > statement_timestamp() - make_interval(secs => %(period)s))
+                        ) as n),
+        due as (
+            select w.id, known.most, (w.executor_id is not null or w.forked_from is not null) as has_history
+              from durable.workflows as w
+             cross join lateral (select most from known where {_IS_KNOWN} limit 1) as known
+             where w.queue = %(queue)s and w.status = 'ENQUEUED'
+               and (w.application_version = %(version)s or w.application_version is null)
+             order by w.priority, w.number
+             limit greatest(0, (select n from room)) for update of w skip locked),
+        taken as (
+            update durable.workflows as w
+               set status = case when w.recovery_attempts > due.most
+                                 then 'MAX_RECOVERY_ATTEMPTS_EXCEEDED' else 'PENDING' end,
+                   claim = w.claim + 1, recovery_attempts = w.recovery_attempts + 1,
+                   executor_id = %(executor_id)s, incarnation = %(incarnation)s,
+                   application_version = %(version)s,
+                   dequeued_at = statement_timestamp(), updated_at = statement_timestamp(),
+                   deadline_at = coalesce(w.deadline_at,
+                                          statement_timestamp() + make_interval(secs => w.timeout_s))
+              from due where w.id = due.id and due.id = due.id || '' returning w.*, due.has_history)
+        select {_CLAIMED}, w.has_history, w.deadline_at is not null as has_deadline
+          from taken as w order by w.priority, w.number
+    """
+    limiter = queue.limiter or {"limit": None, "period": None}
+    cur = conn.cursor(row_factory=class_row(_Claimed))
+    with conn.pipeline():
+        if queue.concurrency is not None or queue.limiter is not None:
+            conn.execute("select pg_advisory_xact_lock(%s, hashtext(%s))", (-_LOCKS, queue.name))
+        cur.execute(query, {**me, "queue": queue.name, "room": room, "concurrency": queue.concurrency, **limiter})
+    return cur.fetchall()
+
+
+def _busy(conn: Conn, queues: list[str]) -> list[str]:
+    """Say which of these queues have something waiting: one look, instead of a dequeue for each."""
+    query = """
+        select name from unnest(%s::text[]) as q(name)
+         where exists (select from durable.workflows where queue = q.name and status = 'ENQUEUED')
+    """
+    return [name for (name,) in conn.execute(query, (queues,))]
+
+
+def _release_delayed(conn: Conn) -> None:
+    """Let the workflows whose delay is over be taken, in the place that they had from the start."""
+    conn.execute("""
+        update durable.workflows set status = 'ENQUEUED', updated_at = clock_timestamp()
+         where status = 'DELAYED' and delayed_until <= statement_timestamp()
+    """)
+
+
 _CRON_FIELDS = (
     ("second", 0, 59), ("minute", 0, 59), ("hour", 0, 23), ("day", 1, 31), ("month", 1, 12), ("weekday", 0, 7),
 )
+
 _CRON_NAMES = {
     "month": ("", "JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC"),
     "weekday": ("SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT"),
@@ -3527,7 +2983,7 @@ def _zone(name: str | None) -> tzinfo:
         ) from None
 
 
-def _tick(executor: "_Executor") -> float:
+def _tick(executor: _Executor) -> float:
     """Enqueue the ticks that have come; return when the next will, in the database's time."""
     now = datetime.fromtimestamp(executor.clock(), timezone.utc)
     coming = []
@@ -3559,168 +3015,10 @@ def _tick(executor: "_Executor") -> float:
 # next; and should the verdict be wrong, the claim makes it harmless.
 
 
-def _has_begun_thread(thread: threading.Thread) -> bool:
-    """Start a thread that knows nothing of the code which happened to need it; False: there is none to be had."""
-    try:
-        contextvars.Context().run(thread.start)
-    except RuntimeError:
-        return False
-    return True
-
-
-class _Threads:
-    """Threads for jobs, `limit` at work at a time; further jobs queue.
-
-    A thread that waits for other workflows lends its place, so that parents cannot keep out the
-    children they wait for.  Where the system has no further thread, jobs wait for those that there are.
-    All are daemons: none keeps the interpreter from ending.
-    """
-
-    def __init__(self, name: str, limit: int, freed: Callable[[], None] = lambda: None) -> None:
-        self._name, self._free, self._freed = name, limit, freed
-        self._lock = threading.Lock()
-        self._jobs: deque[Callable[[], object]] = deque()
-        self._idle: list[SimpleQueue[Callable[[], object] | None]] = []
-        self._threads: set[threading.Thread] = set()
-        self._here = threading.local()
-        self.short = False  # there was no thread for a job
-        self._closed = False
-
-    def submit(self, job: Callable[[], object]) -> None:
-        with self._lock:
-            if not self._closed:
-                self._jobs.append(job)
-                return self._start_jobs()
-        if not _has_begun_thread(threading.Thread(target=job, daemon=True)):
-            job()  # it finds the executor closed, and tells who waits
-
-    async def call(self, job: Callable[[], T]) -> T:
-        """Have a job done, for a coroutine, and return or raise what comes of it."""
-        future: Future[T] = Future()
-
-        def work() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(job())
-                except BaseException as error:
-                    future.set_exception(error)
-
-        self.submit(work)
-        return await asyncio.wrap_future(future)
-
-    def room(self) -> int:
-        """How many more jobs would start at once."""
-        return self._free - len(self._jobs)
-
-    def try_again(self) -> None:
-        """See whether there are threads now."""
-        with self._lock:
-            self._start_jobs()
-
-    def dismiss(self) -> None:
-        """Let idle threads end, all but one: there are no others to be had, and somebody needs one."""
-        with self._lock:
-            for inbox in self._idle[1:]:
-                inbox.put(None)
-            del self._idle[1:]
-
-    def help_with(self, job: Callable[[], object]) -> bool:
-        """Do a job on this thread, which waits for it, if no other can be had; tell whether it still queues."""
-        with self._lock:
-            if job not in self._jobs or not self.short:
-                return job in self._jobs
-            self._jobs.remove(job)
-        contextvars.Context().run(job)
-        return False
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Lend this thread's place while it waits (if it is one of ours at all)."""
-        if not getattr(self._here, "at_work", False):
-            yield
-            return
-        with self._lock:
-            self._free += 1
-            self._start_jobs()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._free -= 1  # below zero, perhaps: better one thread too many for a while than a deadlock
-
-    def _start_jobs(self) -> None:
-        self.short = False
-        while self._jobs and self._free > 0 and not self._closed:
-            job = self._jobs[0]
-            if self._idle:
-                self._idle.pop().put(job)
-            else:
-                thread = threading.Thread(target=self._work, args=(job,), daemon=True, name=self._name)
-                if not _has_begun_thread(thread):
-                    self.short = True
-                    return
-                self._threads.add(thread)
-            self._jobs.popleft()
-            self._free -= 1
-
-    def _work(self, job: Callable[[], object] | None) -> None:
-        inbox: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
-        while job is not None:
-            self._here.at_work = True
-            try:
-                job()
-            except BaseException:
-                _log.exception("a job of %s failed", self._name)
-            job = None
-            with self._lock:
-                self._free += 1
-                if self._closed:
-                    return
-                self._idle.append(inbox)
-                self._start_jobs()
-            self._freed()
-            job = inbox.get()
-        self._threads.discard(threading.current_thread())
-
-    def close(self, patience_s: float = 1.0) -> None:
-        """Let idle threads end; those in the user's code end when it returns."""
-        with self._lock:
-            self._closed = True
-            left = list(self._jobs)
-            self._jobs.clear()
-            for inbox in self._idle:
-                inbox.put(None)
-            self._idle.clear()
-        for job in left:
-            self.submit(job)
-        deadline = time.monotonic() + patience_s
-        for thread in tuple(self._threads):
-            if thread is not threading.current_thread():
-                thread.join(max(0.0, deadline - time.monotonic()))
-
-
-def _pauses() -> Iterator[float]:
-    """How long to wait between tries: at once, then longer and longer, never in step with others."""
-    for attempt in itertools.count():
-        yield random.uniform(0.5, 1.0) * min(_LONGEST_PAUSE_S, 0.005 * 2**min(attempt, 10))
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether an error is of the kind that goes away by itself, so that waiting is right.
-
-    Lost and refused connections, shutdown, full disks, too many connections, timeouts, deadlocks and
-    serialization failures (all OperationalError), and a server that is read-only for a while.
-    """
-    more = (psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.IdleInTransactionSessionTimeout)
-    never = ("54", "53400")  # too large for an index or for Postgres at all, and limits that somebody set
-    lasting = str(getattr(error, "sqlstate", "")).startswith(never)
-    return isinstance(error, (psycopg.OperationalError, *more)) and not lasting
-
-
 class _Executor:
     """What exists from launch to destroy: connections, threads, and the runs at work."""
 
-    def __init__(self, registry: "Durable", url: str, config: "DBOSConfig", serves: bool = True) -> None:
+    def __init__(self, registry: Durable, url: str, config: DBOSConfig, serves: bool = True) -> None:
         self.registry, self.url, self.config = registry, url, config
         self.serves = serves  # False: for a client, which runs no workflows
         self.serializer: Serializer = config.get("serializer") or _JSONElsePickle()
@@ -3819,7 +3117,7 @@ class _Executor:
 
     # What the operations use: statements, waits, threads.
 
-    def here(self) -> "_Executor":
+    def here(self) -> _Executor:
         """This executor, unless the process was forked since."""
         if self.pid != os.getpid():
             raise _NotThereNow(
@@ -4343,36 +3641,6 @@ class _Executor:
             loop.call_soon(loop.stop)  # once close() knows that this is done
 
 
-def _after_fork_in_parent() -> None:
-    global _forks
-    _forks += 1
-
-
-def _after_fork_in_child() -> None:
-    """In a child that was forked: hold on to nothing of the parent's.
-
-    The sockets would keep its sessions open, with the lock that says "alive", after its end; and whatever we
-    write into them it would take for its own.  They are put out, not closed: psycopg closes them yet.
-    """
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for conn in tuple(_sessions):
-        with suppress(psycopg.Error):  # closed already
-            os.dup2(nothing, conn.fileno(), inheritable=False)
-    os.close(nothing)
-    for executor in tuple(_local_executors):
-        registry = executor.registry
-        registry._lock, registry._life = threading.RLock(), threading.RLock()  # a thread that is not here may hold them
-        if executor.admin is not None:
-            for held in (executor.admin.socket, *executor.admin.clients):
-                os.close(held.detach())
-    _sessions.clear()
-    _local_executors.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
-
-
 def _recover(executor: _Executor, listed: Sequence[str] = ()) -> list[str]:
     """Sweep: take up the workflows that nobody runs, and return their IDs.
 
@@ -4413,6 +3681,15 @@ def _at_hand(executor: _Executor, id: str, listed: Sequence[str]) -> bool:
     return id in executor.running or left or id in executor.running
 
 
+def _own_claims(conn: Conn, me: dict[str, Any]) -> list[tuple[str, int]]:
+    """Read what is PENDING under this incarnation: which workflows, and under which claims."""
+    query = """
+        select id, claim from durable.workflows
+         where status = 'PENDING' and incarnation = %(incarnation)s and application_version = %(version)s
+    """
+    return conn.execute(query, me).fetchall()
+
+
 def _reconsider(executor: _Executor, runs: Iterable[_Run]) -> None:
     """Stop those of these runs that are no longer to go on."""
     begun = [run for run in runs if run.begun.is_set and not run.done.is_set]
@@ -4422,6 +3699,38 @@ def _reconsider(executor: _Executor, runs: Iterable[_Run]) -> None:
             executor.forget(run)  # it will never go on: the sweep takes it up
             continue
         run.judge(*claims[run.id])
+
+
+class _Pending(NamedTuple):
+    """How many workflows of one function are PENDING under one incarnation, and what we know of that."""
+
+    incarnation: int
+    executor_id: str
+    name: str
+    class_name: str | None
+    config_name: str | None
+    number: int
+    alive: bool  # somebody holds its lock
+    stopped: bool  # it ended in good order
+
+
+def _pending(conn: Conn, me: dict[str, Any]) -> list[_Pending]:
+    """Count who is running, or left behind, which workflows of this version.
+
+    Just after Postgres came up everybody counts as alive: they need a moment to take their locks again.
+    """
+    query = f"""
+        select incarnation, executor_id, name, class_name, config_name, count(*) as number, incarnation in {_ALIVE}
+               or pg_postmaster_start_time() > clock_timestamp() - make_interval(secs => %(grace_s)s) as alive,
+               incarnation in (select incarnation from durable.executors where stopped_at is not null) as stopped
+          from durable.workflows
+         where status = 'PENDING' and incarnation is not null and application_version = %(version)s
+         group by incarnation, executor_id, name, class_name, config_name
+    """
+    return conn.cursor(row_factory=class_row(_Pending)).execute(query, {**me, "grace_s": _RESTART_GRACE_S}).fetchall()
+
+
+_ALIVE = "(select incarnation from durable.living)"  # a lock that somebody holds is an executor that lives
 
 
 def _dead(executor: _Executor, pending: list[_Pending]) -> list[int]:
@@ -4443,10 +3752,320 @@ def _dead(executor: _Executor, pending: list[_Pending]) -> list[int]:
     return list(dead)
 
 
+def _sweep(
+    conn: Conn, me: dict[str, Any], lost: list[tuple[str, int]], dead: list[int], listed: list[str]
+) -> list[_Claimed]:
+    """Take the PENDING workflows of this version that nobody runs.
+
+    They are our own that are `lost` (an acknowledgement was), those of dead incarnations, and those of
+    the executors that an operator listed.  What came from a queue goes back to its place there, so
+    that the queue's limits hold.  Raising the claim that was read, and no other, is what keeps two
+    sweeps from taking the same row: the second waits for the first, and misses.
+    """
+    query = f"""
+        with {_KNOWN},
+        lost as (
+            select w.id, w.claim, known.most from durable.workflows as w join known on {_IS_KNOWN}
+             where w.status = 'PENDING' and w.incarnation is not null and w.application_version = %(version)s
+               and case when w.incarnation = %(incarnation)s
+                        then (w.id, w.claim) in (select * from unnest(%(ids)s::text[], %(claims)s::bigint[]))
+                        else w.incarnation = any(%(dead)s) or w.executor_id = any(%(listed)s) end)
+        update durable.workflows as w
+           set status = case when w.recovery_attempts > lost.most then 'MAX_RECOVERY_ATTEMPTS_EXCEEDED'
+                             when w.queue is null then 'PENDING' else 'ENQUEUED' end,
+               claim = w.claim + 1, recovery_attempts = w.recovery_attempts + (w.queue is null)::integer,
+               executor_id = %(executor_id)s, incarnation = %(incarnation)s, updated_at = clock_timestamp()
+          from lost
+         where w.id = lost.id and w.claim = lost.claim and w.status = 'PENDING'
+        returning {_CLAIMED}
+    """
+    cur = conn.cursor(row_factory=class_row(_Claimed))
+    ids, claims = [id for id, _ in lost], [claim for _, claim in lost]
+    return cur.execute(query, {**me, "ids": ids, "claims": claims, "dead": dead, "listed": listed}).fetchall()
+
+
+def _note_lost(conn: Conn) -> None:
+    """Note which executors were seen to be gone, and take it back of those that were not."""
+    conn.execute(f"""
+        update durable.executors set lost_at = case when lost_at is null then clock_timestamp() end
+         where stopped_at is null and (lost_at is null) = (incarnation not in {_ALIVE})
+    """)
+
+
+def _enlist(conn: Conn, me: dict[str, Any]) -> int:
+    """Enter a new incarnation, and return its number."""
+    query = """
+        insert into durable.executors
+               (executor_id, application, application_version, workflows, hostname, pid, known, queues, failover)
+        values (%(executor_id)s, %(application)s, %(version)s, %(workflows)s, %(hostname)s, %(pid)s, %(known)s,
+                %(queues)s, %(failover)s)
+        returning incarnation
+    """
+    return int((conn.execute(query, me).fetchone() or (0,))[0])
+
+
+def _hold(conn: Conn, incarnation: int, lasting: bool) -> bool:
+    """Take the lock that says "alive"; False: an earlier connection of ours still has it.
+
+    Behind a PgBouncer in transaction mode a session is nobody's for long, so there (`lasting` off) the
+    lock belongs to a transaction that stays open.  It has written nothing, so it holds up no vacuum.
+    """
+    if not lasting:
+        conn.execute("begin")
+    call = "pg_try_advisory_lock" if lasting else "pg_try_advisory_xact_lock"
+    row = conn.execute(f"select {call}(%s, %s)", (_LOCKS, incarnation)).fetchone()
+    return bool(row and row[0])
+
+
+def _backend(conn: Conn) -> int:
+    """Which process serves this connection now; psycopg knows which one answered when it was opened."""
+    return int((conn.execute("select pg_backend_pid()", prepare=False).fetchone() or (0,))[0])
+
+
+def _delist(conn: Conn, incarnation: int) -> None:
+    """Note that this incarnation ended in good order."""
+    conn.execute("update durable.executors set stopped_at = now() where incarnation = %s", (incarnation,))
+
+
+def _offer(conn: Conn, offer: dict[str, Any]) -> None:
+    """Tell everybody what an executor would take, after it changed."""
+    query = """
+        update durable.executors
+           set known = %(known)s, queues = %(queues)s, deactivated = %(deactivated)s, interrupted = %(interrupted)s
+         where incarnation = %(incarnation)s
+    """
+    conn.execute(query, offer)
+
+
+def _stranded(conn: Conn, version: str) -> list[tuple[str, int]]:
+    """Count the unfinished workflows of other versions that no live executor serves, by version."""
+    query = """
+        select application_version, delayed + enqueued + pending from durable.versions
+         where stranded and application_version <> %s order by application_version
+    """
+    return conn.execute(query, (version,)).fetchall()
+
+
+def _clock(conn: Conn) -> float:
+    """Read the time that all processes share, in seconds since 1970."""
+    row = conn.execute("select extract(epoch from clock_timestamp())::float8").fetchone()
+    return float(row[0]) if row else 0.0
+
+
+def _expire(conn: Conn) -> tuple[list[list[str]], float | None, float]:
+    """Cancel what is past its deadline, and return the IDs, queues and claims of that.
+
+    Tell also in how many seconds the next one is due, and what time it is.
+    """
+    query = f"""
+        with late as (select id from durable.workflows
+                       where deadline_at <= statement_timestamp() and status in {_UNFINISHED}
+                       order by id for update skip locked),
+        cancelled as (update durable.workflows as w
+                         set status = 'CANCELLED', deduplication_id = null,
+                             updated_at = clock_timestamp(), completed_at = clock_timestamp()
+                        from late where w.id = late.id returning w.id, w.queue, w.claim)
+        select (select coalesce(array_agg(array[id, queue, claim::text]), '{{}}') from cancelled),
+               (select extract(epoch from min(deadline_at) - clock_timestamp())::float8 from durable.workflows
+                 where deadline_at > statement_timestamp() and status in {_UNFINISHED}),
+               extract(epoch from clock_timestamp())::float8
+    """
+    ids, due_s, now = conn.execute(query).fetchone() or ([], None, 0.0)
+    return ids, due_s, now
+
+
 def _some(ids: list[str]) -> str:
     """A few of the IDs, and how many there are, for one line of the log."""
     shown = ", ".join(ids[:5]) + ", ..." * (len(ids) > 5)
     return f"{len(ids)} workflow{'s' * (len(ids) > 1)} ({shown})" if ids else "nothing"
+
+
+def _after_fork_in_parent() -> None:
+    global _forks
+    _forks += 1
+
+
+def _after_fork_in_child() -> None:
+    """In a child that was forked: hold on to nothing of the parent's.
+
+    The sockets would keep its sessions open, with the lock that says "alive", after its end; and whatever we
+    write into them it would take for its own.  They are put out, not closed: psycopg closes them yet.
+    """
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for conn in tuple(_sessions):
+        with suppress(psycopg.Error):  # closed already
+            os.dup2(nothing, conn.fileno(), inheritable=False)
+    os.close(nothing)
+    for executor in tuple(_local_executors):
+        registry = executor.registry
+        registry._lock, registry._life = threading.RLock(), threading.RLock()  # a thread that is not here may hold them
+        if executor.admin is not None:
+            for held in (executor.admin.socket, *executor.admin.clients):
+                os.close(held.detach())
+    _sessions.clear()
+    _local_executors.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+
+
+class _Threads:
+    """Threads for jobs, `limit` at work at a time; further jobs queue.
+
+    A thread that waits for other workflows lends its place, so that parents cannot keep out the
+    children they wait for.  Where the system has no further thread, jobs wait for those that there are.
+    All are daemons: none keeps the interpreter from ending.
+    """
+
+    def __init__(self, name: str, limit: int, freed: Callable[[], None] = lambda: None) -> None:
+        self._name, self._free, self._freed = name, limit, freed
+        self._lock = threading.Lock()
+        self._jobs: deque[Callable[[], object]] = deque()
+        self._idle: list[SimpleQueue[Callable[[], object] | None]] = []
+        self._threads: set[threading.Thread] = set()
+        self._here = threading.local()
+        self.short = False  # there was no thread for a job
+        self._closed = False
+
+    def submit(self, job: Callable[[], object]) -> None:
+        with self._lock:
+            if not self._closed:
+                self._jobs.append(job)
+                return self._start_jobs()
+        if not _has_begun_thread(threading.Thread(target=job, daemon=True)):
+            job()  # it finds the executor closed, and tells who waits
+
+    async def call(self, job: Callable[[], T]) -> T:
+        """Have a job done, for a coroutine, and return or raise what comes of it."""
+        future: Future[T] = Future()
+
+        def work() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(job())
+                except BaseException as error:
+                    future.set_exception(error)
+
+        self.submit(work)
+        return await asyncio.wrap_future(future)
+
+    def room(self) -> int:
+        """How many more jobs would start at once."""
+        return self._free - len(self._jobs)
+
+    def try_again(self) -> None:
+        """See whether there are threads now."""
+        with self._lock:
+            self._start_jobs()
+
+    def dismiss(self) -> None:
+        """Let idle threads end, all but one: there are no others to be had, and somebody needs one."""
+        with self._lock:
+            for inbox in self._idle[1:]:
+                inbox.put(None)
+            del self._idle[1:]
+
+    def help_with(self, job: Callable[[], object]) -> bool:
+        """Do a job on this thread, which waits for it, if no other can be had; tell whether it still queues."""
+        with self._lock:
+            if job not in self._jobs or not self.short:
+                return job in self._jobs
+            self._jobs.remove(job)
+        contextvars.Context().run(job)
+        return False
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Lend this thread's place while it waits (if it is one of ours at all)."""
+        if not getattr(self._here, "at_work", False):
+            yield
+            return
+        with self._lock:
+            self._free += 1
+            self._start_jobs()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._free -= 1  # below zero, perhaps: better one thread too many for a while than a deadlock
+
+    def _start_jobs(self) -> None:
+        self.short = False
+        while self._jobs and self._free > 0 and not self._closed:
+            job = self._jobs[0]
+            if self._idle:
+                self._idle.pop().put(job)
+            else:
+                thread = threading.Thread(target=self._work, args=(job,), daemon=True, name=self._name)
+                if not _has_begun_thread(thread):
+                    self.short = True
+                    return
+                self._threads.add(thread)
+            self._jobs.popleft()
+            self._free -= 1
+
+    def _work(self, job: Callable[[], object] | None) -> None:
+        inbox: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        while job is not None:
+            self._here.at_work = True
+            try:
+                job()
+            except BaseException:
+                _log.exception("a job of %s failed", self._name)
+            job = None
+            with self._lock:
+                self._free += 1
+                if self._closed:
+                    return
+                self._idle.append(inbox)
+                self._start_jobs()
+            self._freed()
+            job = inbox.get()
+        self._threads.discard(threading.current_thread())
+
+    def close(self, patience_s: float = 1.0) -> None:
+        """Let idle threads end; those in the user's code end when it returns."""
+        with self._lock:
+            self._closed = True
+            left = list(self._jobs)
+            self._jobs.clear()
+            for inbox in self._idle:
+                inbox.put(None)
+            self._idle.clear()
+        for job in left:
+            self.submit(job)
+        deadline = time.monotonic() + patience_s
+        for thread in tuple(self._threads):
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _has_begun_thread(thread: threading.Thread) -> bool:
+    """Start a thread that knows nothing of the code which happened to need it; False: there is none to be had."""
+    try:
+        contextvars.Context().run(thread.start)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _pauses() -> Iterator[float]:
+    """How long to wait between tries: at once, then longer and longer, never in step with others."""
+    for attempt in itertools.count():
+        yield random.uniform(0.5, 1.0) * min(_LONGEST_PAUSE_S, 0.005 * 2**min(attempt, 10))
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether an error is of the kind that goes away by itself, so that waiting is right.
+
+    Lost and refused connections, shutdown, full disks, too many connections, timeouts, deadlocks and
+    serialization failures (all OperationalError), and a server that is read-only for a while.
+    """
+    more = (psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.IdleInTransactionSessionTimeout)
+    never = ("54", "53400")  # too large for an index or for Postgres at all, and limits that somebody set
+    lasting = str(getattr(error, "sqlstate", "")).startswith(never)
+    return isinstance(error, (psycopg.OperationalError, *more)) and not lasting
 
 
 def _reach(url: str, given: str | None, connect: Callable[[], Conn]) -> Conn:
@@ -4516,11 +4135,57 @@ def _embedded_url(create: bool) -> str:
         raise DBOSInitializationError(f"the embedded Postgres in {folder} does not start: {error!r}") from error
 
 
+def _migrate(conn: Conn, apply: bool) -> None:
+    """Bring the schema up to this code's edition: one transaction, one executor at a time."""
+    schema = Path(__file__).with_name("schema.sql")
+    with conn.transaction():
+        conn.execute("select pg_advisory_xact_lock(%s, 0)", (_LOCKS,))
+        number = None
+        if conn.execute("select to_regclass('durable.version')").fetchone() != (None,):
+            (number,) = conn.execute("select max(number) from durable.version").fetchone() or (None,)
+        if number == _SCHEMA_VERSION:
+            return
+        if number is not None and number > _SCHEMA_VERSION:
+            raise DBOSInitializationError(
+                f"the database's schema is edition {number}, newer than edition {_SCHEMA_VERSION} of this "
+                f"durable.py: update durable.py and schema.sql together"
+            )
+        if not apply:
+            raise DBOSInitializationError(
+                f"the database's schema is {'missing' if number is None else f'edition {number}'}, this "
+                f"durable.py needs edition {_SCHEMA_VERSION}, and run_migrations is off: apply it with "
+                f"`python {Path(__file__).name} migrate`"
+            )
+        if not schema.exists():
+            raise DBOSInitializationError(f"{schema} is missing: it belongs beside durable.py")
+        while number is not None:  # others are at work: have all locks before what takes long, or let go and try again
+            with suppress(psycopg.errors.DeadlockDetected), conn.transaction():
+                conn.execute(_LOCK_ALL)
+                break
+        conn.execute(schema.read_bytes())
+
+
+_LOCK_ALL = """
+    do $$ begin
+        execute (select 'lock table ' || string_agg(oid::regclass::text, ', ') || ' in access exclusive mode'
+                   from pg_class where relnamespace = 'durable'::regnamespace and relkind in ('r', 'v'));
+    end $$
+"""
+
+
+def _empty(conn: Conn) -> None:
+    """Delete all that the tables hold, where there are any."""
+    query = "select quote_ident(tablename) from pg_tables where schemaname = 'durable' and tablename <> 'version'"
+    names = [f"durable.{name}" for (name,) in conn.execute(query)]
+    if names:
+        conn.execute(f"truncate {', '.join(names)}")
+
+
 # --- Management ---------------------------------------------------------------------------------------
 #
 # What one can do to workflows from anywhere, with or without their code: send, wait, look, cancel, resume,
-# fork, delete.  A method checks what it is given and hands it to the sections above; in a workflow, that
-# is a step.  `name` and `name_async` are made of one body, `_name`.
+# fork, delete.  A method checks what it is given and hands it to the sections above, or to a statement below;
+# in a workflow, that is a step.  `name` and `name_async` are made of one body, `_name`.
 
 
 class _Management:
@@ -4620,7 +4285,7 @@ class _Management:
         executor = self._for(workflow_id)
         return _recorded("DBOS.getResult", lambda: _result(executor, workflow_id, existing), child=workflow_id)
 
-    async def _first_of(self, handles: "Sequence[_Handle[Any]]") -> int:
+    async def _first_of(self, handles: Sequence[_Handle[Any]]) -> int:
         ids = [handle.workflow_id for handle in handles]
         if not ids or len(set(ids)) < len(ids):
             raise ValueError(f"wait_first takes one handle or more, each of another workflow, and got {ids}")
@@ -4630,8 +4295,8 @@ class _Management:
         return ids.index(await _recorded("DBOS.waitFirst", lambda: _first_ended(executor, ids)))
 
     def wait_first(
-        self, handles: "Sequence[WorkflowHandle[R]]", *, polling_interval_sec: float = _POLL_S
-    ) -> "WorkflowHandle[R]":
+        self, handles: Sequence[WorkflowHandle[R]], *, polling_interval_sec: float = _POLL_S
+    ) -> WorkflowHandle[R]:
         """Wait until one of several workflows has ended, however, and return its handle.
 
         Raises ValueError for none, or for two handles of one workflow.
@@ -4640,14 +4305,14 @@ class _Management:
         return handles[_block(self._first_of(handles))]
 
     async def wait_first_async(
-        self, handles: "Sequence[WorkflowHandleAsync[R]]", *, polling_interval_sec: float = _POLL_S
-    ) -> "WorkflowHandleAsync[R]":
+        self, handles: Sequence[WorkflowHandleAsync[R]], *, polling_interval_sec: float = _POLL_S
+    ) -> WorkflowHandleAsync[R]:
         """Do as `wait_first`, without blocking the event loop."""
         return handles[await _suspend(self._first_of(handles))]
 
     # Looking at workflows.
 
-    async def _get_workflow_status(self, workflow_id: str) -> "WorkflowStatus | None":
+    async def _get_workflow_status(self, workflow_id: str) -> WorkflowStatus | None:
         """Read how a workflow stands; None if there is none."""
         executor = self._for(workflow_id)
         row = await _recorded("DBOS.getStatus", lambda: executor.ask(_find, workflow_id))
@@ -4655,7 +4320,7 @@ class _Management:
 
     get_workflow_status, get_workflow_status_async = _twins(_get_workflow_status)
 
-    async def _list_workflow_steps(self, workflow_id: str) -> "list[StepInfo]":
+    async def _list_workflow_steps(self, workflow_id: str) -> list[StepInfo]:
         """Read a workflow's recorded steps, in order."""
         executor = self._for(workflow_id)
         rows = await _recorded("DBOS.listWorkflowSteps", lambda: executor.ask(_steps_of, workflow_id))
@@ -4665,13 +4330,13 @@ class _Management:
 
     async def _list_workflows(
         self, *, workflow_ids: list[str] | None = None, status: str | list[str] | None = None,
-        start_time: "_Time | None" = None, end_time: "_Time | None" = None, name: str | list[str] | None = None,
+        start_time: _Time | None = None, end_time: _Time | None = None, name: str | list[str] | None = None,
         app_version: str | list[str] | None = None, forked_from: str | list[str] | None = None,
         parent_workflow_id: str | list[str] | None = None, executor_id: str | list[str] | None = None,
         queue_name: str | list[str] | None = None, workflow_id_prefix: str | list[str] | None = None,
         queues_only: bool = False, limit: int | None = None, offset: int | None = None, sort_desc: bool = False,
         load_input: bool = True, load_output: bool = True,
-    ) -> "list[WorkflowStatus]":
+    ) -> list[WorkflowStatus]:
         """Read how the workflows stand that meet all conditions, the oldest first (or last, with `sort_desc`).
 
         A condition takes one value or a list of alternatives; a time is ISO 8601, a datetime, or seconds or
@@ -4697,20 +4362,20 @@ class _Management:
 
     list_workflows, list_workflows_async = _twins(_list_workflows)
 
-    async def _list_queued_workflows(self, **filters: Any) -> "list[WorkflowStatus]":
+    async def _list_queued_workflows(self, **filters: Any) -> list[WorkflowStatus]:
         """List the workflows that wait in queues or were taken from one and have not ended; see `list_workflows`."""
         filters = {"status": list(_UNFINISHED), **{key: value for key, value in filters.items() if value is not None}}
         return await self._list_workflows(**filters, queues_only=True)
 
     list_queued_workflows, list_queued_workflows_async = _twins(_list_queued_workflows)
 
-    async def _existing_workflow(self, workflow_id: str) -> "WorkflowStatus":
+    async def _existing_workflow(self, workflow_id: str) -> WorkflowStatus:
         status = await self._get_workflow_status(workflow_id)
         if status is None:
             raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id}")
         return status
 
-    def retrieve_workflow(self, workflow_id: str, existing_workflow: bool = True) -> "WorkflowHandle[Any]":
+    def retrieve_workflow(self, workflow_id: str, existing_workflow: bool = True) -> WorkflowHandle[Any]:
         """Return a handle; DBOSNonExistentWorkflowError if there is no such workflow (and there should be)."""
         _refuse_to_block_a_loop("retrieve_workflow")
         if existing_workflow:
@@ -4719,7 +4384,7 @@ class _Management:
 
     async def retrieve_workflow_async(
         self, workflow_id: str, existing_workflow: bool = True
-    ) -> "WorkflowHandleAsync[Any]":
+    ) -> WorkflowHandleAsync[Any]:
         """Do as `retrieve_workflow`, without blocking the event loop."""
         if existing_workflow:
             await _suspend(self._existing_workflow(workflow_id))
@@ -4745,7 +4410,7 @@ class _Management:
     cancel_workflow, cancel_workflow_async = _twins(_cancel_workflow)
 
     async def _end(
-        self, name: str, statement: "Callable[[Conn, list[str]], list[tuple[str, str | None, int]]]", status: str,
+        self, name: str, statement: Callable[[Conn, list[str]], list[tuple[str, str | None, int]]], status: str,
         workflow_ids: list[str], with_children: bool,
     ) -> None:
         executor = self._launched()
@@ -4778,13 +4443,13 @@ class _Management:
 
         await _recorded("DBOS.resumeWorkflow", resume)
 
-    def resume_workflows(self, workflow_ids: list[str]) -> "list[WorkflowHandle[Any]]":
+    def resume_workflows(self, workflow_ids: list[str]) -> list[WorkflowHandle[Any]]:
         """Have workflows go on; see `resume_workflow`."""
         _refuse_to_block_a_loop("resume_workflows")
         _block(self._resume_all(workflow_ids))
         return [WorkflowHandle(self, id) for id in workflow_ids]
 
-    async def resume_workflows_async(self, workflow_ids: list[str]) -> "list[WorkflowHandleAsync[Any]]":
+    async def resume_workflows_async(self, workflow_ids: list[str]) -> list[WorkflowHandleAsync[Any]]:
         """Do as `resume_workflows`, without blocking the event loop."""
         await _suspend(self._resume_all(workflow_ids))
         return [WorkflowHandleAsync(self, id) for id in workflow_ids]
@@ -4890,33 +4555,6 @@ class _Management:
     global_timeout, global_timeout_async = _twins(_global_timeout)
 
 
-def _alternatives(what: str, value: Any) -> list[str]:
-    """One string or several, as a list; ValueError for anything else."""
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, (list, tuple, set)) or not all(isinstance(each, str) for each in values):
-        raise ValueError(f"{what} is {value!r}; it must be a string or a list of strings")
-    if what == "status" and not set(values) <= set(_OF_STATUS):
-        raise ValueError(f"status is {value!r}; there are {', '.join(_OF_STATUS)}")
-    return [each for each in values if _storable(each)]  # of what cannot be stored, none is there
-
-
-_Time = str | float | datetime
-
-
-def _epoch_s(what: str, moment: _Time) -> float:
-    """Seconds since 1970; a number above 1e11 is milliseconds (as seconds it would be the year 5138)."""
-    try:
-        if isinstance(moment, str):
-            moment = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", moment.strip()))
-        if isinstance(moment, datetime):
-            return moment.timestamp()
-        if not isinstance(moment, bool) and abs(moment) < 1e14:
-            return moment / 1000 if abs(moment) > 1e11 else moment
-    except (ValueError, TypeError, OverflowError):
-        pass
-    raise ValueError(f"{what} is {moment!r}; it must be ISO 8601, such as 2030-01-31T12:00:00Z, or seconds since 1970")
-
-
 class _Handle(Generic[R]):
     """A workflow that was started, enqueued or retrieved."""
 
@@ -4940,7 +4578,7 @@ class WorkflowHandle(_Handle[R]):
         _refuse_to_block_a_loop("DBOS.get_result")
         return cast(R, _block(self._durable._result_of(self.workflow_id, self._exists)))
 
-    def get_status(self) -> "WorkflowStatus":
+    def get_status(self) -> WorkflowStatus:
         """Read how the workflow stands; raises DBOSNonExistentWorkflowError if it was deleted."""
         _refuse_to_block_a_loop("DBOS.get_workflow_status")
         return _block(self._durable._existing_workflow(self.workflow_id))
@@ -4953,7 +4591,7 @@ class WorkflowHandleAsync(_Handle[R]):
         """Wait for the workflow to end and return or raise its outcome; see `DBOS.get_result`."""
         return cast(R, await _suspend(self._durable._result_of(self.workflow_id, self._exists)))
 
-    async def get_status(self) -> "WorkflowStatus":
+    async def get_status(self) -> WorkflowStatus:
         """Read how the workflow stands; raises DBOSNonExistentWorkflowError if it was deleted."""
         return await _suspend(self._durable._existing_workflow(self.workflow_id))
 
@@ -5021,6 +4659,261 @@ def _readable(serializer: Serializer, text: str | None) -> Any:
         return text
 
 
+_UNFINISHED = ("DELAYED", "ENQUEUED", "PENDING")  # as Python writes a tuple, SQL reads a list
+_FINISHED = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
+_MS = "floor(extract(epoch from {0}) * 1000)::bigint"  # instants leave the database as milliseconds since 1970, cut
+
+_STATUS_COLUMNS = f"""
+    id as workflow_id, status, name, class_name, config_name, inputs as input, output, error,
+    {_MS.format("created_at")} as created_at, {_MS.format("updated_at")} as updated_at,
+    {_MS.format("completed_at")} as completed_at, {_MS.format("dequeued_at")} as dequeued_at,
+    {_MS.format("delayed_until")} as delay_until_epoch_ms,
+    {_MS.format("deadline_at")} as workflow_deadline_epoch_ms,
+    (timeout_s * 1000)::bigint as workflow_timeout_ms,
+    queue as queue_name, priority, deduplication_id, executor_id, claim, incarnation,
+    application_version as app_version, recovery_attempts, forked_from, parent_workflow_id
+"""
+
+
+def _find(conn: Conn, id: str) -> dict[str, Any] | None:
+    """Read a workflow's row, under the names of WorkflowStatus."""
+    query = f"select {_STATUS_COLUMNS} from durable.workflows where id = %s"
+    return conn.cursor(row_factory=dict_row).execute(query, (id,)).fetchone()
+
+
+def _steps_of(conn: Conn, id: str) -> list[dict[str, Any]]:
+    """Read a workflow's records, under the names of StepInfo."""
+    query = f"""
+        select position as function_id, name as function_name, output, error, child_workflow_id,
+               {_MS.format("started_at")} as started_at_epoch_ms,
+               {_MS.format("completed_at")} as completed_at_epoch_ms
+          from durable.steps where workflow_id = %s order by position
+    """
+    return conn.cursor(row_factory=dict_row).execute(query, (id,)).fetchall()
+
+
+def _list(
+    conn: Conn, where: dict[str, Any], limit: int | None, offset: int | None, sort_desc: bool,
+    load_input: bool, load_output: bool,
+) -> list[dict[str, Any]]:
+    """Read the rows that meet all conditions of `where` (see _CONDITIONS), by age; also under WorkflowStatus' names."""
+    prefixes = {f"prefix_{n}": each for n, each in enumerate(where.get("workflow_id_prefix", ()))}
+    likes = {name: re.sub(r"([\\%_])", r"\\\1", prefix) + "%" for name, prefix in prefixes.items()}
+    alternatives = {
+        "status": [_OF_STATUS[each] for each in where.get("status", ())],
+        "workflow_id_prefix": [f"id like %({name})s" for name in likes],
+    }
+    words = _CONDITIONS | {name: f"({' or '.join(each or ['false'])})" for name, each in alternatives.items()}
+    conditions = " and ".join(["true", *(words[name] for name in where)])
+    columns = _STATUS_COLUMNS if load_input else _STATUS_COLUMNS.replace("inputs as", "null as")
+    columns = columns if load_output else columns.replace("output, error", "null as output, null as error")
+    order = "desc" if sort_desc else "asc"  # of the column, which has an index, and not of what is made of it above
+    query = f"""
+        select {columns} from durable.workflows where {conditions}
+         order by workflows.created_at {order}, number {order} limit %(limit)s offset %(offset)s
+    """
+    parameters = {**where, **likes, "limit": limit, "offset": offset}
+    return conn.cursor(row_factory=dict_row).execute(query, parameters, prepare=False).fetchall()  # see _OF_STATUS
+
+
+# What `where` may say, and in which words: an array for most, epoch seconds for times.  A time that we told
+# is cut to its millisecond: as an end it means all of that, so that it finds the workflow it was told of.
+_CONDITIONS = {
+    name: f"{column} = any(%({name})s::text[])"
+    for name, column in {
+        "workflow_ids": "id", "name": "name", "app_version": "application_version",
+        "forked_from": "forked_from", "parent_workflow_id": "parent_workflow_id",
+        "executor_id": "executor_id", "queue_name": "queue",
+    }.items()
+} | {
+    "start_time": "created_at >= to_timestamp(%(start_time)s)",
+    "end_time": "created_at < date_trunc('milliseconds', to_timestamp(%(end_time)s)) + interval '1 ms'",
+    "queues_only": "queue is not null",
+}
+
+# The planner finds an index for words that stand in the statement, one by one, and for a pattern that it sees
+# when it plans; in an array, or in a statement prepared for all patterns, it would find none.
+_OF_STATUS = {status: f"status = '{status}'" for status in (*_UNFINISHED, *_FINISHED)}
+
+_OF_STATUS["PENDING"] = "(status = 'PENDING' and incarnation is not null)"
+
+
+def _alternatives(what: str, value: Any) -> list[str]:
+    """One string or several, as a list; ValueError for anything else."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple, set)) or not all(isinstance(each, str) for each in values):
+        raise ValueError(f"{what} is {value!r}; it must be a string or a list of strings")
+    if what == "status" and not set(values) <= set(_OF_STATUS):
+        raise ValueError(f"status is {value!r}; there are {', '.join(_OF_STATUS)}")
+    return [each for each in values if _storable(each)]  # of what cannot be stored, none is there
+
+
+_Time = str | float | datetime
+
+
+def _epoch_s(what: str, moment: _Time) -> float:
+    """Seconds since 1970; a number above 1e11 is milliseconds (as seconds it would be the year 5138)."""
+    try:
+        if isinstance(moment, str):
+            moment = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", moment.strip()))
+        if isinstance(moment, datetime):
+            return moment.timestamp()
+        if not isinstance(moment, bool) and abs(moment) < 1e14:
+            return moment / 1000 if abs(moment) > 1e11 else moment
+    except (ValueError, TypeError, OverflowError):
+        pass
+    raise ValueError(f"{what} is {moment!r}; it must be ISO 8601, such as 2030-01-31T12:00:00Z, or seconds since 1970")
+
+
+def _children_of(conn: Conn, ids: list[str]) -> list[str]:
+    """Find the children of workflows, and theirs, and so on."""
+    query = """
+        with recursive family as (
+            select unnest(%s::text[]) as id
+            union select w.id from durable.workflows as w join family on w.parent_workflow_id = family.id)
+        select id from family
+    """
+    return [id for (id,) in conn.execute(query, (ids,)) if id not in ids]
+
+
+# Locks rows in the order of their IDs, so that no two of the statements below wait for each other.  With a
+# batch of the journal, which locks them by kinds of writes, they still may: Postgres ends that after a
+# second, and whoever lost tries again.
+_IN_ORDER = "select id, queue, claim, status from durable.workflows where id = any(%(ids)s) order by id for update"
+
+
+def _cancel(conn: Conn, ids: list[str]) -> list[tuple[str, str | None, int]]:
+    """Cancel what has not come to an end yet; return the IDs, queues and claims of all that is cancelled now.
+
+    Its place in a queue and its deduplication ID are free with that.  Who runs it can write no more.
+    """
+    query = f"""
+        with those as ({_IN_ORDER}),
+        cancelled as (
+            update durable.workflows as w
+               set status = 'CANCELLED', deduplication_id = null,
+                   updated_at = clock_timestamp(), completed_at = clock_timestamp()
+              from those where w.id = those.id and w.status not in ('SUCCESS', 'ERROR', 'CANCELLED'))
+        select id, queue, claim from those where status not in ('SUCCESS', 'ERROR')
+    """
+    return conn.execute(query, {"ids": ids}).fetchall()
+
+
+def _resume(conn: Conn, ids: list[str], queue: str) -> list[tuple[str, int, str]]:
+    """Enqueue workflows anew, with their history, unless they have succeeded or failed.
+
+    Returns the IDs of those that exist, with claim and status.
+    """
+    query = f"""
+        with those as ({_IN_ORDER}),
+        resumed as (
+            update durable.workflows as w
+               set status = 'ENQUEUED', queue = %(queue)s, recovery_attempts = 0, deadline_at = null,
+                   deduplication_id = null, delayed_until = null, dequeued_at = null, completed_at = null,
+                   updated_at = clock_timestamp()
+              from those where w.id = those.id and w.status not in ('SUCCESS', 'ERROR'))
+        select id, claim, case when status in ('SUCCESS', 'ERROR') then status else 'ENQUEUED' end from those
+    """
+    return conn.execute(query, {"ids": ids, "queue": queue}).fetchall()
+
+
+def _fork(conn: Conn, row: dict[str, Any]) -> tuple[str | None] | None:
+    """Enqueue a copy of a workflow, with what it had recorded, set and written before a position.
+
+    Returns of which workflow `new_id` is a fork now; None instead: there is no original.
+    """
+    query = """
+        with original as (select * from durable.workflows where id = %(id)s),
+        forked as (
+            insert into durable.workflows
+                   (id, name, class_name, config_name, inputs, forked_from, status, claim, queue, application_version)
+            select %(new_id)s, name, class_name, config_name, inputs, id, 'ENQUEUED', %(claim)s, %(queue)s, %(version)s
+              from original on conflict do nothing returning id),
+        steps as (
+            insert into durable.steps
+                   (workflow_id, position, name, output, error, child_workflow_id, tries, started_at, completed_at)
+            select forked.id, s.position, s.name, s.output, s.error, s.child_workflow_id, s.tries, s.started_at,
+                   s.completed_at
+              from forked, durable.steps as s where s.workflow_id = %(id)s and s.position < %(start_step)s),
+        events as (
+            insert into durable.events (workflow_id, key, position, value)
+            select forked.id, e.key, e.position, e.value
+              from forked, durable.events as e where e.workflow_id = %(id)s and e.position < %(start_step)s)
+        insert into durable.streams (workflow_id, key, "offset", value, position, token)
+        select forked.id, s.key, row_number() over (partition by s.key order by s."offset") - 1, s.value,
+               s.position, s.token
+          from forked, durable.streams as s where s.workflow_id = %(id)s and s.position < %(start_step)s
+    """
+    conn.execute(query, row)
+    return conn.execute("select forked_from from durable.workflows where id = %(new_id)s", row).fetchone()
+
+
+_REMOVE = ", ".join(
+    f"{table} as (delete from durable.{table} where workflow_id in (select id from gone))"
+    for table in ("steps", "messages", "events", "streams")
+)
+
+
+def _delete(conn: Conn, ids: list[str], even_unfinished: bool = True) -> list[tuple[str, str | None, int]]:
+    """Delete workflows with all that belongs to them; return the IDs, queues and claims of those that there were.
+
+    Locked first, in a statement of its own: what others write under a lock on the workflow's row is
+    there to be seen, and deleted, when the second statement begins.
+    """
+    query = f"""
+        with gone as (delete from durable.workflows
+                       where id = any(%s) and (%s or status not in {_UNFINISHED}) returning id, queue, claim),
+        {_REMOVE} select id, queue, claim from gone
+    """
+    cur = conn.cursor()
+    with conn.pipeline():
+        conn.execute(_IN_ORDER, {"ids": ids})
+        cur.execute(query, (ids, even_unfinished))
+    return cur.fetchall()
+
+
+def _begun_until(conn: Conn, cutoff_s: float) -> list[str]:
+    """The unfinished workflows that began up to a time; the oldest first."""
+    query = f"""
+        select id from durable.workflows where {_CONDITIONS["end_time"]} and status in {_UNFINISHED} order by created_at
+    """
+    return [id for (id,) in conn.execute(query, {"end_time": cutoff_s})]
+
+
+# When a workflow came to its end: what waits as a dead letter completed nothing.  Both in the words of the index.
+_ENDED = f"status not in {_UNFINISHED}"
+
+_ENDED_AT = "coalesce(completed_at, updated_at)"
+
+
+def _ended_before(conn: Conn, cutoff_s: float, limit: int) -> list[str]:
+    """The workflows that ended before a time; the first to end first."""
+    query = f"""
+        select id from durable.workflows where {_ENDED} and {_ENDED_AT} < to_timestamp(%s) order by {_ENDED_AT} limit %s
+    """
+    return [id for (id,) in conn.execute(query, (cutoff_s, limit))]
+
+
+def _last_ended(conn: Conn, number: int) -> float | None:
+    """When the first of the last `number` workflows to end did, in seconds since 1970; None: there are fewer."""
+    query = f"select extract(epoch from {_ENDED_AT})::float8 from durable.workflows where {_ENDED}"
+    found = conn.execute(f"{query} order by {_ENDED_AT} desc limit 1 offset %s", (number - 1,)).fetchone()
+    return found and found[0]
+
+
+def _forget_executors(conn: Conn, cutoff_s: float) -> None:
+    """Forget launches that were over before a time, and that no unfinished workflow refers to."""
+    conn.execute(
+        f"""
+        delete from durable.executors as e
+         where coalesce(stopped_at, lost_at) < to_timestamp(%s) and incarnation not in {_ALIVE}
+           and not exists (select from durable.workflows as w
+                            where w.incarnation = e.incarnation and w.status = 'PENDING')
+        """,
+        (cutoff_s,),
+    )
+
+
 # --- Admin --------------------------------------------------------------------------------------------
 #
 # The HTTP server for operators, load balancers, Prometheus and people.  It listens on loopback unless a
@@ -5039,7 +4932,7 @@ class _AdminServer(socketserver.ThreadingTCPServer):
     clients: dict[Any, tuple[threading.Thread, float]]  # who is served: on which thread, and when it must have asked
 
     @classmethod
-    def start(cls, executor: _Executor) -> "_AdminServer | None":
+    def start(cls, executor: _Executor) -> _AdminServer | None:
         config = executor.config
         host, port = config["admin_host"], config.get("admin_port", 3001)
         try:
@@ -5215,7 +5108,7 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
 
     # For load balancers and orchestrators.
 
-    def _healthz(self) -> "_Text":
+    def _healthz(self) -> _Text:
         try:
             with self.executor.pool.connection(timeout=2.0) as conn:
                 conn.execute("select 1")
@@ -5223,7 +5116,7 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
             raise _Refusal(503, f"the database cannot be reached: {str(error).strip()}") from error
         return _Text("healthy")
 
-    def _deactivate(self) -> "_Text":
+    def _deactivate(self) -> _Text:
         if not self.executor.deactivated:
             _log.info("deactivated: what runs is completed and recovered, nothing new is started or dequeued")
         self.executor.deactivated = True
@@ -5242,7 +5135,7 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
 
     # For operators: what DBOS calls them is kept, in the paths and in the fields.
 
-    def _listed(self, read: "Callable[..., list[WorkflowStatus]]") -> list[dict[str, str | None]]:
+    def _listed(self, read: Callable[..., list[WorkflowStatus]]) -> list[dict[str, str | None]]:
         asked = {"load_input": False, "load_output": False, "limit": 1 << 30, **self._fields(_FILTERS)}
         asked["limit"] = min(asked["limit"], _LONGEST_LIST + 1)
         try:
@@ -5294,7 +5187,7 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
 
     # For Prometheus.
 
-    def _metrics(self) -> "_Text":
+    def _metrics(self) -> _Text:
         """What is unfinished is counted in the table, through indexes.
 
         What has finished is not: that takes the longer, the more there is.  Each executor counts what it
@@ -5327,7 +5220,7 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
 
     # For people.
 
-    def _page(self) -> "_Text":
+    def _page(self) -> _Text:
         return _Text(_PAGE, "text/html; charset=utf-8")
 
     def _overview(self) -> dict[str, Any]:
@@ -5343,7 +5236,7 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
 
     # Reading and writing.
 
-    def _fields(self, kinds: dict[str, "_Kind"]) -> dict[str, Any]:
+    def _fields(self, kinds: dict[str, _Kind]) -> dict[str, Any]:
         """Read an object with these fields, all optional; null is unset, and no body at all is an empty object."""
         lengths = set(self.headers.get_all("Content-Length", ["0"]))
         given = {} if lengths == {"0"} and "Transfer-Encoding" not in self.headers else self._json()
@@ -5428,6 +5321,7 @@ _POSITIVE = _Kind("a whole number from 1", lambda value: _INTEGER.holds(value) a
 _MOMENT = _Kind("milliseconds since 1970", lambda value: type(value) is int and 0 <= value < 1 << 52)
 _BOOLEAN = _Kind("true or false", lambda value: isinstance(value, bool))
 _FOREIGN = _Kind("null: it is of the DBOS library, and not of durable.py", lambda value: value is False)
+
 _FILTERS = {
     "workflow_uuids": _STRINGS, "workflow_name": _EITHER, "status": _EITHER, "start_time": _STRING,
     "end_time": _STRING, "application_version": _EITHER, "forked_from": _EITHER, "parent_workflow_id": _EITHER,
@@ -5438,7 +5332,9 @@ _FILTERS = {
         "queues_only", "was_forked_from", "has_parent", "attributes", "schedule_name", "application_name",
     ), _FOREIGN),
 }
+
 _OUR_NAMES = {"workflow_uuids": "workflow_ids", "workflow_name": "name", "application_version": "app_version"}
+
 _TOLD = {
     "WorkflowUUID": "workflow_id", "Status": "status", "WorkflowName": "name", "WorkflowClassName": "class_name",
     "WorkflowConfigName": "config_name", "Input": "input", "Output": "output", "Error": "error",
@@ -5481,6 +5377,47 @@ def _is_loopback(host: str) -> bool:
         return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _view(conn: Conn, name: str, ids: list[str]) -> list[dict[str, Any]]:
+    """Read one of the views for operators; of some workflows, where IDs are given."""
+    query = f"select * from durable.{name}" + (" where workflow_id = any(%s)" if ids else "")
+    # Binary, since times as text are written as the session's DateStyle has it, which behind a PgBouncer is anybody's.
+    return conn.cursor(row_factory=dict_row, binary=True).execute(query, (ids,) if ids else ()).fetchall()
+
+
+def _executors(conn: Conn, most: int) -> list[dict[str, Any]]:
+    """Read the latest launches, those that live first."""
+    query = f"""
+        select executor_id, incarnation, application, application_version, hostname, pid,
+               incarnation in {_ALIVE} as alive, deactivated, failover, {_MS.format("launched_at")} as launched_at,
+               {_MS.format("stopped_at")} as stopped_at, {_MS.format("lost_at")} as lost_at
+          from durable.executors order by alive desc, incarnation desc limit %s
+    """
+    return conn.cursor(row_factory=dict_row).execute(query, (most,)).fetchall()
+
+
+def _unfinished(conn: Conn) -> list[tuple[str, str, str, int, float]]:
+    """Count the unfinished workflows by status, name and queue; with the age of the oldest, in seconds."""
+    return conn.execute("""
+        select status, name, coalesce(queue, ''), count(*), extract(epoch from now() - min(updated_at))::float8
+          from durable.unfinished group by status, name, queue order by status, name, queue
+    """).fetchall()
+
+
+def _count(conn: Conn, newest: int) -> dict[str, int]:
+    """Count by status: the newest workflows, not all, so that it takes no longer when there are millions."""
+    query = """
+        select status, count(*) from (select status from durable.workflows order by created_at desc limit %s) as newest
+         group by status order by status
+    """
+    return dict(conn.execute(query, (newest,)).fetchall())
+
+
+def _tries(conn: Conn, id: str | None) -> dict[int, int]:
+    """Say which steps of a workflow took more than one try."""
+    query = "select position, tries from durable.steps where workflow_id = %s and tries > 1"
+    return dict(conn.execute(query, (id,)).fetchall())
 
 
 # --- Page ---------------------------------------------------------------------------------------------
@@ -5783,7 +5720,7 @@ class Durable(_Management):
         self.logger = _log
         Queue(_INTERNAL_QUEUE, durable=self)
 
-    def __call__(self, *, config: DBOSConfig | None = None) -> "Durable":
+    def __call__(self, *, config: DBOSConfig | None = None) -> Durable:
         """Configure the instance (before its launch, or once more with the same) and return it.
 
         Raises DBOSInitializationError for an unknown setting or a value of the wrong type.
@@ -5967,7 +5904,7 @@ class Durable(_Management):
 
         return decorate
 
-    def register_instance(self, instance: "DBOSConfiguredInstance") -> None:
+    def register_instance(self, instance: DBOSConfiguredInstance) -> None:
         """Make an instance known by its class and `config_name`; its constructor does so for `DBOS`."""
         key = (_class_name(type(instance)), instance.config_name)
         former = self._instances.get(key)
@@ -6032,7 +5969,7 @@ class Durable(_Management):
                 known.set_limits(**limits)
             return known
 
-    def listen_queues(self, queues: "Sequence[Queue | str]") -> None:
+    def listen_queues(self, queues: Sequence[Queue | str]) -> None:
         """Take work from these queues only, of all that are declared: one process enqueues, another takes.
 
         For before the launch.  What is resumed, forked or scheduled is taken all the same; an empty list takes
@@ -6228,7 +6165,7 @@ class Durable(_Management):
 
     def start_workflow(
         self, func: Callable[P, Coroutine[Any, Any, R]] | Callable[P, R], *args: P.args, **kwargs: P.kwargs
-    ) -> "WorkflowHandle[R]":
+    ) -> WorkflowHandle[R]:
         """Run a workflow in the background; return once its row is committed."""
         id, run = _block(self._start(func, args, kwargs))
         if run is not None:
@@ -6237,7 +6174,7 @@ class Durable(_Management):
 
     async def start_workflow_async(
         self, func: Callable[P, Coroutine[Any, Any, R]] | Callable[P, R], *args: P.args, **kwargs: P.kwargs
-    ) -> "WorkflowHandleAsync[R]":
+    ) -> WorkflowHandleAsync[R]:
         """Run a workflow in the background, a coroutine function as a task of this event loop."""
         id, run = await _suspend(self._start(func, args, kwargs))
         if run is not None:
@@ -6256,7 +6193,7 @@ class Durable(_Management):
 
     def enqueue_workflow(
         self, queue_name: str, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs
-    ) -> "WorkflowHandle[R]":
+    ) -> WorkflowHandle[R]:
         """Enqueue on the queue of this name, which this process need not have declared; see `Queue.enqueue`."""
         (id,) = _block(_enqueue(self._launched(), queue_name, [(func, args, kwargs)]))
         return WorkflowHandle(self, id)
@@ -6264,7 +6201,7 @@ class Durable(_Management):
     async def enqueue_workflow_async(
         self, queue_name: str, func: Callable[P, Coroutine[Any, Any, R]] | Callable[P, R], *args: P.args,
         **kwargs: P.kwargs,
-    ) -> "WorkflowHandleAsync[R]":
+    ) -> WorkflowHandleAsync[R]:
         """Do as `enqueue_workflow`, without blocking the event loop."""
         (id,) = await _suspend(_enqueue(self._launched(), queue_name, [(func, args, kwargs)]))
         return WorkflowHandleAsync(self, id)
@@ -6369,6 +6306,106 @@ class Durable(_Management):
     close_stream, close_stream_async = _twins(_close_stream)
 
 
+class _Site(NamedTuple):
+    """Where something is declared: by which run of which module's code."""
+
+    run: types.CodeType | None = None  # each run of a module, or of a cell of a notebook, compiles or loads it anew
+    module: str | None = None  # its file, under whichever name it was imported; its name, where there is none
+    line: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.run.co_filename}, line {self.line}" if self.run else "a thread"
+
+
+def _site() -> _Site:
+    """Find the code outside of all functions and classes that led here."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None and frame.f_locals is not frame.f_globals:
+        frame = frame.f_back
+    if frame is None:
+        return _Site()
+    file, name = (frame.f_globals.get(each) for each in ("__file__", "__name__"))
+    return _Site(frame.f_code, os.path.realpath(file) if file else name, frame.f_lineno)
+
+
+_UNSET = object()  # what a variable holds that has no value yet
+
+
+def _alike(new: Any, former: Any, again: bool = False, seen: frozenset[int] = frozenset()) -> bool:
+    """Whether two things are one, as far as a function's behaviour depends on them.
+
+    Two functions are if they have the same code and hold alike things: one line can make many functions.
+    Where their module was run `again`, their code may have been edited, and their names tell; for a name
+    that stands for nothing by itself (of a function within another, a lambda), what they hold does, too.
+    """
+    new, held = _as_written(new)
+    former, before = _as_written(former)
+    if new is _UNSET or former is _UNSET:
+        return again
+    if new is former or id(new) in seen:
+        return True
+    if not (isinstance(new, types.FunctionType) and isinstance(former, types.FunctionType)):
+        if again and not _survives_json(new):
+            return _name_of(new) == _name_of(former)
+        lasting = again or type(new).__hash__ is not None  # two lists may be equal now, and differ later
+        return type(new) is type(former) and lasting and bool(new == former)
+    if not again:
+        same = new.__code__ is former.__code__
+    elif new.__name__ == "<lambda>":
+        same = _shape(new.__code__) == _shape(former.__code__)
+    else:
+        same = new.__qualname__ == former.__qualname__
+    if not same or (again and "<" not in new.__qualname__):
+        return same
+    return (again or held.keys() == before.keys()) and all(
+        _alike(held[name], before[name], again, seen | {id(new)}) for name in held.keys() & before.keys()
+    )
+
+
+def _held(fn: object) -> dict[object, Any]:
+    """What a function has besides its code: its defaults, and the variables of the functions around it."""
+    if not isinstance(fn, types.FunctionType):
+        return {}
+    held: dict[object, Any] = dict(enumerate(fn.__defaults__ or ()))
+    held.update(fn.__kwdefaults__ or {})
+    for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+        if name not in ("__class__", fn.__name__):  # which are being defined, as it is
+            try:
+                held[name] = cell.cell_contents
+            except ValueError:
+                held[name] = _UNSET
+    return held
+
+
+def _as_written(fn: Any) -> tuple[Any, dict[object, Any]]:
+    """A function without our decoration, and what it held when it was registered (or holds now, if it was not)."""
+    function = vars(fn).get("_durable_function") if isinstance(fn, types.FunctionType) else fn
+    return (function.given, function.held) if isinstance(function, _Function) else (fn, _held(fn))
+
+
+def _decorator(
+    kind: str, decorate: Callable[[Callable[P, R]], Callable[P, R]]
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a decorator go above `@staticmethod` and `@classmethod`, too, but not above one of another kind."""
+
+    def above(fn: Any) -> Any:
+        if isinstance(fn, (staticmethod, classmethod)):
+            return type(fn)(above(fn.__func__))
+        former = getattr(fn, "_durable_function", None)
+        if isinstance(former, _Function) and former.kind != kind:
+            raise DBOSConflictingRegistrationError(
+                f"{_name_of(fn)} is a {former.kind} already and cannot be a {kind}, too: make that another function, "
+                f"which calls it"
+            )
+        return decorate(fn)
+
+    return above
+
+
+def _class_name(cls: type) -> str:
+    return str(getattr(cls, "_durable_class_name", cls.__qualname__))
+
+
 class DBOSConfiguredInstance:
     """Base for classes whose instances' methods are workflows; `config_name` tells the instances apart.
 
@@ -6463,29 +6500,6 @@ class DBOSClient(_Management):
         return await _checkpointed(run, position, "DBOS.enqueue", enqueue, child=id)
 
     enqueue, enqueue_async = _handle_twins(_enqueue)
-
-
-def _decorator(
-    kind: str, decorate: Callable[[Callable[P, R]], Callable[P, R]]
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a decorator go above `@staticmethod` and `@classmethod`, too, but not above one of another kind."""
-
-    def above(fn: Any) -> Any:
-        if isinstance(fn, (staticmethod, classmethod)):
-            return type(fn)(above(fn.__func__))
-        former = getattr(fn, "_durable_function", None)
-        if isinstance(former, _Function) and former.kind != kind:
-            raise DBOSConflictingRegistrationError(
-                f"{_name_of(fn)} is a {former.kind} already and cannot be a {kind}, too: make that another function, "
-                f"which calls it"
-            )
-        return decorate(fn)
-
-    return above
-
-
-def _class_name(cls: type) -> str:
-    return str(getattr(cls, "_durable_class_name", cls.__qualname__))
 
 
 def _is_heard_above(logger: logging.Logger) -> bool:
@@ -6595,6 +6609,21 @@ def _run_command(client: DBOSClient, options: argparse.Namespace) -> Any:
         case view:
             return list(map(_plain, executor.now(_view, view, ids)))
     return [{"workflow_id": id, "status": status} for id, (_, status) in executor.now(_claims, ids).items()]
+
+
+def _requeue(conn: Conn, names: list[str]) -> tuple[list[str], int]:
+    """Give the PENDING workflows of dead executors back to a queue; tell also how many are of living ones."""
+    query = f"""
+        with theirs as (select id, claim, incarnation in {_ALIVE} as alive from durable.workflows
+                         where status = 'PENDING' and incarnation is not null and executor_id = any(%(names)s)),
+        requeued as (update durable.workflows as w
+                        set status = 'ENQUEUED', queue = coalesce(w.queue, %(queue)s), updated_at = clock_timestamp()
+                       from theirs where w.id = theirs.id and w.claim = theirs.claim and w.status = 'PENDING'
+                                     and not theirs.alive returning w.id)
+        select (select coalesce(array_agg(id), '{{}}') from requeued), (select count(*) from theirs where alive)
+    """
+    ids, alive = conn.execute(query, {"names": names, "queue": _INTERNAL_QUEUE}).fetchone() or ([], 0)
+    return ids, alive
 
 
 _LIST_COLUMNS = ("workflow_id", "status", "name", "queue_name", "app_version", "executor_id", "created_at")
