@@ -282,7 +282,7 @@ async def _checkpointed(
     """Return what stands on record at `position`, or make the call and record it; without a run only make it."""
     if run is None:
         return await perform()
-    with run.noting_cut(position, name):
+    with run.order.noting_cut(position, name):
         past = await run.recall(position, name)
         if past is not None:
             return cast(T, run.outcome(past))
@@ -321,14 +321,8 @@ class _Run:
         self.stop = _Signal()  # and at the same time this, for those who wait
         self.awaited_elsewhere = row.queue is not None  # more than its caller may wait for it
         self.tries: dict[int, int] = {}  # of steps that are not on record yet
-        self.thread = 0  # on which the workflow's code runs,
-        self.turn: _Turn | None = None  # and what it does there, if it is a coroutine
-        self.task: Any = None  # likewise
-        self.breach: DBOSException | None = None  # it left the order of its calls to chance
-        self.elsewhere: set[int] = set()  # calls that it makes on other threads now
-        self.cut: dict[int, str] = {}  # calls that ended in a cancel, which is not on record yet
+        self.order = _Order(self)
         self._position = 0
-        self._taking = threading.Lock()
         self._history: dict[int, _Record] = {}
         self.history_to: int | None = 0 if row.has_history else None  # None: nothing left to read
 
@@ -348,49 +342,13 @@ class _Run:
 
     def advance(self, by: int = 1) -> int:
         """Take the next position.  Callers do so before their first wait, so that `gather` keeps the order."""
-        with self._taking:
-            if self.breach is None and not self._in_order():
-                self.breach = DBOSException(_DISORDER.format(self.id))
-            if self.breach is not None:
-                raise self.breach
-            self._position += by
-            return self._position - by + 1
-
-    def _in_order(self) -> bool:
-        """Whether this call's place among the others is the same in every replay.
-
-        It is in the workflow's own code, and while a coroutine waits, in its tasks; or else in one thing
-        on another thread that it waits for, as in `await asyncio.to_thread(step)`, but not in two.
-        """
-        turn, thread = self.turn, threading.get_ident()
-        caller: tuple[int, object] = (thread, None)
-        if turn is None:
-            return thread == self.thread
-        if thread != self.thread:
-            if _turn.get() is not turn:
-                return False  # the code did not wait for it
-            if _caller.get()[0] != thread:
-                _caller.set((thread, object()))  # in the context of this call; each has its own
-            caller = _caller.get()
-        elif not turn.waits:
-            self.take_turn()  # whatever it handed to a thread before this call is late from now on
-            return turn.caller is None
-        turn.caller = turn.caller or caller
-        return turn.caller == caller
-
-    def take_turn(self) -> None:
-        """The code of the coroutine goes on: a new turn begins.
-
-        A call on another thread that it does not wait for any longer cannot be cut off, and may end or not.
-        """
-        if self.elsewhere and self.breach is None:
-            self.breach = DBOSException(_DISORDER.format(self.id))
-        self.turn = _Turn()
-        _turn.set(self.turn)
+        self.order.check()
+        self._position += by
+        return self._position - by + 1
 
     async def recall(self, position: int, name: str) -> _Record | None:
         """Find what is on record at this position, and check that it is the record of this call."""
-        await self.note_cuts()
+        await self.order.note_cuts()
         await self.remember(position)
         self.go_on()
         record = self._history.pop(position, None)
@@ -407,42 +365,6 @@ class _Run:
             chunk = await self.executor.ask(_read_history, self.id, self.history_to)
             self._history.update((record.position, record) for record in chunk)
             self.history_to = chunk[-1].position if len(chunk) == _HISTORY_CHUNK else None
-
-    @contextmanager
-    def noting_cut(self, position: int, name: str) -> Iterator[None]:
-        """Remember it when the call at this position is cancelled, as by `asyncio.wait_for`, done or not."""
-        frame = _frame.get()
-        if threading.get_ident() != self.thread and frame is not None and frame.reserved is None:
-            self.elsewhere.add(position)
-        try:
-            yield
-        except asyncio.CancelledError:
-            self.cut[position] = name
-            raise
-        finally:
-            self.elsewhere.discard(position)
-
-    async def note_cuts(self) -> None:
-        """Before the workflow goes on from a call that it saw cancelled, put that on record: a replay must see it, too.
-
-        Not while the cancel is under way: it may be that of the whole run, which will see nothing.
-        """
-        if not self.cut or _is_cancelled() or getattr(self.task, "cancelling", int)():
-            return
-        for position, name in tuple(self.cut.items()):
-            row = {
-                "id": self.id, "claim": self.claim, "position": position, "name": name, "output": None,
-                "error": _CUT_OFF, "child_workflow_id": None, "tries": 1, "took_s": 0.0,
-            }
-            past, write = None, _RECORD
-            while past is None and not (await self.executor.journal.write(write, row))[0]:
-                past = await self.settle(position, name)
-                if past is not None and name == "DBOS.sleep" and past.error is None:
-                    past, write = None, _CUT_SLEEP
-            if past is not None and past.error != _CUT_OFF:  # done, just before: let a replay see that from the start
-                self.halt(_Superseded(f"step {position} of workflow {self.id} was on record when it was cancelled"))
-                raise cast(_Stopped, self.stopped)
-            self.cut.pop(position, None)
 
     def outcome(self, record: _Record) -> Any:
         """Return, or raise, what a record says."""
@@ -542,18 +464,6 @@ class _Run:
         self.stop.set()
 
 
-_CUT_OFF = json.dumps({
-    "type": "asyncio.CancelledError",
-    "text": "the workflow cancelled this call, perhaps by a timeout, and went on without it",
-})
-
-_DISORDER = (
-    "workflow {} makes durable calls on several threads: their order, by which results are recalled, is left to "
-    "chance; make them in the workflow's own code, with asyncio.gather over async steps or "
-    "DBOS.run_step_async(None, step, ...), or start child workflows"
-)
-
-
 class _Write:
     """A statement that the journal makes for one row, or for many at once; {rows} stands for them."""
 
@@ -589,21 +499,6 @@ _RECORD = _Write(
     "returning workflow_id as id, position",
     by_position=True,
 )
-
-# A sleep, which is on record since it began, was cancelled.
-_CUT_SLEEP = _Write(
-    "cut_sleep",
-    "id text, claim bigint, position integer, error text",
-    """
-    update durable.steps as s set output = null, error = slept.error from slept
-     where s.workflow_id = slept.id and s.position = slept.position
-    """,
-    "returning s.workflow_id as id, s.position",
-    before="""slept as (select new.* from {rows} join durable.workflows as w on w.id = new.id and w.claim = new.claim
-                         where w.status = 'PENDING' for share of w)""",
-    by_position=True,
-)
-
 
 def _read_history(conn: Conn, id: str, after: int, limit: int = _HISTORY_CHUNK) -> list[_Record]:
     """Read the next records of a workflow, in order, behind position `after`."""
@@ -711,27 +606,6 @@ def _framed(frame: _Frame) -> Iterator[None]:
         _frame.reset(token)
 
 
-def _is_cancelled() -> bool:
-    """Whether the task that runs here was cancelled (Python 3.10 cannot tell of tasks that are not ours: perhaps)."""
-    with suppress(RuntimeError):  # there is no event loop here, and so nobody who could
-        task: Any = asyncio.current_task()
-        return task is not None and (task.cancelling() > 0 if hasattr(task, "cancelling") else True)
-    return False
-
-
-class _Task(asyncio.Task[Any]):
-    """For Python 3.10: a task that can tell whether it was cancelled, as all can since."""
-
-    _cancels = 0
-
-    def cancel(self, msg: Any = None) -> bool:
-        self._cancels += 1
-        return super().cancel(msg)
-
-    def cancelling(self) -> int:
-        return self._cancels
-
-
 async def _step(name: str, retries: _Retries, call: Callable[[], Any]) -> Any:
     """Run a user's step: in a workflow run or recalled, anywhere else a plain call."""
     run = _current_run()
@@ -795,7 +669,99 @@ async def _off_loop(threads: _Threads | None, call: Callable[[], T]) -> T:
 # --- Order --------------------------------------------------------------------------------------------
 #
 # Results are recalled by position, so positions must be taken in the same order by every replay: in the
-# workflow's own code.  Calls that threads make at the same time have no order, and are an error.
+# workflow's own code.  Calls that threads make at the same time have no order, and are an error.  And what a
+# workflow saw cancelled, as by a timeout of its own, a replay must see cancelled, though it be done by now.
+
+
+class _Order:
+    """In which order a run makes its calls, and which of them it saw cancelled: so must every replay."""
+
+    def __init__(self, run: _Run) -> None:
+        self.run = run
+        self.thread = 0  # on which the workflow's code runs,
+        self.turn: _Turn | None = None  # and what it does there, if it is a coroutine
+        self.task: Any = None  # likewise
+        self.breach: DBOSException | None = None  # it left the order of its calls to chance
+        self.elsewhere: set[int] = set()  # calls that it makes on other threads now
+        self.cut: dict[int, str] = {}  # calls that ended in a cancel, which is not on record yet
+        self._checking = threading.Lock()
+
+    def check(self) -> None:
+        """Raise if this call's place among the others may be another in a replay."""
+        with self._checking:
+            if self.breach is None and not self._in_order():
+                self.breach = DBOSException(_DISORDER.format(self.run.id))
+        if self.breach is not None:
+            raise self.breach
+
+    def _in_order(self) -> bool:
+        """Whether this call's place among the others is the same in every replay.
+
+        It is in the workflow's own code, and while a coroutine waits, in its tasks; or else in one thing
+        on another thread that it waits for, as in `await asyncio.to_thread(step)`, but not in two.
+        """
+        turn, thread = self.turn, threading.get_ident()
+        caller: tuple[int, object] = (thread, None)
+        if turn is None:
+            return thread == self.thread
+        if thread != self.thread:
+            if _turn.get() is not turn:
+                return False  # the code did not wait for it
+            if _caller.get()[0] != thread:
+                _caller.set((thread, object()))  # in the context of this call; each has its own
+            caller = _caller.get()
+        elif not turn.waits:
+            self.take_turn()  # whatever it handed to a thread before this call is late from now on
+            return turn.caller is None
+        turn.caller = turn.caller or caller
+        return turn.caller == caller
+
+    def take_turn(self) -> None:
+        """The code of the coroutine goes on: a new turn begins.
+
+        A call on another thread that it does not wait for any longer cannot be cut off, and may end or not.
+        """
+        if self.elsewhere and self.breach is None:
+            self.breach = DBOSException(_DISORDER.format(self.run.id))
+        self.turn = _Turn()
+        _turn.set(self.turn)
+
+    @contextmanager
+    def noting_cut(self, position: int, name: str) -> Iterator[None]:
+        """Remember it when the call at this position is cancelled, as by `asyncio.wait_for`, done or not."""
+        frame = _frame.get()
+        if threading.get_ident() != self.thread and frame is not None and frame.reserved is None:
+            self.elsewhere.add(position)
+        try:
+            yield
+        except asyncio.CancelledError:
+            self.cut[position] = name
+            raise
+        finally:
+            self.elsewhere.discard(position)
+
+    async def note_cuts(self) -> None:
+        """Before the workflow goes on from a call that it saw cancelled, put that on record: a replay must see it, too.
+
+        Not while the cancel is under way: it may be that of the whole run, which will see nothing.
+        """
+        run = self.run
+        if not self.cut or _is_cancelled() or getattr(self.task, "cancelling", int)():
+            return
+        for position, name in tuple(self.cut.items()):
+            row = {
+                "id": run.id, "claim": run.claim, "position": position, "name": name, "output": None,
+                "error": _CUT_OFF, "child_workflow_id": None, "tries": 1, "took_s": 0.0,
+            }
+            past, write = None, _RECORD
+            while past is None and not (await run.executor.journal.write(write, row))[0]:
+                past = await run.settle(position, name)
+                if past is not None and name == "DBOS.sleep" and past.error is None:
+                    past, write = None, _CUT_SLEEP
+            if past is not None and past.error != _CUT_OFF:  # done, just before: let a replay see that from the start
+                run.halt(_Superseded(f"step {position} of workflow {run.id} was on record when it was cancelled"))
+                raise cast(_Stopped, run.stopped)
+            self.cut.pop(position, None)
 
 
 class _Turn:
@@ -810,6 +776,54 @@ class _Turn:
 
 _turn: contextvars.ContextVar[_Turn | None] = contextvars.ContextVar("durable_turn", default=None)
 _caller: contextvars.ContextVar[tuple[int, object]] = contextvars.ContextVar("durable_caller", default=(0, None))
+
+
+_CUT_OFF = json.dumps({
+    "type": "asyncio.CancelledError",
+    "text": "the workflow cancelled this call, perhaps by a timeout, and went on without it",
+})
+
+_DISORDER = (
+    "workflow {} makes durable calls on several threads: their order, by which results are recalled, is left to "
+    "chance; make them in the workflow's own code, with asyncio.gather over async steps or "
+    "DBOS.run_step_async(None, step, ...), or start child workflows"
+)
+
+
+# A sleep, which is on record since it began, was cancelled.
+_CUT_SLEEP = _Write(
+    "cut_sleep",
+    "id text, claim bigint, position integer, error text",
+    """
+    update durable.steps as s set output = null, error = slept.error from slept
+     where s.workflow_id = slept.id and s.position = slept.position
+    """,
+    "returning s.workflow_id as id, s.position",
+    before="""slept as (select new.* from {rows} join durable.workflows as w on w.id = new.id and w.claim = new.claim
+                         where w.status = 'PENDING' for share of w)""",
+    by_position=True,
+)
+
+
+def _is_cancelled() -> bool:
+    """Whether the task that runs here was cancelled (Python 3.10 cannot tell of tasks that are not ours: perhaps)."""
+    with suppress(RuntimeError):  # there is no event loop here, and so nobody who could
+        task: Any = asyncio.current_task()
+        return task is not None and (task.cancelling() > 0 if hasattr(task, "cancelling") else True)
+    return False
+
+
+class _Task(asyncio.Task[Any]):
+    """For Python 3.10: a task that can tell whether it was cancelled, as all can since."""
+
+    _cancels = 0
+
+    def cancel(self, msg: Any = None) -> bool:
+        self._cancels += 1
+        return super().cancel(msg)
+
+    def cancelling(self) -> int:
+        return self._cancels
 
 
 @functools.cache
@@ -1132,7 +1146,7 @@ async def _write_starts(executor: _Executor, starts: list[_Start]) -> list[bool]
     with ExitStack() as noting:
         for start in starts:
             if start.parent is not None:
-                noting.enter_context(start.parent.noting_cut(start.row["position"], start.row["name"]))
+                noting.enter_context(start.parent.order.noting_cut(start.row["position"], start.row["name"]))
         return await executor.journal.write(starts[0].kind(), *(start.row for start in starts))
 
 
@@ -1222,20 +1236,20 @@ async def _execute(run: _Run) -> Any:
     value, error = None, None
     try:
         run.go_on()  # it may have waited for a thread
-        run.thread = threading.get_ident()
+        run.order.thread = threading.get_ident()
         await run.remember(1)  # before any timer of the workflow's own can measure how long that takes
         try:
             with _OptionBlock(**vars(_NO_OPTIONS)), _framed(_Frame(run)):  # a block around the call is not for the body
                 args, kwargs = run.arguments()
                 value = run.function.call(*args, **kwargs)
                 if run.function.is_async:
-                    run.loop, run.task = asyncio.get_running_loop(), asyncio.current_task()
+                    run.loop, run.order.task = asyncio.get_running_loop(), asyncio.current_task()
                     value = await _suspend(value, run)
         except Exception as raised:
             error = raised
         finally:
-            run.turn = None
-        error = await _finish(run, value, run.breach or error)
+            run.order.turn = None
+        error = await _finish(run, value, run.order.breach or error)
     except (KeyboardInterrupt, SystemExit):
         run.executor.interrupted.add(run.id)  # somebody wants it to stop: it stays PENDING until the next launch
         raise
@@ -1248,7 +1262,7 @@ async def _execute(run: _Run) -> Any:
 
 async def _finish(run: _Run, value: Any, error: Exception | None) -> Exception | None:
     """Write the outcome, if this run still may, and return the error that it came to."""
-    await run.note_cuts()
+    await run.order.note_cuts()
     output, problem, substitute = run.store(f"function {run.function.name}", value, error)
     error = error or substitute  # a result that cannot be stored
     status = "ERROR" if error else "SUCCESS"
@@ -1602,13 +1616,13 @@ def _suspend(body: Coroutine[Any, Any, T], run: _Run | None = None) -> Generator
     step: Callable[[], Any] = functools.partial(body.send, None)
     while True:
         if run is not None:
-            run.take_turn()
+            run.order.take_turn()
         try:
             wait = step()
         except StopIteration as end:
             return cast(T, end.value)
-        if run is not None and run.turn is not None:
-            run.turn.waits = True
+        if run is not None and run.order.turn is not None:
+            run.order.turn.waits = True
         try:
             value = (yield from wait.on_loop().__await__()) if isinstance(wait, _Wait) else (yield wait)
         except BaseException as error:
@@ -1962,7 +1976,7 @@ def _transaction(name: str, isolation: str, call: Callable[[], Any]) -> Any:
     if run is None or frame is None:
         raise DBOSException(f"transaction {name} was called inside a step: call it from the workflow itself")
     position, name = frame.reserved or (run.advance(), name)
-    with run.noting_cut(position, name):
+    with run.order.noting_cut(position, name):
         return _transact_at(run, position, name, isolation, call)
 
 
@@ -2006,7 +2020,7 @@ async def _transact(name: str, call: Callable[[], Any]) -> Any:
     if run is None:
         return await _value_of(call())
     position = run.advance()
-    with run.noting_cut(position, name):
+    with run.order.noting_cut(position, name):
         past = await run.recall(position, name)  # here: what waits for a thread could time out in each replay
         if past is not None:
             return run.outcome(past)
@@ -2210,7 +2224,7 @@ async def _result(executor: _Executor, id: str, existing: bool = True) -> Any:
 
 def _helped(executor: _Executor, run: _Run) -> _Wait[bool]:
     """Run what we wait for on this thread, if no other can be had; tell whether it still queues for one."""
-    queues = run.thread == 0  # asked first: to look for its job among ten thousand others takes a while
+    queues = run.order.thread == 0  # asked first: to look for its job among ten thousand others takes a while
     return _Wait(lambda: queues and executor.threads.help_with(run.job), lambda: asyncio.sleep(0, False))
 
 
@@ -2270,7 +2284,7 @@ async def _receive_message(executor: _Executor, topic: str, timeout_s: float) ->
     """Take the oldest message of a topic, or None once the time is up; the taking is the record."""
     run, name, began = _own_run("recv"), "DBOS.recv", time.monotonic()
     position = run.advance(2)
-    with run.noting_cut(position, name):
+    with run.order.noting_cut(position, name):
         past = await run.recall(position, name)
         if past is not None:
             return run.outcome(past)
@@ -2412,7 +2426,7 @@ async def _write_step(
         raise DBOSException(f"{name} is not for a DBOS.transaction: call it in the workflow, or in a step")
     run, step = frame.run, None if frame.step else name
     position = frame.step.step_id if frame.step else run.advance()
-    with run.noting_cut(position, name) if step else nullcontext():
+    with run.order.noting_cut(position, name) if step else nullcontext():
         past = await run.recall(position, name) if step else None
         row |= {"id": run.id, "claim": run.claim, "position": position, "step": step}
         while past is None and not await _was_taken(run, write, row):
@@ -6263,7 +6277,7 @@ class Durable(_Management):
         if _checked_seconds("the time to sleep", seconds) > 0:
             run = _own_run("sleep")
             position = run.advance()
-            with run.noting_cut(position, "DBOS.sleep"):
+            with run.order.noting_cut(position, "DBOS.sleep"):
                 end = await _wait_until(executor, run, position, seconds)
                 while (left := end - time.monotonic()) > 0:
                     await _pause_run(executor, timeout=left)
