@@ -1183,7 +1183,7 @@ def test_destroy_leaves_nothing_running(executor, witness):
     eventually(lambda: witness.one(sessions) <= before[2])
 
 
-def test_a_reset_empties_the_tables(executor, empty_url):
+def test_a_reset_empties_the_tables(empty_url, executor):
     """Before the launch only; a database without our tables is empty already; the edition stays."""
     dbos = executor(system_database_url=empty_url)
     dbos.reset_system_database()
@@ -1358,7 +1358,7 @@ EDITION_2 = """
 
 
 @pytest.mark.parametrize("edition", [EDITION_1, EDITION_2], ids=["1", "2"])
-def test_a_database_of_an_earlier_edition_is_brought_up_in_place(executor, empty_url, edition):
+def test_a_database_of_an_earlier_edition_is_brought_up_in_place(empty_url, executor, edition):
     """What was there stays, and everything works."""
 
     def greet(name):
@@ -1383,7 +1383,7 @@ def test_a_database_of_an_earlier_edition_is_brought_up_in_place(executor, empty
         assert connection.execute(INDEXES).fetchall() == schema
 
 
-def test_a_database_is_brought_up_while_executors_write_in_it(executor, empty_url):
+def test_a_database_is_brought_up_while_executors_write_in_it(empty_url, executor):
     """Who locks two tables the other way round than the launch does not end it: it lets go and tries again."""
     earlier = executor(system_database_url=empty_url)
     earlier.launch()
@@ -1410,7 +1410,7 @@ OUR_SETTINGS = {
 
 
 @pytest.mark.parametrize("listens", [True, False])
-def test_settings_of_the_database_change_nothing(executor, empty_url, witness, listens):
+def test_settings_of_the_database_change_nothing(empty_url, executor, witness, listens):
     """DateStyle, time zone, search_path, timeouts and more, whether hints are listened to or not."""
     known = witness.column("select name from pg_settings")
     settings = {**SESSION_SETTINGS, **OUR_SETTINGS}
@@ -1433,7 +1433,7 @@ def test_settings_of_the_database_change_nothing(executor, empty_url, witness, l
     assert not [name for name, (value,) in shown.items() if value == OUR_SETTINGS[name]]
 
 
-def test_a_newer_schema_than_the_code_is_an_error(executor, empty_url):
+def test_a_newer_schema_than_the_code_is_an_error(empty_url, executor):
     """Old code refuses a database that newer code has migrated, and says so; the data stays."""
     executor(system_database_url=empty_url).launch()
     with contextlib.closing(Witness(empty_url).connection) as connection:
@@ -1443,7 +1443,7 @@ def test_a_newer_schema_than_the_code_is_an_error(executor, empty_url):
         assert connection.execute("select count(*) from durable.executors").fetchone() == (1,)
 
 
-def test_without_migrations_an_unprepared_database_is_an_error(executor, empty_url):
+def test_without_migrations_an_unprepared_database_is_an_error(empty_url, executor):
     """run_migrations False only looks, and names the command that would apply the schema."""
     with pytest.raises(DBOSInitializationError, match=r"psql|durable\.py migrate"):
         executor(system_database_url=empty_url, run_migrations=False).launch()
@@ -1608,7 +1608,7 @@ def test_a_proxy_is_fine_with_the_setting_or_if_it_pools_sessions(bouncer, execu
     assert witness.one(holders, durable._LOCKS, dbos.incarnation) == 1
 
 
-def test_a_failed_launch_can_be_tried_again(executor, wire):
+def test_a_failed_launch_can_be_tried_again(wire, executor):
     """After a launch that failed nothing is left over, and the next one works."""
     threads = threading.active_count()
     dbos = executor(system_database_url=wire.url)
@@ -2763,7 +2763,7 @@ def test_a_backend_killed_during_commit_writes_exactly_once(dbos, book, witness)
 
 
 @pytest.mark.parametrize(("lost", "tries"), [("request", 2), ("answer", 1)])
-def test_a_commit_whose_answer_was_lost_is_not_made_again(executor, wire, witness, lost, tries):
+def test_a_commit_whose_answer_was_lost_is_not_made_again(wire, executor, witness, lost, tries):
     """Whether COMMIT arrived is told by the record; the function runs again only if it did not."""
     dbos = executor(system_database_url=wire.url)
     seen = []
@@ -2785,7 +2785,7 @@ def test_a_commit_whose_answer_was_lost_is_not_made_again(executor, wire, witnes
 
 
 @pytest.mark.parametrize("lost", ["request", "answer"])
-def test_a_transaction_commits_once_whichever_message_is_lost(executor, wire, witness, lost):
+def test_a_transaction_commits_once_whichever_message_is_lost(wire, executor, witness, lost):
     """The connection breaks before or after each message in turn, COMMIT included."""
     dbos = executor(system_database_url=wire.url)
 
@@ -5945,7 +5945,7 @@ def test_waits_end_by_polling_too(executor):
         assert (event.result(PATIENCE_S), values.result(PATIENCE_S)) == ("hello", ["hello"])
 
 
-def test_waits_outlast_a_database_that_goes_away(executor, url, wire):
+def test_waits_outlast_a_database_that_goes_away(wire, executor, url):
     """Cut off while they wait, workflows hear what they waited for when the database is back."""
     dbos, other = executor(system_database_url=wire.url), executor(executor_id="other", application_version="v0")
 
@@ -9572,7 +9572,7 @@ def is_healthy(dbos):
     return (answer.status, answer.text) == (200, "healthy")
 
 
-def test_health_is_a_question_to_the_database(executor, wire):
+def test_health_is_a_question_to_the_database(wire, executor):
     """200 `healthy`, or 503 with the reason while the database cannot be reached."""
     dbos = executor(run_admin_server=True, admin_port=0, system_database_url=wire.url)
     dbos.launch()
@@ -9860,7 +9860,7 @@ def test_a_taken_port_is_a_warning(executor, caplog):
         assert dbos.start_workflow(dbos.workflow(name="more")(lambda: 2)).get_result() == 2
 
 
-def test_an_error_of_ours_is_500_without_a_traceback(executor, empty_url, caplog):
+def test_an_error_of_ours_is_500_without_a_traceback(empty_url, executor, caplog):
     """When the schema is broken under it, the server says so in one line and goes on."""
     dbos = executor(run_admin_server=True, admin_port=0, system_database_url=empty_url)
     dbos.launch()
@@ -10085,7 +10085,7 @@ def test_destroy_cuts_off_slow_clients(served):
             pass
 
 
-def test_a_database_that_is_away_is_said_at_once(executor, wire):
+def test_a_database_that_is_away_is_said_at_once(wire, executor):
     """Every endpoint that needs it answers 503 with the reason, and does not wait for it to come back."""
     dbos = executor(run_admin_server=True, admin_port=0, system_database_url=wire.url)
     dbos.launch()
@@ -11591,7 +11591,7 @@ def test_killed_between_any_two_statements_nothing_is_said_twice(programs, witne
 
 
 @pytest.mark.parametrize("lost", ["request", "answer"])
-def test_any_one_message_to_postgres_may_be_lost_while_workflows_talk(executor, wire, witness, lost):
+def test_any_one_message_to_postgres_may_be_lost_while_workflows_talk(wire, executor, witness, lost):
     """Break the connection before or after each message in turn: everything is said and received once."""
     dbos = executor(system_database_url=wire.url)
 
@@ -11616,7 +11616,7 @@ def test_any_one_message_to_postgres_may_be_lost_while_workflows_talk(executor, 
 
 
 @pytest.mark.parametrize("lost", ["request", "answer"])
-def test_a_step_that_runs_once_says_everything_once(executor, wire, lost):
+def test_a_step_that_runs_once_says_everything_once(wire, executor, lost):
     """A message to Postgres that is lost is no reason for a step to send, or to write to a stream, twice."""
     dbos = executor(system_database_url=wire.url)
 
@@ -11813,7 +11813,7 @@ def test_one_bad_row_costs_only_its_owner(dbos, witness):
 
 
 @pytest.mark.parametrize("lost", ["request", "answer"])
-def test_any_one_message_to_postgres_may_be_lost(executor, wire, witness, lost):
+def test_any_one_message_to_postgres_may_be_lost(wire, executor, witness, lost):
     """Break the connection before or after each message in turn: every step runs once, every end is good."""
     dbos = executor(system_database_url=wire.url)
     runs = collections.Counter()
@@ -11841,7 +11841,7 @@ def test_any_one_message_to_postgres_may_be_lost(executor, wire, witness, lost):
     assert witness.one("select count(*) from durable.steps") == 15 * 5
 
 
-def test_a_database_that_is_away_for_long_is_waited_for(executor, wire, gate, caplog):
+def test_a_database_that_is_away_for_long_is_waited_for(wire, executor, gate, caplog):
     """Cut off in the middle, a workflow goes on when the database is back; the log said why it stood."""
     dbos = executor(system_database_url=wire.url)
 
@@ -11864,7 +11864,7 @@ def test_a_database_that_is_away_for_long_is_waited_for(executor, wire, gate, ca
     assert handle.get_result() == 1
 
 
-def test_nothing_outlives_destroy_even_when_the_database_is_away(executor, wire):
+def test_nothing_outlives_destroy_even_when_the_database_is_away(wire, executor):
     """destroy() returns although nothing answers, and leaves no thread behind."""
     before = set(threading.enumerate())
     dbos = executor(system_database_url=wire.url)
