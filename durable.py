@@ -3074,7 +3074,6 @@ class _Executor:
         self.next_expiry = 0.0  # when to look at deadlines, in time.monotonic()
         self.clock_ahead = 0.0  # the database's time, less time.monotonic(); measured anew each second
         self.next_ticks: dict[_Cron, datetime] = {}
-        self.missed: dict[int, float] = {}  # incarnations whose lock is free, and since when we know
         self.reported: set[tuple[str, str | None, str | None]] = set()  # what was logged as unknown
         self.me: dict[str, Any] = {}  # who we are, once launched
         self.place: tuple[Any, ...] = ()  # where the database is, however the URL puts it
@@ -3270,6 +3269,10 @@ class _Executor:
 
     # Runs.
 
+    def is_newcomer(self) -> bool:
+        """Whether we have just come up, and so may well be who was started in the place of a namesake that died."""
+        return time.monotonic() < self.launched_at + _RESTART_GRACE_S + _SWEEP_S / 2
+
     def take_up(self, claimed: list[_Claimed]) -> list[str]:
         """Run what was claimed; return the IDs that will run (here now, or from their queue)."""
         for row in claimed:
@@ -3428,7 +3431,6 @@ class _Executor:
                 "unfinished workflows of other application versions wait, and no live executor serves them: %s",
                 ", ".join(f"{count} of version {version}" for version, count in stranded),
             )
-        self.now(_note_lost)
         undeclared = (self.registry._listened or set()) - set(self.registry._queues)
         if undeclared:
             _log.warning("listen_queues names queues that are not declared here: %s", ", ".join(sorted(undeclared)))
@@ -3525,7 +3527,6 @@ class _Executor:
                     self._look(polled, now)
                 if now >= next_sweep and not self.stopping.is_set():
                     next_sweep = now + _SWEEP_S * random.uniform(0.9, 1.1)
-                    self.now(_note_lost)
                     taken = _recover(self)
                     if taken:
                         _log.info("recovered %s", _some(taken))
@@ -3661,28 +3662,26 @@ def _recover(executor: _Executor, listed: Sequence[str] = ()) -> list[str]:
     Also see to it that what we do run is still ours.
     """
 
-    def take(conn: Conn) -> tuple[list[_Pending], list[int], list[_Claimed]]:
+    def take(conn: Conn) -> tuple[list[_Left], list[_Claimed]]:
         """Look first, and compare with memory then: what begins while a statement waits is not in what it read.
 
         In one attempt, so that after trouble all is looked at anew: who lives, and what an unanswered try took.
         """
-        pending = _pending(conn, executor.me)
-        dead = _dead(executor, pending)
-        lost = [claim for claim in _own_claims(conn, executor.me) if not _at_hand(executor, claim[0], listed)]
-        return pending, dead, _sweep(conn, executor.me, lost, dead, list(listed))
+        _note_lost(conn)
+        left = _left(conn, executor.me, executor.failover, executor.is_newcomer(), list(listed))
+        lost = [each for each in left if not (each.ours and _at_hand(executor, each.id, listed))]
+        return lost, _sweep(conn, executor.me, lost)
 
     with executor.claiming:
         _reconsider(executor, tuple(executor.running.values()))
-        pending, dead, claimed = executor.now(take)
+        lost, claimed = executor.now(take)
         taken = executor.take_up(claimed)
     known = executor.registry._known()
-    for p in pending:
-        target = (p.name, p.class_name, p.config_name)
-        orphaned = p.incarnation in dead or p.executor_id in listed or p.incarnation == executor.me["incarnation"]
-        if orphaned and target not in known and target not in executor.reported:
+    for target, number in Counter((each.name, each.class_name, each.config_name) for each in lost).items():
+        if target not in known and target not in executor.reported:
             executor.reported.add(target)
             what = "/".join(part for part in target if part)
-            _log.warning("%d workflows of %s wait: this process has no such function or instance", p.number, what)
+            _log.warning("%d workflows of %s wait: this process has no such function or instance", number, what)
     return taken
 
 
@@ -3693,15 +3692,6 @@ def _at_hand(executor: _Executor, id: str, listed: Sequence[str]) -> bool:
     """
     left = executor.me["executor_id"] not in listed and id in executor.interrupted
     return id in executor.running or left or id in executor.running
-
-
-def _own_claims(conn: Conn, me: dict[str, Any]) -> list[tuple[str, int]]:
-    """Read what is PENDING under this incarnation: which workflows, and under which claims."""
-    query = """
-        select id, claim from durable.workflows
-         where status = 'PENDING' and incarnation = %(incarnation)s and application_version = %(version)s
-    """
-    return conn.execute(query, me).fetchall()
 
 
 def _reconsider(executor: _Executor, runs: Iterable[_Run]) -> None:
@@ -3715,75 +3705,52 @@ def _reconsider(executor: _Executor, runs: Iterable[_Run]) -> None:
         run.judge(*claims[run.id])
 
 
-class _Pending(NamedTuple):
-    """How many workflows of one function are PENDING under one incarnation, and what we know of that."""
+class _Left(NamedTuple):
+    """A PENDING workflow that we should run, and perhaps do, or that somebody has left behind."""
 
-    incarnation: int
-    executor_id: str
+    id: str
+    claim: int
     name: str
     class_name: str | None
     config_name: str | None
-    number: int
-    alive: bool  # somebody holds its lock
-    stopped: bool  # it ended in good order
+    ours: bool  # of this incarnation
 
 
-def _pending(conn: Conn, me: dict[str, Any]) -> list[_Pending]:
-    """Count who is running, or left behind, which workflows of this version.
+def _left(conn: Conn, me: dict[str, Any], failover: bool, newcomer: bool, listed: list[str]) -> list[_Left]:
+    """Read what is PENDING of this version under our own incarnation, the executors that are listed, and the dead.
 
-    Just after Postgres came up everybody counts as alive: they need a moment to take their locks again.
+    An incarnation that stopped in good order is dead.  One whose lock is free is believed so at one look by a
+    process that has just come up under its name; for everybody else the lock must stay free until the next sweep.
     """
-    query = f"""
-        select incarnation, executor_id, name, class_name, config_name, count(*) as number, incarnation in {_ALIVE}
-               or pg_postmaster_start_time() > clock_timestamp() - make_interval(secs => %(grace_s)s) as alive,
-               incarnation in (select incarnation from durable.executors where stopped_at is not null) as stopped
-          from durable.workflows
-         where status = 'PENDING' and incarnation is not null and application_version = %(version)s
-         group by incarnation, executor_id, name, class_name, config_name
+    query = """
+        select w.id, w.claim, w.name, w.class_name, w.config_name, w.incarnation = %(incarnation)s as ours
+          from durable.workflows as w left join durable.executors as e on e.incarnation = w.incarnation
+         where w.status = 'PENDING' and w.incarnation is not null and w.application_version = %(version)s
+           and (w.incarnation = %(incarnation)s or w.executor_id = any(%(listed)s)
+                or ((w.executor_id = %(executor_id)s or %(failover)s)
+                    and (e.incarnation is null or e.stopped_at is not null
+                         or e.lost_at < clock_timestamp() - make_interval(secs => %(patience_s)s)
+                         or (e.lost_at is not null and %(newcomer)s and w.executor_id = %(executor_id)s))))
     """
-    return conn.cursor(row_factory=class_row(_Pending)).execute(query, {**me, "grace_s": _RESTART_GRACE_S}).fetchall()
+    asked = {"failover": failover, "newcomer": newcomer, "listed": listed, "patience_s": _SWEEP_S / 2}
+    return conn.cursor(row_factory=class_row(_Left)).execute(query, {**me, **asked}).fetchall()
 
 
 _ALIVE = "(select incarnation from durable.living)"  # a lock that somebody holds is an executor that lives
 
 
-def _dead(executor: _Executor, pending: list[_Pending]) -> list[int]:
-    """Of the incarnations with PENDING workflows, say which are dead and ours to succeed.
+def _sweep(conn: Conn, me: dict[str, Any], lost: list[_Left]) -> list[_Claimed]:
+    """Take the workflows that nobody runs, if their functions are known here.
 
-    One that stopped in good order is.  One whose lock is free is believed dead at one look by a process
-    that has just come up under its name; for everybody else it must stay free from one sweep to the next.
-    """
-    now = time.monotonic()
-    newcomer = now < executor.launched_at + _RESTART_GRACE_S + _SWEEP_S / 2
-    executor.missed = {p.incarnation: executor.missed.get(p.incarnation, now) for p in pending if not p.alive}
-    dead = set()
-    for p in pending:
-        namesake = p.executor_id == executor.me["executor_id"]
-        missed_s = now - executor.missed.get(p.incarnation, now)
-        certain = p.stopped or missed_s > _SWEEP_S / 2 or (not p.alive and newcomer and namesake)
-        if certain and (namesake or executor.failover) and p.incarnation != executor.me["incarnation"]:
-            dead.add(p.incarnation)
-    return list(dead)
-
-
-def _sweep(
-    conn: Conn, me: dict[str, Any], lost: list[tuple[str, int]], dead: list[int], listed: list[str]
-) -> list[_Claimed]:
-    """Take the PENDING workflows of this version that nobody runs.
-
-    They are our own that are `lost` (an acknowledgement was), those of dead incarnations, and those of
-    the executors that an operator listed.  What came from a queue goes back to its place there, so
-    that the queue's limits hold.  Raising the claim that was read, and no other, is what keeps two
-    sweeps from taking the same row: the second waits for the first, and misses.
+    What came from a queue goes back to its place there, so that the queue's limits hold.  Raising the claim
+    that was read, and no other, is what keeps two sweeps from taking the same row: the second waits for the
+    first, and misses.
     """
     query = f"""
         with {_KNOWN},
         lost as (
-            select w.id, w.claim, known.most from durable.workflows as w join known on {_IS_KNOWN}
-             where w.status = 'PENDING' and w.incarnation is not null and w.application_version = %(version)s
-               and case when w.incarnation = %(incarnation)s
-                        then (w.id, w.claim) in (select * from unnest(%(ids)s::text[], %(claims)s::bigint[]))
-                        else w.incarnation = any(%(dead)s) or w.executor_id = any(%(listed)s) end)
+            select w.id, w.claim, known.most from unnest(%(ids)s::text[], %(claims)s::bigint[]) as l(id, claim)
+              join durable.workflows as w on w.id = l.id and w.claim = l.claim join known on {_IS_KNOWN})
         update durable.workflows as w
            set status = case when w.recovery_attempts > lost.most then 'MAX_RECOVERY_ATTEMPTS_EXCEEDED'
                              when w.queue is null then 'PENDING' else 'ENQUEUED' end,
@@ -3794,15 +3761,20 @@ def _sweep(
         returning {_CLAIMED}
     """
     cur = conn.cursor(row_factory=class_row(_Claimed))
-    ids, claims = [id for id, _ in lost], [claim for _, claim in lost]
-    return cur.execute(query, {**me, "ids": ids, "claims": claims, "dead": dead, "listed": listed}).fetchall()
+    ids, claims = [each.id for each in lost], [each.claim for each in lost]
+    return cur.execute(query, {**me, "ids": ids, "claims": claims}).fetchall() if lost else []
 
 
 def _note_lost(conn: Conn) -> None:
-    """Note which executors were seen to be gone, and take it back of those that were not."""
+    """Note which executors were seen to be gone, and take it back of those that were not.
+
+    Just after Postgres came up nobody is gone: they need a moment to take their locks again.
+    """
     conn.execute(f"""
         update durable.executors set lost_at = case when lost_at is null then clock_timestamp() end
          where stopped_at is null and (lost_at is null) = (incarnation not in {_ALIVE})
+           and (lost_at is not null
+                or pg_postmaster_start_time() < clock_timestamp() - make_interval(secs => {_RESTART_GRACE_S}))
     """)
 
 

@@ -7117,7 +7117,7 @@ def test_one_look_is_not_enough_to_call_an_executor_dead(dbos, finished, witness
     orphan(witness, "w")
     dbos._executor.launched_at = float("-inf")  # no newcomer any more
     assert durable._recover(dbos._executor) == durable._recover(dbos._executor) == []
-    dbos._executor.missed = dict.fromkeys(dbos._executor.missed, float("-inf"))  # the next sweep
+    witness.run("update durable.executors set lost_at = '-infinity' where lost_at is not null")  # the next sweep
     assert durable._recover(dbos._executor) == ["w"]
     assert result_of(dbos, "w") == "hello w"
 
@@ -7164,7 +7164,7 @@ def test_live_work_is_never_taken(dbos, executor, finished, gate, witness, fast_
     assert runs == [1]
 
 
-@pytest.mark.parametrize("statement", ["_pending", "_own_claims", "_sweep"])
+@pytest.mark.parametrize("statement", ["_note_lost", "_left", "_sweep"])
 def test_a_workflow_that_begins_while_a_sweep_waits_is_not_taken(dbos, gate, witness, monkeypatch, statement):
     """Whichever of its statements is late (no connection, a restart of Postgres), the sweep leaves alone what runs."""
     steps = []
