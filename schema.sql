@@ -16,7 +16,12 @@
 --     version     one row per edition of this file that the database was brought to
 --
 -- durable.py applies this file at launch, in one transaction under an advisory lock.  Every statement
--- may therefore run again at any time and never destroys data.
+-- may therefore run again at any time and never destroys data.  It has the storeys of durable.py, and can be cut
+-- where that can.  A table is told once and whole; its columns are grouped by who needs them.
+
+-- ==== I. The engine =================================================================================
+--
+-- Who runs workflows, the workflows, and their steps.
 
 create schema if not exists durable;
 
@@ -97,44 +102,10 @@ create table if not exists durable.workflows (
     check (status not in ('ENQUEUED', 'DELAYED') or queue is not null)
 );
 
--- For _dequeue: what is due, in order, without walking past what is finished or not yet due.
-create index if not exists workflows_due on durable.workflows (queue, priority, number)
-    where status = 'ENQUEUED';
-
--- For _release_delayed.
-create index if not exists workflows_delayed on durable.workflows (delayed_until)
-    where status = 'DELAYED';
-
--- For _sweep, and for a queue's count of what runs.  A PENDING row always has an incarnation; that it is
+-- For _left_behind and its like, and for a queue's count of what runs.  A PENDING row always has an incarnation; that it is
 -- said here keeps the planner from using this index to find a row by its ID while the index is small.
 create index if not exists workflows_running on durable.workflows (queue, incarnation)
     where status = 'PENDING' and incarnation is not null;
-
--- For _expire: what runs out of time next.
-create index if not exists workflows_deadline on durable.workflows (deadline_at)
-    where deadline_at is not null and status in ('DELAYED', 'ENQUEUED', 'PENDING');
-
--- For _list, _begun_until and _count: by age.
-create index if not exists workflows_created on durable.workflows (created_at);
-
--- For _ended_before and _last_ended: in the order in which they came to their ends.
-create index if not exists workflows_ended on durable.workflows (coalesce(completed_at, updated_at))
-    where status not in ('DELAYED', 'ENQUEUED', 'PENDING');
-
--- For _list: by the beginning of an ID, in whatever collation the database has.
-create index if not exists workflows_prefix on durable.workflows (id text_pattern_ops);
-
--- For _children_of: the children of a workflow.
-create index if not exists workflows_children on durable.workflows (parent_workflow_id)
-    where parent_workflow_id is not null;
-
--- For a queue's rate limit.
-create index if not exists workflows_rate on durable.workflows (queue, dequeued_at)
-    where dequeued_at is not null;
-
--- A deduplication ID is held until its workflow ends, and is free again then.
-create unique index if not exists workflows_deduplication on durable.workflows (queue, deduplication_id)
-    where deduplication_id is not null and status in ('DELAYED', 'ENQUEUED', 'PENDING');
 
 -- One row per finished step.  There is no foreign key, and none is needed: a step is written under a
 -- share lock on its workflow's row (_RECORD), so it cannot slip past the deletion of that row, and
@@ -152,45 +123,6 @@ create table if not exists durable.steps (
     primary key (workflow_id, position)
 );
 
--- One row per message.  A received one stays, so that its idempotency key is not taken a second time.
--- Like the steps, messages, events and streams are written under a lock on their workflow's row.
-create table if not exists durable.messages (
-    number              bigint      primary key generated always as identity,   -- order of arrival
-    workflow_id         text        not null,   -- to whom
-    topic               text        not null,
-    message             text        not null,
-    idempotency_key     text,
-    sent_at             timestamptz not null default now(),
-    received_at         timestamptz
-);
-
--- For _receive: the oldest that waits.
-create index if not exists messages_waiting on durable.messages (workflow_id, topic, number)
-    where received_at is null;
-
--- For _SEND and _post: an idempotency key that a workflow has had is not taken again.
-create unique index if not exists messages_idempotency on durable.messages (workflow_id, idempotency_key);
-
--- One row per value and the position at which it was set, so that a fork finds the values as of then.
-create table if not exists durable.events (
-    workflow_id         text        not null,
-    key                 text        not null,
-    position            integer     not null,
-    value               text        not null,
-    primary key (workflow_id, key, position)
-);
-
-create table if not exists durable.streams (
-    workflow_id         text        not null,
-    key                 text        not null,
-    "offset"            integer     not null,   -- 0, 1, 2...
-    value               text,                   -- null: the stream is closed
-    position            integer     not null,
-    token               bigint      not null,   -- the same at each try of a write
-    primary key (workflow_id, key, "offset"),
-    unique (workflow_id, token)
-);
-
 -- What tables made by edition 1 lack.
 alter table durable.executors
     add column if not exists lost_at timestamptz,
@@ -201,7 +133,12 @@ alter table durable.executors
     add column if not exists interrupted jsonb not null default '[]';
 alter table durable.steps add column if not exists tries integer not null default 1;
 
--- The operator's questions, for any client.  However many workflows have ended, these views are as quick.
+-- Which edition this file is, by the storeys of it: 41 has the first, 44 all four.
+insert into durable.version (number) select 41 where not exists (select from durable.version where number >= 41);
+
+-- ==== II. Self-hosting ==============================================================================
+--
+-- Who lives, and what waits for whom.  However many workflows have ended, these views are as quick.
 
 -- For durable.unfinished.
 create index if not exists workflows_dead on durable.workflows (id)
@@ -239,6 +176,106 @@ select application_version, coalesce(delayed, 0) as delayed, coalesce(enqueued, 
         full join (select application_version, count(*) as executors
                      from durable.living group by application_version) as life using (application_version)) as v
  order by stranded desc, launched_at desc;
+
+update durable.version set number = 42 where number = 41;
+
+-- ==== III. Rooms ====================================================================================
+--
+-- What each room needs.
+
+-- --- Cancel and timeouts ----------------------------------------------------------------------------
+
+-- For _expire: what runs out of time next.
+create index if not exists workflows_deadline on durable.workflows (deadline_at)
+    where deadline_at is not null and status in ('DELAYED', 'ENQUEUED', 'PENDING');
+
+-- For _children_of: the children of a workflow.
+create index if not exists workflows_children on durable.workflows (parent_workflow_id)
+    where parent_workflow_id is not null;
+
+-- --- Queues -----------------------------------------------------------------------------------------
+
+-- For _dequeue: what is due, in order, without walking past what is finished or not yet due.
+create index if not exists workflows_due on durable.workflows (queue, priority, number)
+    where status = 'ENQUEUED';
+
+-- For _release_delayed.
+create index if not exists workflows_delayed on durable.workflows (delayed_until)
+    where status = 'DELAYED';
+
+-- For a queue's rate limit.
+create index if not exists workflows_rate on durable.workflows (queue, dequeued_at)
+    where dequeued_at is not null;
+
+-- A deduplication ID is held until its workflow ends, and is free again then.
+create unique index if not exists workflows_deduplication on durable.workflows (queue, deduplication_id)
+    where deduplication_id is not null and status in ('DELAYED', 'ENQUEUED', 'PENDING');
+
+-- --- Messages ---------------------------------------------------------------------------------------
+
+-- One row per message.  A received one stays, so that its idempotency key is not taken a second time.
+-- Like the steps, messages, events and streams are written under a lock on their workflow's row.
+create table if not exists durable.messages (
+    number              bigint      primary key generated always as identity,   -- order of arrival
+    workflow_id         text        not null,   -- to whom
+    topic               text        not null,
+    message             text        not null,
+    idempotency_key     text,
+    sent_at             timestamptz not null default now(),
+    received_at         timestamptz
+);
+
+-- For _receive: the oldest that waits.
+create index if not exists messages_waiting on durable.messages (workflow_id, topic, number)
+    where received_at is null;
+
+-- For _SEND and _post: an idempotency key that a workflow has had is not taken again.
+create unique index if not exists messages_idempotency on durable.messages (workflow_id, idempotency_key);
+
+-- --- Events -----------------------------------------------------------------------------------------
+
+-- One row per value and the position at which it was set, so that a fork finds the values as of then.
+create table if not exists durable.events (
+    workflow_id         text        not null,
+    key                 text        not null,
+    position            integer     not null,
+    value               text        not null,
+    primary key (workflow_id, key, position)
+);
+
+-- --- Streams ----------------------------------------------------------------------------------------
+
+-- Every value, in order.
+create table if not exists durable.streams (
+    workflow_id         text        not null,
+    key                 text        not null,
+    "offset"            integer     not null,   -- 0, 1, 2...
+    value               text,                   -- null: the stream is closed
+    position            integer     not null,
+    token               bigint      not null,   -- the same at each try of a write
+    primary key (workflow_id, key, "offset"),
+    unique (workflow_id, token)
+);
+
+update durable.version set number = 43 where number = 42;
+
+-- ==== IV. Operators =================================================================================
+--
+-- What management looks for, and the operator's question.
+
+-- --- Management -------------------------------------------------------------------------------------
+
+-- For _list, _begun_until and _count: by age.
+create index if not exists workflows_created on durable.workflows (created_at);
+
+-- For _ended_before and _last_ended: in the order in which they came to their ends.
+create index if not exists workflows_ended on durable.workflows (coalesce(completed_at, updated_at))
+    where status not in ('DELAYED', 'ENQUEUED', 'PENDING');
+
+-- For _list: by the beginning of an ID, in whatever collation the database has.
+create index if not exists workflows_prefix on durable.workflows (id text_pattern_ops);
+
+-- --- Offer ------------------------------------------------------------------------------------------
 
 -- Why is it not moving?  What is the same for all workflows of a kind (who could take them, how full their
 -- queue is) is found once per kind, so that the view stays quick with many of them.
@@ -327,4 +364,4 @@ select u.id as workflow_id, u.status, u.name, u.queue, u.application_version, u.
   left join durable.workflows as c on c.id = s.child_workflow_id and c.completed_at is null
  order by since;
 
-insert into durable.version (number) select 3 where not exists (select from durable.version where number >= 3);
+update durable.version set number = 44 where number = 43;

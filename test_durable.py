@@ -2463,7 +2463,7 @@ def test_an_interrupted_process_leaves_its_workflow_pending(dbos, witness, end):
         work()
     assert witness.status("work") == "PENDING"
     assert witness.steps("work") == []
-    assert durable._recover(dbos._executor) == []  # this process was told to stop it
+    assert dbos._executor.recover() == []  # this process was told to stop it
     dbos.destroy()
     dbos.launch()
     assert result_of(dbos, "work") == 2
@@ -4129,7 +4129,6 @@ def test_wait_first_is_for_workflows_of_one_database(dbos, abroad):
 def test_a_write_that_is_refused_without_a_reason_pauses_before_the_next_try(dbos, monkeypatch):
     """No loop spins, whatever it is that refuses."""
     refused, pauses = [], []
-    journal = dbos._executor.journal
 
     @dbos.step()
     def step():
@@ -4139,16 +4138,16 @@ def test_a_write_that_is_refused_without_a_reason_pauses_before_the_next_try(dbo
     def work():
         return step()
 
-    def write(write, *rows, made=journal.write):
-        if len(refused) < 3 and write is durable._RECORD:
-            refused.append(rows)
-            return durable._Wait(lambda: [False], None)
-        return made(write, *rows)
+    def write(statement, row, made=dbos._executor.write):
+        if len(refused) < 3 and statement is durable._RECORD:
+            refused.append(row)
+            return durable._Wait(lambda: False, None)
+        return made(statement, row)
 
     async def breathe(executor):
         pauses.append(executor)
 
-    monkeypatch.setattr(journal, "write", write)
+    monkeypatch.setattr(dbos._executor, "write", write)
     monkeypatch.setattr(durable, "_breathe", breathe)
     assert work() == 1
     assert len(pauses) == len(refused) == 3
@@ -4264,7 +4263,7 @@ def test_an_async_workflow_that_exits_ends_alone(dbos, witness):
 
     with SetWorkflowID("leaving"):
         dbos.start_workflow(leaving)
-    eventually(lambda: "leaving" in dbos._executor.interrupted)
+    eventually(lambda: any(id == "leaving" for id, _ in dbos._executor.interrupted))
     assert dbos.start_workflow(staying).get_result() == "stayed"
     assert witness.status("leaving") == "PENDING"
 
@@ -4596,11 +4595,11 @@ def test_a_race_of_a_timer_and_a_message_ends_alike_in_a_replay(dbos, witness):
 def test_what_was_recorded_as_its_time_ran_out_is_what_counts(dbos, witness, monkeypatch, fast_sweeps):
     """A timeout between the record and its acknowledgement: the workflow runs again, and sees the record."""
     held, reached = asyncio.Event(), []
-    write = durable._Journal.write
+    write = durable._Executor.write
 
-    def hold(journal, kind, *rows):
-        wait = write(journal, kind, *rows)
-        if not any(row.get("name", "").endswith("quick") for row in rows) or reached:
+    def hold(executor, statement, row):
+        wait = write(executor, statement, row)
+        if not row.get("name", "").endswith("quick") or reached:
             return wait
 
         async def on_loop():
@@ -4611,7 +4610,7 @@ def test_what_was_recorded_as_its_time_ran_out_is_what_counts(dbos, witness, mon
 
         return durable._Wait(wait.block, on_loop)
 
-    monkeypatch.setattr(durable._Journal, "write", hold)
+    monkeypatch.setattr(durable._Executor, "write", hold)
 
     @dbos.step()
     async def quick():
@@ -5121,7 +5120,8 @@ def age(witness, workflow_id):
 @pytest.fixture
 def no_polling(monkeypatch):
     """Let executors rely on hints: they never look whether one was lost."""
-    monkeypatch.setattr(durable._Executor, "_look", lambda *_: None)
+    for look in ("_look", "_poll"):
+        monkeypatch.setattr(durable._Executor, look, lambda *_: float("inf"))
 
 
 @pytest.fixture
@@ -6023,7 +6023,8 @@ def test_thousands_wait_at_no_cost(dbos, statements, witness, monkeypatch):
 
     eventually(lambda: said_in(0.2) < 10)  # all of them have come to rest
     assert said_in(2.0) < 2 * 10
-    monkeypatch.setattr(durable._Executor, "_look", lambda *_: None)  # from here on, hints alone
+    for look in ("_look", "_poll"):
+        monkeypatch.setattr(durable._Executor, look, lambda *_: float("inf"))  # from here on, hints alone
     for handle in handles[::100]:
         dbos.send(handle.workflow_id, "wake up")
         assert handle.get_result() == "wake up"
@@ -6382,7 +6383,7 @@ def test_a_dequeue_that_waits_takes_nothing_once_deactivated(dbos, job, witness,
     monkeypatch.setattr(dbos._executor.pool, "connection", late)
     dbos._executor.deactivated = False
     dbos._executor.claiming.release()
-    durable._dequeue_round(dbos._executor, line)
+    dbos._executor._dequeue(line)
     assert dbos._executor.deactivated
     assert (witness.status(handle.workflow_id), job.ran) == ("ENQUEUED", [])
 
@@ -7116,9 +7117,9 @@ def test_one_look_is_not_enough_to_call_an_executor_dead(dbos, finished, witness
     dbos.launch()
     orphan(witness, "w")
     dbos._executor.launched_at = float("-inf")  # no newcomer any more
-    assert durable._recover(dbos._executor) == durable._recover(dbos._executor) == []
+    assert dbos._executor.recover() == dbos._executor.recover() == []
     witness.run("update durable.executors set lost_at = '-infinity' where lost_at is not null")  # the next sweep
-    assert durable._recover(dbos._executor) == ["w"]
+    assert dbos._executor.recover() == ["w"]
     assert result_of(dbos, "w") == "hello w"
 
 
@@ -7164,7 +7165,7 @@ def test_live_work_is_never_taken(dbos, executor, finished, gate, witness, fast_
     assert runs == [1]
 
 
-@pytest.mark.parametrize("statement", ["_note_lost", "_left", "_sweep"])
+@pytest.mark.parametrize("statement", ["_note_lost", "_left_alone"])
 def test_a_workflow_that_begins_while_a_sweep_waits_is_not_taken(dbos, gate, witness, monkeypatch, statement):
     """Whichever of its statements is late (no connection, a restart of Postgres), the sweep leaves alone what runs."""
     steps = []
@@ -7190,7 +7191,7 @@ def test_a_workflow_that_begins_while_a_sweep_waits_is_not_taken(dbos, gate, wit
     dbos.launch()
     with monkeypatch.context() as patch:
         patch.setattr(durable, statement, late)
-        assert durable._recover(dbos._executor) == []
+        assert dbos._executor.recover() == []
     gate.open()
     (handle,) = began
     handle.get_result()
@@ -7207,8 +7208,8 @@ def test_a_sweep_whose_answer_is_lost_looks_again(wire, executor, witness, monke
     with SetWorkflowID("w"):
         greet("w")
     witness.run("update durable.workflows set status = 'PENDING', output = null, completed_at = null where id = 'w'")
-    wire.lose("answer", 1, of=b"lost as")
-    assert durable._recover(dbos._executor) == ["w"]
+    wire.lose("answer", 1, of=b"as found")
+    assert dbos._executor.recover() == ["w"]
     assert witness.workflow("w").recovery_attempts == 3
     assert result_of(dbos, "w") == "hello w"
 
@@ -7663,7 +7664,9 @@ def curious(x: int, *, y="a b", z=None) -> str:
 
 def test_a_hash_is_the_same_in_every_python():
     """The number was taken on 3.10, 3.11, 3.12 and 3.13: processes of two editions share their work."""
-    assert durable._Function("curious", curious, curious, 1).hash == "c61904797071f0a2"
+    dbos = Durable()
+    dbos.workflow()(curious)
+    assert dbos._hashes() == {"curious": "c61904797071f0a2"}
 
 
 UNSOURCED = """
@@ -8080,7 +8083,7 @@ def deaf(monkeypatch):
     def overhear(executor, runs):
         pass
 
-    monkeypatch.setattr(durable, "_reconsider", overhear)
+    monkeypatch.setattr(durable._Executor, "reconsider", overhear)
 
 
 @pytest.mark.parametrize("overrule", OVERRULINGS.values(), ids=OVERRULINGS)
@@ -8158,7 +8161,7 @@ def test_a_workflow_that_is_cancelled_while_it_is_claimed_does_not_begin(dbos, q
 
     def late(*args, dequeue=durable._dequeue):
         claimed = dequeue(*args)
-        dbos.cancel_workflows([row.id for row in claimed])
+        dbos.cancel_workflows([row["id"] for row in claimed])
         return claimed
 
     monkeypatch.setattr(durable, "_dequeue", late)
@@ -8214,7 +8217,7 @@ def test_a_cancel_within_a_transaction_tells_when_it_is_committed(no_polling, db
     monkeypatch.setattr(durable, "_SWEEP_S", 1e6)
     heard = []
 
-    def hear(executor, runs, look=durable._reconsider):
+    def hear(executor, runs, look=durable._Executor.reconsider):
         runs = list(runs)
         heard.extend(runs)
         look(executor, runs)
@@ -8227,7 +8230,7 @@ def test_a_cancel_within_a_transaction_tells_when_it_is_committed(no_polling, db
 
     dbos.destroy()
     dbos.launch()
-    monkeypatch.setattr(durable, "_reconsider", hear)
+    monkeypatch.setattr(durable._Executor, "reconsider", hear)
     handle = begin(dbos, sleeper)
     eventually(lambda: dbos._executor.running["w"].stop.wakers)
     cancel()
@@ -11566,7 +11569,7 @@ def successor(names):
     DBOS(config={"executor_id": "successor", "admin_port": 0})
     monologue()
     DBOS.launch()
-    durable._recover(DBOS._executor, names)
+    DBOS._executor.recover(names)
     stay()
 
 
