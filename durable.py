@@ -2897,17 +2897,18 @@ class _SettledExecutor(_TransactingExecutor):
     """Takes what the settings say."""
 
     def migrate(self, conn: Conn) -> None:
-        number = _edition(conn)
-        if number != _SCHEMA_VERSION and not self.config["run_migrations"]:
-            raise DBOSInitializationError(
-                f"the database's schema is {'missing' if number is None else f'edition {number}'}, this "
-                f"durable.py needs edition {_SCHEMA_VERSION}, and run_migrations is off: apply it with "
-                f"`python {Path(__file__).name} migrate`"
-            )
         with conn.transaction():
+            # Nothing is looked up before we have the lock: a session remembers what was not there.
             conn.execute("select pg_advisory_xact_lock(%s, 0)", (_LOCKS,))
-            while _edition(conn) not in (None, _SCHEMA_VERSION):  # others are at work: have all locks before what
-                with suppress(psycopg.errors.DeadlockDetected), conn.transaction():  # takes long, or try again
+            number = _edition(conn)
+            if number != _SCHEMA_VERSION and not self.config["run_migrations"]:
+                raise DBOSInitializationError(
+                    f"the database's schema is {'missing' if number is None else f'edition {number}'}, this "
+                    f"durable.py needs edition {_SCHEMA_VERSION}, and run_migrations is off: apply it with "
+                    f"`python {Path(__file__).name} migrate`"
+                )
+            while number not in (None, _SCHEMA_VERSION):  # others are at work: have all locks before what takes long,
+                with suppress(psycopg.errors.DeadlockDetected), conn.transaction():  # or let go and try again
                     conn.execute(_LOCK_ALL)
                     break
             super().migrate(conn)
