@@ -857,6 +857,12 @@ class _JSONElsePickle:
 
 _SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # two that JSON would take for one character
 
+_EXACT: dict[type, Callable[[Any], bool]] = {
+    bool: lambda value: True, type(None): lambda value: True, float: math.isfinite,
+    int: lambda value: value.bit_length() < 10_000,  # Python refuses to parse much longer ones
+    str: lambda value: value.isascii() or not _SURROGATES.search(value),
+}
+
 
 def _survives_json(value: Any, depth: int = 0, seen: set[int] | None = None) -> bool:
     """Whether JSON returns exactly this: same types, no subclasses, nothing that it would round or refuse.
@@ -865,23 +871,15 @@ def _survives_json(value: Any, depth: int = 0, seen: set[int] | None = None) -> 
     of that make a text without end.
     """
     kind = type(value)
-    if kind is str:
-        return cast(str, value).isascii() or not _SURROGATES.search(value)
-    if kind is bool or value is None:
-        return True
-    if kind is int:
-        return cast(int, value).bit_length() < 10_000  # Python refuses to parse much longer ones
-    if kind is float:
-        return math.isfinite(value)
+    if kind in _EXACT:
+        return _EXACT[kind](value)
     seen = set() if seen is None else seen
     if kind not in (list, dict) or depth > 100 or id(value) in seen:  # pickle goes deeper than we do
         return False
     seen.add(id(value))
-    if kind is dict:
-        return all(type(key) is str and _survives_json(key, depth, seen) for key in value) and all(
-            _survives_json(each, depth + 1, seen) for each in value.values()
-        )
-    return all(_survives_json(each, depth + 1, seen) for each in value)
+    if kind is dict and not all(type(key) is str and _EXACT[str](key) for key in value):
+        return False
+    return all(_survives_json(each, depth + 1, seen) for each in (value.values() if kind is dict else value))
 
 
 def _dump_error(serializer: Any, error: Exception) -> tuple[str, Exception]:
@@ -919,9 +917,8 @@ def _rebuild_error(form: Any, name: str) -> Exception:
         return form
     if isinstance(form, dict):
         own = globals().get(name.removeprefix(f"{__name__}."))
-        kind, args, attributes = own or getattr(builtins, name), form["args"], form["attributes"]
-    else:
-        kind, args, attributes = form
+        form = own or getattr(builtins, name), form["args"], form["attributes"]
+    kind, args, attributes = form
     if not issubclass(kind, Exception):
         raise TypeError(f"{name} is no exception")
     rebuilt: Exception = kind.__new__(kind, *args)
@@ -1049,35 +1046,34 @@ class _Signal:
 def _for_any(*signals: _Signal, timeout: float | None = None) -> _Wait[None]:
     """Wait until one of the signals is set, or for `timeout` seconds."""
 
+    @contextmanager
+    def waking(wake: Callable[[], None]) -> Iterator[None]:
+        for signal in signals:
+            signal.wakers.add(wake)
+        try:
+            if any(signal.is_set for signal in signals):  # looked at after the entry above: none can slip between
+                wake()
+            yield
+        finally:
+            for signal in signals:
+                signal.wakers.discard(wake)
+
     def block() -> None:
         woken = threading.Event()
-        with _waking(woken.set, signals):
+        with waking(woken.set):
             woken.wait(timeout)
 
     async def on_loop() -> None:
         woken = asyncio.Event()
         timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, woken.set)
         try:
-            with _waking(_waker(woken), signals):
+            with waking(_waker(woken)):
                 await woken.wait()
         finally:
             if timer is not None:
                 timer.cancel()
 
     return _Wait(block, on_loop)
-
-
-@contextmanager
-def _waking(wake: Callable[[], None], signals: Sequence[_Signal]) -> Iterator[None]:
-    for signal in signals:
-        signal.wakers.add(wake)
-    try:
-        if any(signal.is_set for signal in signals):  # looked at after the entry above: none can slip between
-            wake()
-        yield
-    finally:
-        for signal in signals:
-            signal.wakers.discard(wake)
 
 
 def _waker(event: asyncio.Event) -> Callable[[], None]:
@@ -1261,8 +1257,13 @@ class _BareExecutor:
 
     def enlist(self, conn: Conn) -> dict[str, Any]:
         """Enter a new incarnation, and return who we are."""
+        query = """
+            insert into durable.executors (executor_id, application, application_version, workflows, hostname, pid)
+            values (%(executor_id)s, %(application)s, %(version)s, %(workflows)s, %(hostname)s, %(pid)s)
+            returning incarnation
+        """
         me = self.registry._identity()
-        return {**me, "incarnation": _enlist(conn, me)}
+        return {**me, "incarnation": cast(tuple[int], conn.execute(query, me).fetchone())[0]}
 
     def connect(self) -> Conn:
         """Open a connection; each statement on it is sent together with its commit."""
@@ -1349,16 +1350,6 @@ def _take(
     parameters = {**me, "status": status, "ids": ids, "claims": claims}
     taken = conn.cursor(row_factory=dict_row).execute(query, parameters).fetchall() if found else []
     return sorted(taken, key=lambda row: int(row["number"]))
-
-
-def _enlist(conn: Conn, me: dict[str, Any]) -> int:
-    """Enter a new incarnation, and return its number."""
-    query = """
-        insert into durable.executors (executor_id, application, application_version, workflows, hostname, pid)
-        values (%(executor_id)s, %(application)s, %(version)s, %(workflows)s, %(hostname)s, %(pid)s)
-        returning incarnation
-    """
-    return int((conn.execute(query, me).fetchone() or (0,))[0])
 
 
 _SCHEMA_VERSION = 41  # the edition of schema.sql that this code was written for, and how many storeys of it
@@ -1506,12 +1497,11 @@ class _Engine(_Access):
     def workflow(
         self, *, name: str | None = None, max_recovery_attempts: int | None = 100
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Make a function, plain or async, a workflow.
+        """Make a function, plain or async, a workflow: its code must be deterministic (see the top of this file).
 
-        Its arguments and its result are stored, and its code must be deterministic (see the top of
-        this file).  It works on copies of its arguments, as a replay will.  After `max_recovery_attempts`
-        recoveries it is dead-lettered; None: never.  KeyboardInterrupt and SystemExit are no outcome: the
-        workflow stays PENDING until the next launch.  (One whose task was cancelled goes on by itself.)
+        Arguments and result are stored; it works on copies of its arguments, as a replay will.  After
+        `max_recovery_attempts` recoveries it is dead-lettered; None: never.  KeyboardInterrupt and SystemExit
+        are no outcome: it stays PENDING until the next launch.  (One whose task was cancelled goes on by itself.)
         Raises DBOSConflictingRegistrationError if another function has the name.
         """
 
@@ -1704,11 +1694,6 @@ class _Engine(_Access):
         """The version tag: as configured, or a hash of the registered workflows' code (as of the launch)."""
         known = self._me("version") or self._settings()["application_version"]
         return str(known or hashlib.sha256(" ".join(sorted(self._hashes().values())).encode()).hexdigest()[:32])
-
-    @property
-    def incarnation(self) -> int:
-        """The number of this launch of the executor."""
-        return int(self._launched().me["incarnation"])
 
     @property
     def workflow_id(self) -> str | None:
@@ -3001,6 +2986,11 @@ class _Hosting(_Engine):
         return self._launched().url
 
     @property
+    def incarnation(self) -> int:
+        """The number of this launch of the executor."""
+        return int(self._launched().me["incarnation"])
+
+    @property
     def admin_port(self) -> int | None:
         """The port that the admin server listens on; None without one."""
         admin = self._launched().admin
@@ -3035,6 +3025,10 @@ from psycopg.abc import PQGen
 _SCHEMA_VERSION = 43
 
 _UNFINISHED = ("DELAYED", "ENQUEUED", "PENDING")  # as Python writes a tuple, SQL reads a list
+_TYPES = {  # of the values that a start brings along, where they are not text
+    "claim": "bigint", "recovery_attempts": "integer", "incarnation": "integer", "parent_claim": "bigint",
+    "position": "integer",
+}
 
 
 def _twins(body: Callable[P, Coroutine[Any, Any, R]]) -> tuple[Callable[P, R], Callable[P, Coroutine[Any, Any, R]]]:
@@ -3376,12 +3370,6 @@ _FINISHES = _Write(
     "returning w.id, 0 as position",
     one=_FINISH,
 )
-
-_TYPES = {  # of the values that a start brings along, where they are not text
-    "claim": "bigint", "recovery_attempts": "integer", "incarnation": "integer", "parent_claim": "bigint",
-    "position": "integer",
-}
-
 
 @functools.cache
 def _grouped(statement: str) -> _Write:
@@ -4415,6 +4403,14 @@ def _children_of(conn: Conn, ids: list[str]) -> list[str]:
     return [id for (id,) in conn.execute(query, (ids,)) if id not in ids]
 
 
+def _alternatives(what: str, value: Any) -> list[str]:
+    """One string or several, as a list; ValueError for anything else."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple, set)) or not all(isinstance(each, str) for each in values):
+        raise ValueError(f"{what} is {value!r}; it must be a string or a list of strings")
+    return [each for each in values if _storable(each)]  # of what cannot be stored, none is there
+
+
 class _Cancelling(_Access):
     async def _cancel_workflows(self, workflow_ids: list[str], *, cancel_children: bool = False) -> None:
         """Cancel workflows that have not ended: at once where they wait, elsewhere at their next step.
@@ -4455,9 +4451,9 @@ class _Cancelling(_Access):
 
 # --- Queues -------------------------------------------------------------------------------------------
 #
-# Needs: Group commit, Hints, Threads, Cancel.  A queue is a name on rows, and limits that those who take the
-# rows observe.  Nobody owns a queue: any executor of the right version that knows the function may take the
-# next row.
+# Needs: Group commit, Hints, Threads, Cancel and timeouts.  A queue is a name on rows, and limits that those who
+# take the rows observe.  Nobody owns a queue: any executor of the right version that knows the function may take
+# the next row.
 
 __all__ += ["Queue", "QueueRateLimit", "SetEnqueueOptions", "DBOSQueueDeduplicatedError"]
 
@@ -6359,6 +6355,9 @@ def _set_up_logging(level: str) -> None:
         handler.addFilter(lambda record: _log.handlers == [handler] and not _is_heard_above(_log))
 
 
+# So far: a program has all that the DBOS library gives it, fast, and takes of it what it wants.
+
+
 # ==== IV. Operators ===================================================================================
 #
 # So far programs have everything.  This storey is for the people who run them: see and steer workflows from
@@ -6372,8 +6371,8 @@ _SCHEMA_VERSION = 44
 
 # --- Management ---------------------------------------------------------------------------------------
 #
-# Needs: Cancel, Queues.  What one can do to workflows with or without their code: look, resume, fork, delete.
-# In a workflow each of it is a step.
+# Needs: Cancel and timeouts, Queues, Serializers.  What one can do to workflows with or without their code: look,
+# resume, fork, delete.  In a workflow each of it is a step.
 
 __all__ += ["WorkflowStatus", "StepInfo"]
 
@@ -6482,6 +6481,8 @@ class _Management(_Cancelling):
             "queue_name": queue_name, "workflow_id_prefix": workflow_id_prefix,
         }
         where: dict[str, Any] = {key: _alternatives(key, value) for key, value in filters.items() if value is not None}
+        if not set(where.get("status", ())) <= set(_OF_STATUS):
+            raise ValueError(f"status is {status!r}; there are {', '.join(_OF_STATUS)}")
         for key, moment in (("start_time", start_time), ("end_time", end_time)):
             if moment is not None:
                 where[key] = _epoch_s(key, moment)
@@ -6812,16 +6813,6 @@ _OF_STATUS = {status: f"status = '{status}'" for status in (*_UNFINISHED, *_FINI
 _OF_STATUS["PENDING"] = "(status = 'PENDING' and incarnation is not null)"
 
 
-def _alternatives(what: str, value: Any) -> list[str]:
-    """One string or several, as a list; ValueError for anything else."""
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, (list, tuple, set)) or not all(isinstance(each, str) for each in values):
-        raise ValueError(f"{what} is {value!r}; it must be a string or a list of strings")
-    if what == "status" and not set(values) <= set(_OF_STATUS):
-        raise ValueError(f"status is {value!r}; there are {', '.join(_OF_STATUS)}")
-    return [each for each in values if _storable(each)]  # of what cannot be stored, none is there
-
-
 _Time = str | float | datetime
 
 
@@ -7014,6 +7005,13 @@ def _offer(conn: Conn, offer: dict[str, Any]) -> None:
          where incarnation = %(incarnation)s
     """
     conn.execute(query, offer)
+
+
+def _view(conn: Conn, name: str, ids: list[str]) -> list[dict[str, Any]]:
+    """Read one of the views for operators; of some workflows, where IDs are given."""
+    query = f"select * from durable.{name}" + (" where workflow_id = any(%s)" if ids else "")
+    # Binary, since times as text are written as the session's DateStyle has it, which behind a PgBouncer is anybody's.
+    return conn.cursor(row_factory=dict_row, binary=True).execute(query, (ids,) if ids else ()).fetchall()
 
 
 # --- Client -------------------------------------------------------------------------------------------
@@ -7294,7 +7292,7 @@ def _time_out(request: _AdminRequest) -> None:
 
 # --- Metrics ------------------------------------------------------------------------------------------
 #
-# Needs: Queues.  What is unfinished is counted in the table, through indexes.  What has finished is not: that
+# Needs: Offer.  What is unfinished is counted in the table, through indexes.  What has finished is not: that
 # takes the longer, the more there is.  Each executor counts what it finishes itself, from its launch on;
 # Prometheus adds them up and bears with restarts.
 
@@ -7359,13 +7357,6 @@ def _show_metrics(request: _AdminRequest) -> _Text:
         _metric("durable_executors", "gauge", "Executors that live.",
                 ("application", "executor_id", "application_version"), living),
     ]), "text/plain; version=0.0.4; charset=utf-8")
-
-
-def _view(conn: Conn, name: str, ids: list[str]) -> list[dict[str, Any]]:
-    """Read one of the views for operators; of some workflows, where IDs are given."""
-    query = f"select * from durable.{name}" + (" where workflow_id = any(%s)" if ids else "")
-    # Binary, since times as text are written as the session's DateStyle has it, which behind a PgBouncer is anybody's.
-    return conn.cursor(row_factory=dict_row, binary=True).execute(query, (ids,) if ids else ()).fetchall()
 
 
 # --- Page ---------------------------------------------------------------------------------------------
