@@ -18,8 +18,6 @@ return what they returned before.
     DBOS.launch()                       # takes up what an earlier process left unfinished
     fulfil("order-17")
 
-The words:
-
     workflow    a function, and the row that remembers it
     step        a call whose result is recorded, once, at a position
     position    1, 2, 3...: the order in which a workflow calls its steps
@@ -31,9 +29,8 @@ The words:
 
 Guaranteed: a recorded step never runs again, and what it returned is what every replay sees.  One run at a
 time writes a history.  Not guaranteed: a step interrupted before its record may run twice; give the outside
-world `DBOS.step_key`, which is the same at each try.  Asked of you: a workflow's own code must be deterministic.
-Given the same inputs and step results it must call the same steps in the same order; clocks, random numbers,
-files and the network belong in steps.
+world `DBOS.step_key`, which is the same at each try.  Asked of you: a workflow's own code is deterministic, and
+calls the same steps in the same order; clocks, random numbers, files and the network belong in steps.
 
 The map.  What stands above a banner is complete, and runs, without what stands below it:
 
@@ -42,9 +39,8 @@ The map.  What stands above a banner is complete, and runs, without what stands 
     III. Rooms          each by itself: group commit, hints, sleep, cancel, queues, messages, events, streams, ...
     IV.  Operators      management, client, admin API, metrics, page, command line
 
-Names and behaviour follow the DBOS Python library 2.x, so that code moves to `dbos` and back by one import
-line.  Needs Python 3.10+, psycopg 3 with psycopg_pool, PostgreSQL 13+, and schema.sql beside this file.
-Licence: MIT.  Made to be copied into your project and read.
+Names and behaviour follow the DBOS Python library 2.x: code moves to `dbos` and back by one import line.
+Needs Python 3.10+, psycopg 3 with psycopg_pool, PostgreSQL 13+, and schema.sql beside this file.  MIT licence.
 """
 
 # ==== I. The engine ===================================================================================
@@ -58,7 +54,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import base64
-import builtins
 import contextvars
 import functools
 import hashlib
@@ -220,7 +215,7 @@ class _Record(NamedTuple):
 class _Run:
     """One run of a workflow by this process, under one claim."""
 
-    def __init__(self, executor: _Executor, function: _Function, row: dict[str, Any], has_history: bool = True) -> None:
+    def __init__(self, executor: _Executor, function: _Function, row: dict[str, Any]) -> None:
         self.executor, self.function, self.row = executor, function, row
         self.id, self.claim = str(row["id"]), int(row["claim"])
         self.job: Callable[[], object] = lambda: _block(executor.background(self))  # for a thread
@@ -234,7 +229,7 @@ class _Run:
         self.tries: dict[int, int] = {}  # of steps that are not on record yet
         self._position = 0
         self._history: dict[int, _Record] = {}
-        self.history_to: int | None = 0 if has_history else None  # None: nothing left to read
+        self.history_to: int | None = 0  # None: nothing left to read
 
     def advance(self, by: int = 1) -> int:
         """Take the next position.  Callers do so before their first wait, so that `gather` keeps the order."""
@@ -332,7 +327,7 @@ class _Run:
         if (claim, status) == (self.claim, finished):
             return False
         self.check(claim, status)
-        await _breathe(self.executor)
+        await _pause_run(self.executor, timeout=_AGAIN_S)  # refused for no reason that is left: do not spin
         return True
 
     def check(self, claim: int | None, status: str) -> None:
@@ -368,16 +363,10 @@ class _Run:
         try:
             self.go_on()  # it may have waited for a thread
             self.thread = threading.get_ident()
-            await self.prepare()
             try:
-                with _OptionBlock(), self.inside():  # a block around the call is not for the body
-                    args, kwargs = self.arguments()
-                    value = self.function.call(*args, **kwargs)
-                    if self.function.is_async:
-                        self.loop = asyncio.get_running_loop()
-                        value = await self.drive(value)
+                value = await self.call()
             except Exception as raised:
-                error = raised
+                error = _raised(raised)
             error = await self.finish(value, error)
         except (KeyboardInterrupt, SystemExit) as end:
             self.interrupted = end  # somebody wants it to stop: it stays PENDING until the next launch
@@ -388,12 +377,15 @@ class _Run:
             raise error
         return value
 
-    async def prepare(self) -> None:
-        """Get ready for the user's code."""
-
-    async def drive(self, body: Coroutine[Any, Any, Any]) -> Any:
-        """Run the function, if it is a coroutine."""
-        return await body
+    async def call(self) -> Any:
+        """Call the function as its row says."""
+        with _OptionBlock(), self.inside():  # a block around the call is not for the body
+            args, kwargs = self.arguments()
+            value = self.function.call(*args, **kwargs)
+            if self.function.is_async:
+                self.loop = asyncio.get_running_loop()
+                value = await value
+            return value
 
     def arguments(self) -> tuple[list[Any], dict[str, Any]]:
         """Read the arguments back; an error here is the workflow's outcome, and names it."""
@@ -460,11 +452,6 @@ def _claims(conn: Conn, ids: list[str]) -> dict[str, tuple[int | None, str]]:
     return dict.fromkeys(ids, (None, "deleted")) | {id: (claim, status) for id, claim, status in rows}
 
 
-async def _breathe(executor: _Executor) -> None:
-    """Pause before a write is made again that was refused without a reason: whatever it is, nothing spins."""
-    await _for_any(executor.closed, timeout=_AGAIN_S)
-
-
 @dataclass(frozen=True)
 class StepStatus:
     """What `DBOS.step_status` tells inside a step; the attempt counts from 0, None without retries."""
@@ -481,14 +468,20 @@ class _Frame(NamedTuple):
     step: StepStatus | None = None
 
 
-_frame: contextvars.ContextVar[_Frame | None] = contextvars.ContextVar("durable_frame", default=None)
+_frame = contextvars.ContextVar[_Frame | None]("durable_frame", default=None)
+
+
+def _here() -> _Frame | None:
+    """Where this code stands; raises if its executor is not this process's."""
+    frame = _frame.get()
+    if frame is not None:
+        frame.run.executor.here()
+    return frame
 
 
 def _current_run() -> _Run | None:
     """The run whose workflow function is calling; None outside workflows, and inside a step."""
-    frame = _frame.get()
-    if frame is not None:
-        frame.run.executor.here()
+    frame = _here()
     return frame.run if frame is not None and frame.step is None else None
 
 
@@ -508,9 +501,6 @@ class _Retries:
         if inspect.iscoroutinefunction(self.should_retry) and not inspect.iscoroutinefunction(fn):
             raise DBOSException(f"step {name} is a plain function, and its should_retry is async: make both alike")
 
-    def pause(self, attempt: int) -> float:
-        return min(self.interval_seconds * self.backoff_rate**attempt, _RETRY_CEILING_S)
-
 
 async def _step(name: str, retries: _Retries, call: Callable[[], Any]) -> Any:
     """Run a user's step: in a workflow run or recalled, anywhere else a plain call."""
@@ -527,6 +517,7 @@ async def _attempts(run: _Run, position: int, name: str, retries: _Retries, call
         with run.inside(StepStatus(position)):
             return await _value_of(call())
     errors: list[Exception] = []
+    wait_s = retries.interval_seconds
     for attempt in range(retries.max_attempts):
         run.tries[position] = attempt + 1
         status = StepStatus(position, attempt, retries.max_attempts)
@@ -540,7 +531,8 @@ async def _attempts(run: _Run, position: int, name: str, retries: _Retries, call
             errors.append(_dump_error(run.executor.serializer, error)[1])  # as a replay will see it
         _log.warning("step %s failed (try %d of %d): %r", name, attempt + 1, retries.max_attempts, errors[-1])
         if attempt + 1 < retries.max_attempts:
-            await _pause_run(run.executor, timeout=retries.pause(attempt))
+            await _pause_run(run.executor, timeout=min(wait_s, _RETRY_CEILING_S))
+            wait_s *= retries.backoff_rate
     raise DBOSMaxStepRetriesExceeded(
         f"step {name} failed at each of its {retries.max_attempts} tries",
         errors=errors, step_name=name, max_retries=retries.max_attempts,
@@ -636,8 +628,7 @@ def _generated_id(run: _Run | None, position: int) -> str:
     return f"{run.id}-{position}" if run else str(uuid.uuid4())
 
 
-_NO_OPTIONS: Mapping[str, Any] = {}
-_options = contextvars.ContextVar("durable_options", default=_NO_OPTIONS)
+_options = contextvars.ContextVar[Mapping[str, Any]]("durable_options", default=types.MappingProxyType({}))
 
 
 class _OptionBlock:
@@ -681,7 +672,7 @@ async def _begin(executor: _Executor, function: _Function, start: _Start) -> tup
     row = start.row
     if await _has_begun(start) or not await executor.may_begin(start):
         return row["id"], None
-    run = executor.run_type(executor, function, row, has_history=False)
+    run = executor.run_type(executor, function, row)
     executor.claimed[run.id, run.claim] = run  # before the row is there: nobody may take it for lost
     try:
         existing = await _insert(executor, start)
@@ -689,13 +680,12 @@ async def _begin(executor: _Executor, function: _Function, start: _Start) -> tup
         executor.forget(run)
         raise
     if existing is None:
-        return run.id, executor.enter(run)
-    ours = (existing["status"], existing["incarnation"]) == ("PENDING", executor.me["incarnation"])
-    if ours and existing["claim"] == run.claim:
-        run.history_to = 0  # our own row, whose acknowledgement was lost: it may have a history by now
-        return run.id, executor.enter(run)
-    executor.forget(run)
-    return run.id, None
+        run.history_to = None
+    elif (existing["claim"], existing["status"]) != (run.claim, "PENDING"):
+        executor.forget(run)
+        return run.id, None
+    # Or else it is our own row, whose acknowledgement was lost: it may have a history by now.
+    return run.id, executor.enter(run)
 
 
 async def _has_begun(start: _Start) -> bool:
@@ -725,7 +715,7 @@ async def _insert(executor: _Executor, start: _Start) -> dict[str, Any] | None:
             elif parent is not None:
                 await parent.settle(row["position"], row["name"])
             else:
-                await _breathe(executor)
+                await _pause_run(executor, timeout=_AGAIN_S)
         if parent is not None and (existing is not None or not is_child):
             await parent.record(row["position"], row["name"], None, None, 0.0, child=row["id"])
     return existing
@@ -786,15 +776,15 @@ async def _result(executor: _Executor, id: str, existing: bool = True) -> Any:
             await _pause_run(executor, hint, timeout=executor.poll_s if existing else _POLL_S)
 
 
-def _raise_error(executor: _Executor, row: dict[str, Any]) -> Any:
-    raise _load_error(executor.serializer, row["error"])
+def _returned(executor: _Executor, row: dict[str, Any]) -> Any:
+    """What a workflow that ended by itself returned, or raised."""
+    if row["error"] is not None:
+        raise _load_error(executor.serializer, row["error"])
+    return executor.serializer.deserialize(row["output"])
 
 
 # What whoever waits for a workflow gets, by the status in which it came to rest.
-_ENDINGS: dict[str, Callable[[_Executor, dict[str, Any]], Any]] = {
-    "SUCCESS": lambda executor, row: executor.serializer.deserialize(row["output"]),
-    "ERROR": _raise_error,
-}
+_ENDINGS: dict[str, Callable[[_Executor, dict[str, Any]], Any]] = {"SUCCESS": _returned, "ERROR": _returned}
 
 
 async def _pause_run(executor: _Executor, *signals: _Signal, timeout: float | None = None) -> None:
@@ -815,16 +805,18 @@ class _Function:
         self.name, self.call, self.given, self.max_recovery_attempts, self.kind = name, call, given, most, kind
         self.is_async = inspect.iscoroutinefunction(call)
         self.signature = inspect.signature(given)
-        while isinstance(given, functools.partial):
-            given = given.func
-        given = inspect.unwrap(given)
+        given = inspect.unwrap(_whole(given))
         self.source: Any = given if hasattr(given, "__code__") else type(given).__call__  # of a callable object
+
+
+def _whole(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function behind a partial one."""
+    return _whole(fn.func) if isinstance(fn, functools.partial) else fn
 
 
 def _name_of(fn: Callable[..., Any]) -> str:
     """What a function is called, the same in every process; for a callable object, its class."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
+    fn = _whole(fn)
     return str(getattr(fn, "__qualname__", type(fn).__qualname__))
 
 
@@ -883,19 +875,15 @@ def _survives_json(value: Any, depth: int = 0, seen: set[int] | None = None) -> 
 
 
 def _dump_error(serializer: Any, error: Exception) -> tuple[str, Exception]:
-    """Store an exception as JSON: its type's name and its text for people, the rest for `_load_error`.
+    """Store an exception as JSON: its type's name and its text for people, a form of it for `_load_error`.
 
-    Many exceptions can be pickled but not unpickled, because their constructor does not take their
-    `args`.  So the form that goes in is one that was seen to come out: the exception itself, or its
-    class, arguments and attributes, or (for a built-in, or one of ours) its class's name instead, or else
-    only name and text.
+    Many exceptions can be pickled but not unpickled, so the form is one that was seen to come out again.
     Returned too is what to raise now: the exception, or what will stand for it at a replay.
     """
     stored = {"type": _type_name(error), "text": _text_of(error)}
-    named = {"args": list(error.args), "attributes": error.__dict__}
-    for form in (error, [type(error), error.args, error.__dict__], named):
+    for form in _FORMS:
         with suppress(Exception):
-            stored["value"] = serializer.serialize(form)
+            stored["value"] = serializer.serialize(form(error))
             copy = _load_error(serializer, json.dumps(stored))
             if type(copy) is type(error) and _text_of(copy) == stored["text"]:
                 return json.dumps(stored), error
@@ -908,23 +896,13 @@ def _dump_error(serializer: Any, error: Exception) -> tuple[str, Exception]:
 def _load_error(serializer: Any, text: str) -> Exception:
     stored = json.loads(text)
     with suppress(Exception):
-        return _rebuild_error(serializer.deserialize(stored["value"]), stored["type"])
+        form = serializer.deserialize(stored["value"])
+        return form if isinstance(form, Exception) else _REBUILT[type(form)](form, stored["type"])
     return DBOSRestoredError(stored["type"], stored["text"])
 
 
-def _rebuild_error(form: Any, name: str) -> Exception:
-    if isinstance(form, Exception):
-        return form
-    if isinstance(form, dict):
-        own = globals().get(name.removeprefix(f"{__name__}."))
-        form = own or getattr(builtins, name), form["args"], form["attributes"]
-    kind, args, attributes = form
-    if not issubclass(kind, Exception):
-        raise TypeError(f"{name} is no exception")
-    rebuilt: Exception = kind.__new__(kind, *args)
-    rebuilt.args = tuple(args)
-    rebuilt.__dict__.update(attributes)
-    return rebuilt
+_FORMS: list[Callable[[Exception], Any]] = [lambda error: error]  # in which an exception may survive
+_REBUILT: dict[type, Callable[[Any, str], Exception]] = {}  # by the type of a form, what makes an exception of it
 
 
 def _type_name(value: object) -> str:
@@ -990,6 +968,9 @@ def _suspend(body: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
             return cast(T, end.value)
         try:
             value = (yield from wait.on_loop().__await__()) if isinstance(wait, _Wait) else (yield wait)
+        except GeneratorExit:  # it is thrown away, with the body perhaps before it
+            body.close()
+            raise
         except BaseException as error:
             step = functools.partial(body.throw, error)
         else:
@@ -1043,31 +1024,33 @@ class _Signal:
             wake()
 
 
+@contextmanager
+def _waking(signals: Sequence[_Signal], wake: Callable[[], None]) -> Iterator[None]:
+    """Have each of the signals call `wake`."""
+    for signal in signals:
+        signal.wakers.add(wake)
+    try:
+        if any(signal.is_set for signal in signals):  # looked at after the entry above: none can slip between
+            wake()
+        yield
+    finally:
+        for signal in signals:
+            signal.wakers.discard(wake)
+
+
 def _for_any(*signals: _Signal, timeout: float | None = None) -> _Wait[None]:
     """Wait until one of the signals is set, or for `timeout` seconds."""
 
-    @contextmanager
-    def waking(wake: Callable[[], None]) -> Iterator[None]:
-        for signal in signals:
-            signal.wakers.add(wake)
-        try:
-            if any(signal.is_set for signal in signals):  # looked at after the entry above: none can slip between
-                wake()
-            yield
-        finally:
-            for signal in signals:
-                signal.wakers.discard(wake)
-
     def block() -> None:
         woken = threading.Event()
-        with waking(woken.set):
+        with _waking(signals, woken.set):
             woken.wait(timeout)
 
     async def on_loop() -> None:
         woken = asyncio.Event()
         timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, woken.set)
         try:
-            with waking(_waker(woken)):
+            with _waking(signals, _waker(woken)):
                 await woken.wait()
         finally:
             if timer is not None:
@@ -1103,11 +1086,12 @@ class _BareExecutor:
     run_type: type[_Run] = _Run
     pool: ConnectionPool[Any]  # for everybody's statements
     conn: Conn | None = None  # ours alone, for as long as we live
+    place = "its database"  # where that is, for the log
     poll_s: float | None = 0.1  # how often to look for what nobody tells us
     create_task: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]] = staticmethod(asyncio.create_task)
 
     def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
-        self.registry, self.config, self.url = registry, config, str(config["system_database_url"])
+        self.registry, self.config, self.url = registry, config, str(config["system_database_url"] or "")
         self.me: dict[str, Any] = {}  # who we are, once launched
         self.serializer: Any = _JSONElsePickle()
         self.claimed: dict[tuple[str, int], _Run] = {}  # what we hold, or are about to, by ID and claim
@@ -1179,7 +1163,8 @@ class _BareExecutor:
         """Run in the background what was taken."""
         for row in rows:
             function = cast(_Function, self.registry._function_for(row))
-            run = self.run_type(cast(_Executor, self), function, row, row.get("has_history", True))
+            run = self.run_type(cast(_Executor, self), function, row)
+            run.history_to = 0 if row.get("has_history", True) else None
             self.spawn(self.enter(run))
         return [row["id"] for row in rows]
 
@@ -1246,7 +1231,8 @@ class _BareExecutor:
 
     def about(self) -> str:
         """Who was launched, for the log."""
-        return "{application} as executor {executor_id}, incarnation {incarnation}, version {version}".format(**self.me)
+        who = "{application} as executor {executor_id}, incarnation {incarnation}, version {version}".format(**self.me)
+        return f"{who}, on {self.place}"
 
     def open(self) -> None:
         """Bring the schema up to date, and enter as a new incarnation."""
@@ -1352,28 +1338,11 @@ def _take(
     return sorted(taken, key=lambda row: int(row["number"]))
 
 
-_SCHEMA_VERSION = 41  # the edition of schema.sql that this code was written for, and how many storeys of it
-
-
 def _migrate(conn: Conn) -> None:
-    """Bring the schema up to this code's edition: one transaction, one executor at a time."""
+    """Bring the schema up to date: one transaction, one executor at a time."""
     with conn.transaction():
         conn.execute("select pg_advisory_xact_lock(%s, 0)", (_LOCKS,))
-        number = _edition(conn)
-        if number is not None and number > _SCHEMA_VERSION:
-            raise DBOSInitializationError(
-                f"the database's schema is edition {number}, newer than edition {_SCHEMA_VERSION} of this "
-                f"durable.py: update durable.py and schema.sql together"
-            )
-        if number != _SCHEMA_VERSION:
-            conn.execute(Path(__file__).with_name("schema.sql").read_bytes())
-
-
-def _edition(conn: Conn) -> int | None:
-    """Read which edition of the schema is there."""
-    if conn.execute("select to_regclass('durable.version')").fetchone() == (None,):
-        return None
-    return cast(tuple[int], conn.execute("select max(number) from durable.version").fetchone())[0]
+        conn.execute(Path(__file__).with_name("schema.sql").read_bytes())
 
 
 def _some(ids: list[str]) -> str:
@@ -1384,48 +1353,15 @@ def _some(ids: list[str]) -> str:
 
 # --- The public face ----------------------------------------------------------------------------------
 #
-# What a program uses.  `_Access` is what one can do with workflows without having their code; `_Engine`
-# adds the decorators, and launch and destroy.  The last lines of the file compose `Durable` of them.
+# What a program uses: handles; and the decorators, launch and destroy, of which the last lines of the file compose
+# `Durable`.
 
 
 class _Access:
-    """What one can do with workflows from anywhere; in a workflow each of these is a step."""
+    """What leads to an executor: there are others than what registers functions."""
 
     def _launched(self) -> _Executor:
         raise NotImplementedError
-
-    def _for(self, workflow_id: str) -> _Executor:
-        """The executor, for an operation on a workflow; refused is an ID that none can have."""
-        _valid_name("workflow ID", workflow_id)
-        return self._launched()
-
-    def _result_of(self, workflow_id: str, existing: bool) -> Coroutine[Any, Any, Any]:
-        executor = self._for(workflow_id)
-        return _recorded("DBOS.getResult", lambda: _result(executor, workflow_id, existing), child=workflow_id)
-
-    async def _require(self, workflow_id: str) -> None:
-        executor = self._for(workflow_id)
-
-        async def is_there() -> bool:
-            return await executor.ask(_find, workflow_id) is not None
-
-        if not await _recorded("DBOS.getStatus", is_there):
-            raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id}")
-
-    def retrieve_workflow(self, workflow_id: str, existing_workflow: bool = True) -> WorkflowHandle[Any]:
-        """Return a handle; DBOSNonExistentWorkflowError if there is no such workflow (and there should be)."""
-        _refuse_to_block_a_loop("retrieve_workflow")
-        if existing_workflow:
-            _block(self._require(workflow_id))
-        return WorkflowHandle(self, workflow_id, existing_workflow)
-
-    async def retrieve_workflow_async(
-        self, workflow_id: str, existing_workflow: bool = True
-    ) -> WorkflowHandleAsync[Any]:
-        """Do as `retrieve_workflow`, without blocking the event loop."""
-        if existing_workflow:
-            await _suspend(self._require(workflow_id))
-        return WorkflowHandleAsync(self, workflow_id, existing_workflow)
 
 
 class _Handle(Generic[R]):
@@ -1438,6 +1374,10 @@ class _Handle(Generic[R]):
         """Return the workflow's ID."""
         return self.workflow_id
 
+    async def _outcome(self) -> Any:
+        id, executor = self.workflow_id, self._durable._launched()
+        return await _recorded("DBOS.getResult", lambda: _result(executor, id, self._exists), child=id)
+
 
 class _BlockingHandle(_Handle[R]):
     def get_result(self, *, polling_interval_sec: float = _POLL_S) -> R:
@@ -1446,13 +1386,13 @@ class _BlockingHandle(_Handle[R]):
         `polling_interval_sec` is accepted as in DBOS, and means nothing here.
         """
         _refuse_to_block_a_loop("DBOS.get_result")
-        return cast(R, _block(self._durable._result_of(self.workflow_id, self._exists)))
+        return cast(R, _block(self._outcome()))
 
 
 class _AwaitedHandle(_Handle[R]):
     async def get_result(self, *, polling_interval_sec: float = _POLL_S) -> R:
         """Wait for the workflow to end, wherever it runs, and return or raise its outcome."""
-        return cast(R, await _suspend(self._durable._result_of(self.workflow_id, self._exists)))
+        return cast(R, await _suspend(self._outcome()))
 
 
 class _EngineConfig(TypedDict, total=False):
@@ -1473,23 +1413,20 @@ class _Engine(_Access):
     """Registers functions as workflows and steps, and, once launched, runs them durably."""
 
     def __init__(self, config: DBOSConfig | None = None) -> None:
+        self._executor: _Executor | None = None
         self._config = self._checked(config or {})
         self._lock = threading.RLock()  # what is registered
         self._life = threading.RLock()  # launch and destroy
-        self._executor: _Executor | None = None
         self._functions: dict[str, _Function] = {}
         self.logger = _log
 
     def __call__(self: E, *, config: DBOSConfig | None = None) -> E:
         """Configure the instance (before its launch, or once more with the same) and return it.
 
-        Raises DBOSInitializationError for an unknown setting or a value of the wrong type.
+        Raises DBOSInitializationError for a setting that makes no sense.
         """
         if config is not None:
-            checked = self._checked(config)
-            if self._executor is not None and checked != self._config:
-                raise DBOSInitializationError("it is launched already: configure it before, or destroy() it first")
-            self._config = checked
+            self._config = self._checked(config)
         return self
 
     # Registering functions.
@@ -1602,7 +1539,7 @@ class _Engine(_Access):
         with self._life:
             if self._executor is not None:
                 return
-            self._executor = _Executor(cast(Durable, self), self._executor_settings())
+            self._executor = _Executor(cast(Durable, self), self._settings())
             try:
                 taken = self._executor.launch()
                 _log.info("launched %s; recovered: %s", self._executor.about(), _some(taken))
@@ -1640,10 +1577,7 @@ class _Engine(_Access):
             self._executor.here()
 
     def _checked(self, config: Any) -> dict[str, Any]:
-        """Refuse what is not a setting; None is unset."""
-        for key in config:
-            if key not in _DEFAULTS:
-                raise DBOSInitializationError(f"unknown setting {key!r}; there are: {', '.join(_DEFAULTS)}")
+        """The config, without what is unset."""
         return {key: value for key, value in config.items() if value is not None}
 
     def _settings(self) -> dict[str, Any]:
@@ -1651,13 +1585,9 @@ class _Engine(_Access):
         settings: dict[str, Any] = {}
         for key, (variables, default) in _DEFAULTS.items():
             found = (os.environ[name] for name in variables.split() if os.environ.get(name))
-            given = self._config.get(key)
-            settings[key] = next(found, default) if given is None or given == "" else given
+            given = self._config.get(key, "")
+            settings[key] = next(found, default) if given == "" else given
         return settings
-
-    def _executor_settings(self, create: bool = True) -> dict[str, Any]:
-        """The settings, if it can be launched with them; `create`: what need not be there yet may be made."""
-        return self._settings()
 
     def _identity(self) -> dict[str, Any]:
         """What this executor is called, which version it has and what it can run."""
@@ -1776,11 +1706,10 @@ from psycopg import pq
 
 __all__ += ["DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded"]
 
-_SCHEMA_VERSION = 42
+_SCHEMA_VERSION = 42  # the edition of schema.sql that this code was written for, and how many storeys of it
 _SWEEP_S = 3.0  # a lock that stays free from one sweep to the next is a death: missed after 3 to 6 s
 _RESTART_GRACE_S = 3.0  # after Postgres starts, time for the living to take their locks again
 _LONGEST_PAUSE_S = 1.0  # between two tries to reach a database that is away
-_IDLE_TRANSACTION_S = 300  # a transaction function that leaves its transaction idle for longer is cut off
 _TRIES = 10  # of a transaction's function, before a conflict is its outcome
 _LARGEST_VALUE = 200_000_000  # characters: JSON may double them, and a message to Postgres holds 1 GB
 _HEAD_LIMIT = 1 << 16  # bytes of a request's head, and
@@ -1818,10 +1747,6 @@ class _PatientExecutor(_BareExecutor):
     """Waits for its database, in sessions that are the same whatever the server, the database or the role says."""
 
     trouble_since = trouble_until = 0.0  # when the database last gave trouble
-
-    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
-        super().__init__(registry, config)
-        self.listens = config["use_listen_notify"]
 
     def serialize(self, value: Any) -> str:
         """Turn a value into text; ValueError if Postgres would break the connection over its size."""
@@ -1870,35 +1795,17 @@ class _PatientExecutor(_BareExecutor):
             ConnectionPool.check_connection(conn)
 
     def connection_options(self) -> dict[str, Any]:
-        # Prepared statements and settings belong to a session; behind a PgBouncer there is none to rely on.
-        options: dict[str, Any] = {"application_name": f"durable {self.config['name']}"[:63]}
-        options |= {"autocommit": True, "client_encoding": "utf8"}
-        options |= {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 4}
-        return options if self.listens else {**options, "prepare_threshold": None}
+        options = {"application_name": f"durable {self.config['name']}"[:63], "client_encoding": "utf8"}
+        timing = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 4}
+        return {**options, **timing, "autocommit": True}
 
-    def _configure(self, conn: _Connection) -> None:
-        conn.has_session = self.listens or _backend(conn) == conn.info.backend_pid
-        if settings := self.session_settings(conn):
-            conn.execute(settings)
-
-    def session_settings(self, conn: _Connection) -> str:
-        """What our sessions are set to, whatever the role, the database or the server says."""
-        if not conn.has_session:
-            return ""
-        newer = {"idle_session_timeout": 140000, "transaction_timeout": 170000}  # and since which Postgres
-        known = [f"set {name} = 0;" for name, since in newer.items() if conn.info.server_version >= since]
-        return f"""
-            set datestyle = 'ISO'; set extra_float_digits = 1; set standard_conforming_strings = on;
-            set default_transaction_isolation = 'read committed'; set statement_timeout = 0; set lock_timeout = 0;
-            set idle_in_transaction_session_timeout = '{_IDLE_TRANSACTION_S}s'; {" ".join(known)}
-            -- How soon the server misses us: at once in a crash, in 30 s if our host vanished.
-            set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 4;
-        """
+    def set_up(self, conn: Any) -> None:
+        """Prepare a new session."""
 
     def connect(self) -> _Connection:
         conn = _Session.connect(self.url, **self.connection_options())
         try:
-            self._configure(conn)
+            self.set_up(conn)
         except BaseException:
             conn.close()
             raise
@@ -1907,16 +1814,11 @@ class _PatientExecutor(_BareExecutor):
     def new_pool(self) -> ConnectionPool[Any]:
         size = self.config["sys_db_pool_size"]
         return ConnectionPool(
-            self.url, connection_class=_Session, kwargs=self.connection_options(),
-            configure=self._configure, check=self._check, min_size=min(2, size), max_size=size, open=True,
+            self.url, connection_class=_Session, kwargs=self.connection_options(), configure=self.set_up,
+            check=self._check, min_size=min(2, size), max_size=size, open=True,
             timeout=1.0,  # give up soon: whoever needs a connection asks again
             reconnect_timeout=1.0,
         )
-
-
-def _backend(conn: Conn) -> int:
-    """Which process serves this connection now; psycopg knows which one answered when it was opened."""
-    return int((conn.execute("select pg_backend_pid()", prepare=False).fetchone() or (0,))[0])
 
 
 # --- The living and the dead --------------------------------------------------------------------------
@@ -1990,7 +1892,9 @@ class _LivingExecutor(_PatientExecutor):
         self._held = self.hold(conn)
 
     def hold(self, conn: Conn) -> bool:
-        return _hold(conn, self.me["incarnation"], self.listens)
+        """Take the lock that says we live; False: an earlier connection of ours still has it."""
+        row = conn.execute("select pg_try_advisory_lock(%s, %s)", (_LOCKS, self.me["incarnation"])).fetchone()
+        return bool(row and row[0])
 
     def hear(self, conn: Conn) -> None:
         """Notice within a second that the connection is lost."""
@@ -2156,19 +2060,6 @@ def _note_lost(conn: Conn) -> None:
                 or pg_postmaster_start_time() < clock_timestamp() - make_interval(secs => {_RESTART_GRACE_S}))
     """)
 
-def _hold(conn: Conn, incarnation: int, lasting: bool) -> bool:
-    """Take the lock that says "alive"; False: an earlier connection of ours still has it.
-
-    Behind a PgBouncer in transaction mode a session is nobody's for long, so there (`lasting` off) the
-    lock belongs to a transaction that stays open.  It has written nothing, so it holds up no vacuum.
-    """
-    if not lasting:
-        conn.execute("begin")
-    call = "pg_try_advisory_lock" if lasting else "pg_try_advisory_xact_lock"
-    row = conn.execute(f"select {call}(%s, %s)", (_LOCKS, incarnation)).fetchone()
-    return bool(row and row[0])
-
-
 def _is_dead_letter(executor: _Executor, row: dict[str, Any]) -> Any:
     raise DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded(
         f"workflow {row['id']} was begun {row['recovery_attempts']} times without coming to an end and is not run "
@@ -2317,7 +2208,6 @@ def _undone(conn: _Connection, error: Exception) -> bool:
 class _Connection(psycopg.Connection[Any]):
     """A connection of ours; while it is lent to a transaction function, committing is not that one's to do."""
 
-    has_session = True  # it is not one of many that a proxy lends backends to, a transaction at a time
     stage = ""  # of a transaction: it is to "begin", then it is the "function"'s, then it writes the "record"
     after: list[Callable[[], object]]  # what to tell whom once the transaction is committed
 
@@ -2418,14 +2308,6 @@ class _Transacting(_Engine):
         if ours is None:
             raise _NotThereNow("DBOS.connection is for code inside a DBOS.transaction")
         return ours.seen()
-
-
-def _here() -> _Frame | None:
-    """Where this code stands; raises if its executor is not this process's."""
-    frame = _frame.get()
-    if frame is not None:
-        frame.run.executor.here()
-    return frame
 
 
 # --- Admin --------------------------------------------------------------------------------------------
@@ -2723,8 +2605,7 @@ class _AdministeredExecutor(_LivingExecutor):
         return super().serve()
 
     def about(self) -> str:
-        where = _without_password(self.url) or "its database"
-        return f"{super().about()}, on {where}; admin server: {self.admin.url if self.admin else 'none'}"
+        return f"{super().about()}; admin server: {self.admin.url if self.admin else 'none'}"
 
     def end(self) -> None:
         if self.admin is not None:
@@ -2772,18 +2653,16 @@ class _HostingConfig(TypedDict, total=False):
     admin_host: str
     admin_token: str
     failover: bool
-    use_listen_notify: bool
     sys_db_pool_size: int
     run_migrations: bool
 
 
 _DEFAULTS |= {
     "run_admin_server": ("", True), "admin_port": ("", 3001), "admin_host": ("DBOS__ADMIN_HOST", "127.0.0.1"),
-    "admin_token": ("DBOS__ADMIN_TOKEN", None), "failover": ("DBOS__FAILOVER", False), "use_listen_notify": ("", True),
+    "admin_token": ("DBOS__ADMIN_TOKEN", None), "failover": ("DBOS__FAILOVER", False),
     "sys_db_pool_size": ("", 20), "run_migrations": ("", True),
 }
 
-_URL_VARIABLES = ("DBOS_SYSTEM_DATABASE_URL", "DATABASE_URL")
 _SECRETS = ("system_database_url", "admin_token")  # whose values no message shows
 _LIMITS = {"sys_db_pool_size": (2, 1000), "admin_port": (0, 65535)}
 
@@ -2811,44 +2690,10 @@ def _postgres_url(url: str | None, create: bool = True) -> str:
     return f"postgresql://{url[begin.end():]}"
 
 
-def _reach(url: str, given: str | None, connect: Callable[[], Conn]) -> Conn:
-    """Connect; or say why not, from where the URL is, and nothing that may be a part of its password."""
-    try:
-        return connect()
-    except (psycopg.Error, ValueError, OverflowError) as error:  # as of a host that is no name, a port too large
-        failure = error
-    where = _without_password(url)
-    if where:
-        raise DBOSInitializationError(
-            f"cannot connect to the {where} (of {_giver(given)}): {str(failure).strip()}"
-        ) from failure
-    raise DBOSInitializationError(  # the failure is neither quoted nor chained: it may take a password for a host
-        f"cannot connect to the database of {_giver(given)}, which cannot be read without doubt, so no more is said "
-        f"of it: it must be a postgresql:// URL, its port a number, and what is special in its user or password "
-        f"percent-encoded (@ is %40, : %3A, / %2F, ? %3F, # %23, % %25, a space %20)"
-    )
-
-
 def _giver(url: str | None) -> str:
     """Where a URL came from, for errors about it: a variable of the environment, or else the setting."""
-    variables = (name for name in _URL_VARIABLES if url and os.environ.get(name) == url)
+    variables = (name for name in _DEFAULTS["system_database_url"][0].split() if url and os.environ.get(name) == url)
     return next(variables, "system_database_url")
-
-
-def _without_password(url: str) -> str:
-    """Where a database is, and nothing else of its URL: a secret may stand in many places.
-
-    Nothing at all if that might be one: something special in a password moves the rest of it elsewhere.
-    """
-    try:
-        parts = psycopg.conninfo.conninfo_to_dict(url)
-    except psycopg.ProgrammingError:
-        return ""
-    told = {key: str(parts[key]) for key in ("host", "hostaddr", "port", "dbname", "user", "service") if key in parts}
-    moved = "@" in told.get("host", "") + told.get("dbname", "") or ":" in told.get("user", "")
-    if moved or url.count("@") > 1 or not re.fullmatch("[0-9,]*", told.get("port", "")):
-        return ""
-    return f"database {psycopg.conninfo.make_conninfo(**told)}"
 
 
 def _embedded_url(create: bool) -> str:
@@ -2886,19 +2731,33 @@ class _SettledExecutor(_TransactingExecutor):
             # Nothing is looked up before we have the lock: a session remembers what was not there.
             conn.execute("select pg_advisory_xact_lock(%s, 0)", (_LOCKS,))
             number = _edition(conn)
-            if number != _SCHEMA_VERSION and not self.config["run_migrations"]:
+            if number is not None and number > _SCHEMA_VERSION:
+                raise DBOSInitializationError(
+                    f"the database's schema is edition {number}, newer than edition {_SCHEMA_VERSION} of this "
+                    f"durable.py: update durable.py and schema.sql together"
+                )
+            if number == _SCHEMA_VERSION:
+                return
+            if not self.config["run_migrations"]:
                 raise DBOSInitializationError(
                     f"the database's schema is {'missing' if number is None else f'edition {number}'}, this "
                     f"durable.py needs edition {_SCHEMA_VERSION}, and run_migrations is off: apply it with "
                     f"`python {Path(__file__).name} migrate`"
                 )
-            while number not in (None, _SCHEMA_VERSION):  # others are at work: have all locks before what takes long,
+            while number is not None:  # others are at work: have all locks before what takes long,
                 with suppress(psycopg.errors.DeadlockDetected), conn.transaction():  # or let go and try again
                     conn.execute(_LOCK_ALL)
                     break
             super().migrate(conn)
 
     def open(self) -> None:
+        guarded = self.config["admin_token"] or _is_loopback(self.config["admin_host"])
+        if self.config["run_admin_server"] and not guarded:
+            raise DBOSInitializationError(
+                f"the admin server may listen on {self.config['admin_host']} only with an admin_token: "
+                f"set one (DBOS__ADMIN_TOKEN), or keep to 127.0.0.1"
+            )
+        self.url = _postgres_url(self.url)
         try:
             super().open()
         except psycopg.Error as error:
@@ -2911,7 +2770,15 @@ class _SettledExecutor(_TransactingExecutor):
         """Connect, or say in one sentence why not; later on, a database that is away is waited for."""
         if self.me:
             return super().connect()
-        return cast(_Connection, _reach(self.url, self.registry._settings()["system_database_url"], super().connect))
+        try:
+            return super().connect()
+        except (psycopg.Error, ValueError, OverflowError) as error:  # as of a host that is no name, a port too large
+            failure = error
+        raise self.unreachable(failure)
+
+    def unreachable(self, failure: Exception) -> DBOSInitializationError:
+        """What to raise if a launch finds no database."""
+        return DBOSInitializationError(f"cannot connect to the database: {str(failure).strip()}")
 
     def serve(self) -> list[str]:
         """Warn of stranded work, before anything is recovered."""
@@ -2932,6 +2799,13 @@ _LOCK_ALL = """
 """
 
 
+def _edition(conn: Conn) -> int | None:
+    """Read which edition of the schema is there."""
+    if conn.execute("select to_regclass('durable.version')").fetchone() == (None,):
+        return None
+    return cast(tuple[int], conn.execute("select max(number) from durable.version").fetchone())[0]
+
+
 def _stranded(conn: Conn, version: str) -> list[tuple[str, int]]:
     """Count the unfinished workflows of other versions that no live executor serves, by version."""
     query = """
@@ -2948,7 +2822,11 @@ class _Hosting(_Engine):
             raise DBOSInitializationError(f"the config is a {_type_name(config)}; it must be a dict")
         for key in config.keys() & _FOREIGN_KEYS:
             _log.warning("the setting %r of the DBOS library has no effect in durable.py", key)
+        for key in config.keys() - _FOREIGN_KEYS - _DEFAULTS.keys():
+            raise DBOSInitializationError(f"unknown setting {key!r}; there are: {', '.join(_DEFAULTS)}")
         checked = super()._checked({key: value for key, value in config.items() if key not in _FOREIGN_KEYS})
+        if self._executor is not None and checked != self._config:
+            raise DBOSInitializationError("it is launched already: configure it before, or destroy() it first")
         kinds = get_type_hints(DBOSConfig)
         for key, value in checked.items():
             kind, (least, most) = kinds[key], _LIMITS.get(key, (None, None))
@@ -2965,20 +2843,8 @@ class _Hosting(_Engine):
             settings["failover"] = settings["failover"].lower() in ("1", "true", "yes", "on")
         for key, value in settings.items():
             if isinstance(value, str) and not _storable(value):
-                name = _giver(value) if key == "system_database_url" else key
-                shown = "what it is" if key in _SECRETS else repr(value)
-                raise DBOSInitializationError(f"the setting {name!r} is {shown}: no NUL characters or lone surrogates")
+                raise DBOSInitializationError(f"the setting {key!r} has NUL characters or lone surrogates in it")
         return settings
-
-    def _executor_settings(self, create: bool = True) -> dict[str, Any]:
-        settings = self._settings()
-        guarded = settings["admin_token"] or _is_loopback(settings["admin_host"])
-        if settings["run_admin_server"] and not guarded:
-            raise DBOSInitializationError(
-                f"the admin server may listen on {settings['admin_host']} only with an admin_token: "
-                f"set one (DBOS__ADMIN_TOKEN), or keep to 127.0.0.1"
-            )
-        return settings | {"system_database_url": _postgres_url(settings["system_database_url"], create)}
 
     @property
     def database_url(self) -> str:
@@ -3009,6 +2875,7 @@ class _Hosting(_Engine):
 
 import ast
 import bisect
+import builtins
 import importlib.util
 import weakref
 import zoneinfo
@@ -3056,6 +2923,12 @@ def _text_for(what: str, executor: _Executor, value: Any) -> str:
         return executor.serialize(value)
     except Exception as cause:
         raise DBOSException(f"the {what}, a {_type_name(value)}, cannot be stored: {cause}") from cause
+
+
+def _executor_for(access: _Access, workflow_id: str) -> _Executor:
+    """The executor, for an operation on a workflow; refused is an ID that none can have."""
+    _valid_name("workflow ID", workflow_id)
+    return access._launched()
 
 
 def _own_run(name: str) -> _Run:
@@ -3425,6 +3298,13 @@ _HINT_PAUSE_S = 0.002  # hints that come closer together than this travel togeth
 _LOOK_CHUNK = 1000  # waiters that a look is made for, each second, where hints arrive too
 
 
+class _HintsConfig(TypedDict, total=False):
+    use_listen_notify: bool
+
+
+_DEFAULTS["use_listen_notify"] = ("", True)
+
+
 class _Hints:
     """Who in this process waits for which hint, and the hints on their way to other processes.
 
@@ -3546,7 +3426,7 @@ class _HintedExecutor(_LivingExecutor):
     def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
         super().__init__(registry, config)
         self.hints = _Hints(cast(_Executor, self))
-        self.tells = self.listens
+        self.listens = self.tells = config["use_listen_notify"]
         self.awaited_elsewhere: set[_Run] = set()  # runs that more than their callers may wait for
         self.next_look = 0.0
         self.duties.append(self._look)
@@ -3984,8 +3864,8 @@ class _Sleeping(_Engine):
 class _OrderedRun(_Run):
     """A run that sees to it that a replay makes its calls in the same order."""
 
-    def __init__(self, executor: _Executor, function: _Function, row: dict[str, Any], has_history: bool = True) -> None:
-        super().__init__(executor, function, row, has_history)
+    def __init__(self, executor: _Executor, function: _Function, row: dict[str, Any]) -> None:
+        super().__init__(executor, function, row)
         self.turn: _Turn | None = None  # what its code does now, if it is a coroutine
         self.task: Any = None  # likewise
         self.breach: DBOSException | None = None  # it left the order of its calls to chance
@@ -4090,13 +3970,13 @@ class _OrderedRun(_Run):
                 f"cancelled, perhaps by itself; catch the error where that is awaited"
             ) from stray
 
-    async def prepare(self) -> None:
+    async def call(self) -> Any:
         await self.remember(1)  # before any timer of the workflow's own can measure how long that takes
-
-    async def drive(self, body: Coroutine[Any, Any, Any]) -> Any:
+        if not self.function.is_async:
+            return await super().call()
         self.task = asyncio.current_task()
         try:
-            return await _in_turns(body, self)
+            return await _in_turns(super().call(), self)
         finally:
             self.turn = None
 
@@ -4119,6 +3999,9 @@ def _in_turns(body: Coroutine[Any, Any, T], run: _OrderedRun) -> Generator[Any, 
             run.turn.waits = True
         try:
             value = yield wait
+        except GeneratorExit:
+            body.close()
+            raise
         except BaseException as error:
             step = functools.partial(body.throw, error)
         else:
@@ -5113,7 +4996,7 @@ class _Messaging(_Access):
         topic = _NO_TOPIC if topic is None else _valid_key("topic", topic)
         if idempotency_key is not None:
             _valid_key("idempotency key", idempotency_key)
-        await _send_message(self._for(destination_id), destination_id, message, topic, idempotency_key)
+        await _send_message(_executor_for(self, destination_id), destination_id, message, topic, idempotency_key)
 
     send, send_async = _twins(_send)
 
@@ -5179,14 +5062,14 @@ _AWAITED["e"] = "exists (select from durable.events as e where e.workflow_id = a
 class _Events(_Access):
     async def _get_event(self, workflow_id: str, key: str, timeout_seconds: float = 60) -> Any:
         """Wait until a workflow has set an event, and return its value; None once the time is up."""
-        executor, wait_s = self._for(workflow_id), _checked_seconds("timeout_seconds", timeout_seconds)
+        executor, wait_s = _executor_for(self, workflow_id), _checked_seconds("timeout_seconds", timeout_seconds)
         return await _event(executor, workflow_id, _valid_key("event key", key), wait_s)
 
     get_event, get_event_async = _twins(_get_event)
 
     async def _get_all_events(self, workflow_id: str) -> dict[str, Any]:
         """Read all that a workflow has set so far."""
-        executor = self._for(workflow_id)
+        executor = _executor_for(self, workflow_id)
 
         async def look() -> dict[str, Any]:
             events = await executor.ask(_events_of, workflow_id)
@@ -5301,7 +5184,7 @@ class _Streams(_Access):
         # In a workflow each value is a step: what it has seen when it dies is what it sees again.
         if type(offset) is not int or offset < 0:
             raise ValueError(f"offset is {offset!r}; it must be a whole number from 0")
-        executor, key = self._for(workflow_id), _valid_key("stream key", key)
+        executor, key = _executor_for(self, workflow_id), _valid_key("stream key", key)
         most = _HISTORY_CHUNK if _current_run() is None else 1
         return _recorded("DBOS.readStream", lambda: _read_values(executor, workflow_id, key, offset, most))
 
@@ -5935,7 +5818,8 @@ async def _off_loop(threads: _Threads | None, call: Callable[[], T]) -> T:
 # --- Serializers --------------------------------------------------------------------------------------
 #
 # How values become text can be chosen: JSON alone, for those who will not unpickle what a database says, or
-# something of one's own.  And what the program's main file defines is pickled so that others find it.
+# something of one's own.  What the program's main file defines is pickled so that others find it; and exceptions
+# survive whatever their constructor looks like.
 
 __all__ += ["Serializer", "JSONSerializer"]
 
@@ -6060,6 +5944,33 @@ def _names_of(file: str) -> list[str]:
     return [name for name, each in loaded.items() if os.path.basename(each) == base and os.path.realpath(each) == path]
 
 
+# Exceptions whose constructor does not take their `args` survive as class, arguments and attributes; built-in ones and
+# ours without any pickle, by their class's name.
+
+_FORMS += [
+    lambda error: [type(error), error.args, error.__dict__],
+    lambda error: {"args": list(error.args), "attributes": error.__dict__},
+]
+
+
+def _rebuild(form: list[Any], name: str) -> Exception:
+    kind, args, attributes = form
+    if not issubclass(kind, Exception):
+        raise TypeError(f"{name} is no exception")
+    rebuilt: Exception = kind.__new__(kind, *args)
+    rebuilt.args = tuple(args)
+    rebuilt.__dict__.update(attributes)
+    return rebuilt
+
+
+def _rebuild_by_name(form: dict[str, Any], name: str) -> Exception:
+    own = globals().get(name.removeprefix(f"{__name__}."))
+    return _rebuild([own or getattr(builtins, name), form["args"], form["attributes"]], name)
+
+
+_REBUILT |= {list: _rebuild, dict: _rebuild_by_name}
+
+
 # There is one DBOS, also where this file is imported under two names (`durable` and `shop.durable`).
 if __name__ != "__main__" and vars(sys.modules.get(__name__, types)) is globals():
     for _name in _names_of(__file__):
@@ -6067,16 +5978,85 @@ if __name__ != "__main__" and vars(sys.modules.get(__name__, types)) is globals(
             sys.modules[__name__] = sys.modules[_name]
 
 
+# --- Secrets ------------------------------------------------------------------------------------------
+#
+# No message, log line or traceback of ours holds a password, however odd the URL.
+
+
+class _DiscreetExecutor(_SettledExecutor):
+    """Says where its database is, and nothing that may be a part of its password."""
+
+    def open(self) -> None:
+        super().open()
+        self.place = _without_password(self.url) or self.place
+
+    def unreachable(self, failure: Exception) -> DBOSInitializationError:
+        giver, where = _giver(self.config["system_database_url"]), _without_password(self.url)
+        if where:
+            told = DBOSInitializationError(f"cannot connect to the {where} (of {giver}): {str(failure).strip()}")
+            told.__cause__ = failure
+            return told
+        return DBOSInitializationError(  # the failure is neither quoted nor chained: it may take a password for a host
+            f"cannot connect to the database of {giver}, which cannot be read without doubt, so no more is said "
+            f"of it: it must be a postgresql:// URL, its port a number, and what is special in its user or password "
+            f"percent-encoded (@ is %40, : %3A, / %2F, ? %3F, # %23, % %25, a space %20)"
+        )
+
+
+def _without_password(url: str) -> str:
+    """Where a database is, and nothing else of its URL: a secret may stand in many places.
+
+    Nothing at all if that might be one: something special in a password moves the rest of it elsewhere.
+    """
+    try:
+        parts = psycopg.conninfo.conninfo_to_dict(url)
+    except psycopg.ProgrammingError:
+        return ""
+    told = {key: str(parts[key]) for key in ("host", "hostaddr", "port", "dbname", "user", "service") if key in parts}
+    moved = "@" in told.get("host", "") + told.get("dbname", "") or ":" in told.get("user", "")
+    if moved or url.count("@") > 1 or not re.fullmatch("[0-9,]*", told.get("port", "")):
+        return ""
+    return f"database {psycopg.conninfo.make_conninfo(**told)}"
+
+
 # --- Clean sessions -----------------------------------------------------------------------------------
 #
-# What a transaction function does to its connection ends with the transaction: the function gets the session as
-# an object of its own, and one message at the commit undoes settings, roles, temporary tables, cursors, LISTEN,
-# locks and PREPARE.  And of the errors that it may see, only those of this session are tried again.
+# Sessions are the same whatever the role, the database or the server says.  And what a transaction function does to
+# its connection ends with the transaction: the function gets the session as an object of its own, and one message at
+# the commit undoes settings, roles, temporary tables, cursors, LISTEN, locks and PREPARE.  Of the errors that it may
+# see, only those of this session are tried again.
+
+
+_IDLE_TRANSACTION_S = 300  # a transaction function that leaves its transaction idle for longer is cut off
+
+
+class _CleanExecutor(_PatientExecutor):
+    """Sets its sessions up."""
+
+    def set_up(self, conn: _CleanConnection) -> None:
+        super().set_up(conn)
+        if settings := self.session_settings(conn):
+            conn.execute(settings)
+
+    def session_settings(self, conn: _CleanConnection) -> str:
+        """What our sessions are set to, whatever the role, the database or the server says."""
+        if not conn.has_session:
+            return ""
+        newer = {"idle_session_timeout": 140000, "transaction_timeout": 170000}  # and since which Postgres
+        known = [f"set {name} = 0;" for name, since in newer.items() if conn.info.server_version >= since]
+        return f"""
+            set datestyle = 'ISO'; set extra_float_digits = 1; set standard_conforming_strings = on;
+            set default_transaction_isolation = 'read committed'; set statement_timeout = 0; set lock_timeout = 0;
+            set idle_in_transaction_session_timeout = '{_IDLE_TRANSACTION_S}s'; {" ".join(known)}
+            -- How soon the server misses us: at once in a crash, in 30 s if our host vanished.
+            set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 4;
+        """
 
 
 class _CleanConnection(_Connection):
     """A connection whose session forgets what a transaction function did to it."""
 
+    has_session = True  # it is not one of many that a proxy lends backends to, a transaction at a time
     errors: tuple[psycopg.Error, ...] = ()  # of this session, while it is lent
     borrowed: _Borrowed | None = None
 
@@ -6151,17 +6131,17 @@ _UNLOCK = "select pg_advisory_unlock_all()"
 
 # --- Two databases ------------------------------------------------------------------------------------
 #
-# Executors of several databases may live in one process, and a workflow of one use another.
+# Needs: Secrets.  Executors of several databases may live in one process, and a workflow of one use another.
 
 
 class _PlacedExecutor(_TransactingExecutor):
     """Knows where its database is, and so whose history is in it."""
 
-    place: tuple[Any, ...] = ()  # where the database is, however the URL puts it
+    address: tuple[Any, ...] = ()  # where the database is, however the URL puts it
 
     def connect(self) -> _Connection:
         conn = super().connect()
-        self.place = (conn.info.host, conn.info.port, conn.info.dbname)
+        self.address = (conn.info.host, conn.info.port, conn.info.dbname)
         return conn
 
     def hosts(self, other: _Executor) -> bool:
@@ -6170,7 +6150,7 @@ class _PlacedExecutor(_TransactingExecutor):
         Where it is not, the effect belongs here and the record there: at least once, so under a key or an
         ID made of the workflow's ID and the position, which a second try finds taken.
         """
-        return self.place == other.place
+        return self.address == other.address
 
     def complete(self, row: dict[str, Any], parent: _Run | None) -> None:
         super().complete(row, parent)
@@ -6194,10 +6174,10 @@ class _PlacedExecutor(_TransactingExecutor):
         return super().now(statement, *args, **kwargs)
 
 
-# --- Forks and proxies --------------------------------------------------------------------------------
+# --- Forks --------------------------------------------------------------------------------------------
 #
 # A process that was forked from a launched one has none of it: it holds on to no socket of the parent's, and
-# every durable call in it is an error.  A proxy that pools transactions is noticed at launch.
+# every durable call in it is an error.
 
 
 _sessions: weakref.WeakSet[Conn] = weakref.WeakSet()  # the connections of this process
@@ -6231,28 +6211,6 @@ class _ForkedExecutor(_LivingExecutor):
     def close(self, patience_s: float) -> None:
         if self.pid == os.getpid():  # nothing of a parent's is ours to close
             super().close(patience_s)
-
-    def connect(self) -> _Connection:
-        conn = super().connect()
-        if not self.me:
-            self._refuse_a_pooler(conn)
-        return conn
-
-    def _refuse_a_pooler(self, conn: Conn) -> None:
-        """Look whether a session stays with one backend: what we listen to, and the lock that says "alive", must.
-
-        Behind a proxy, one that pools transactions lets two sessions have one backend in turn.  (Others may
-        use its backends meanwhile, so one look is not enough.)
-        """
-        own = _backend(conn)
-        if not self.listens or own == conn.info.backend_pid:
-            return
-        with _Session.connect(self.url, **self.connection_options()) as other:
-            if any(_backend(other) == own or _backend(conn) != own for _ in range(10)):
-                raise DBOSInitializationError(
-                    f"the {_without_password(self.url) or 'database'} is behind a proxy that pools transactions, such "
-                    f"as a PgBouncer: set use_listen_notify to False, or give the URL of Postgres itself"
-                )
 
 
 class _Forked(_Engine):
@@ -6294,6 +6252,58 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+
+
+# --- Proxies ------------------------------------------------------------------------------------------
+#
+# Needs: Hints, Secrets, Clean sessions.  Behind a proxy that pools transactions, such as a PgBouncer, a session is
+# nobody's for long: nothing may be set in it, prepared or listened to.  Such a proxy is noticed at launch.
+
+
+class _ProxiedExecutor(_CleanExecutor, _HintedExecutor):
+    """Works behind such a proxy, if `use_listen_notify` is off."""
+
+    def connection_options(self) -> dict[str, Any]:
+        return super().connection_options() | ({} if self.listens else {"prepare_threshold": None})
+
+    def set_up(self, conn: _CleanConnection) -> None:
+        conn.has_session = self.listens or _backend(conn) == conn.info.backend_pid
+        super().set_up(conn)
+
+    def hold(self, conn: Conn) -> bool:
+        """Let the lock belong to a transaction that stays open.  It has written nothing, so it holds up no vacuum."""
+        if self.listens:
+            return super().hold(conn)
+        conn.execute("begin")
+        row = conn.execute("select pg_try_advisory_xact_lock(%s, %s)", (_LOCKS, self.me["incarnation"])).fetchone()
+        return bool(row and row[0])
+
+    def connect(self) -> _Connection:
+        conn = super().connect()
+        if not self.me:
+            self._refuse_a_pooler(conn)
+        return conn
+
+    def _refuse_a_pooler(self, conn: Conn) -> None:
+        """Look whether a session stays with one backend: what we listen to, and the lock that says "alive", must.
+
+        Behind a proxy, one that pools transactions lets two sessions have one backend in turn.  (Others may
+        use its backends meanwhile, so one look is not enough.)
+        """
+        own = _backend(conn)
+        if not self.listens or own == conn.info.backend_pid:
+            return
+        with _Session.connect(self.url, **self.connection_options()) as other:
+            if any(_backend(other) == own or _backend(conn) != own for _ in range(10)):
+                raise DBOSInitializationError(
+                    f"the {_without_password(self.url) or 'database'} is behind a proxy that pools transactions, such "
+                    f"as a PgBouncer: set use_listen_notify to False, or give the URL of Postgres itself"
+                )
+
+
+def _backend(conn: Conn) -> int:
+    """Which process serves this connection now; psycopg knows which one answered when it was opened."""
+    return int((conn.execute("select pg_backend_pid()", prepare=False).fetchone() or (0,))[0])
 
 
 # --- Log ----------------------------------------------------------------------------------------------
@@ -6414,9 +6424,34 @@ class _Management(_Cancelling):
         Raises DBOSAwaitedWorkflowCancelledError, DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded and
         DBOSNonExistentWorkflowError.
         """
-        return await self._result_of(workflow_id, existing=True)
+        _valid_name("workflow ID", workflow_id)
+        return await _Handle[Any](self, workflow_id)._outcome()
 
     get_result, get_result_async = _twins(_get_result)
+
+    async def _require(self, workflow_id: str) -> None:
+        executor = _executor_for(self, workflow_id)
+
+        async def is_there() -> bool:
+            return await executor.ask(_find, workflow_id) is not None
+
+        if not await _recorded("DBOS.getStatus", is_there):
+            raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id}")
+
+    def retrieve_workflow(self, workflow_id: str, existing_workflow: bool = True) -> WorkflowHandle[Any]:
+        """Return a handle; DBOSNonExistentWorkflowError if there is no such workflow (and there should be)."""
+        _refuse_to_block_a_loop("retrieve_workflow")
+        if existing_workflow:
+            _block(self._require(workflow_id))
+        return WorkflowHandle(self, workflow_id, existing_workflow)
+
+    async def retrieve_workflow_async(
+        self, workflow_id: str, existing_workflow: bool = True
+    ) -> WorkflowHandleAsync[Any]:
+        """Do as `retrieve_workflow`, without blocking the event loop."""
+        if existing_workflow:
+            await _suspend(self._require(workflow_id))
+        return WorkflowHandleAsync(self, workflow_id, existing_workflow)
 
     async def _first_of(self, handles: Sequence[_Handle[Any]]) -> int:
         ids = [handle.workflow_id for handle in handles]
@@ -6447,7 +6482,7 @@ class _Management(_Cancelling):
 
     async def _get_workflow_status(self, workflow_id: str) -> WorkflowStatus | None:
         """Read how a workflow stands; None if there is none."""
-        executor = self._for(workflow_id)
+        executor = _executor_for(self, workflow_id)
         row = await _recorded("DBOS.getStatus", lambda: executor.ask(_look_up, workflow_id))
         return None if row is None else _status_of(executor.serializer, row)
 
@@ -6455,7 +6490,7 @@ class _Management(_Cancelling):
 
     async def _list_workflow_steps(self, workflow_id: str) -> list[StepInfo]:
         """Read a workflow's recorded steps, in order."""
-        executor = self._for(workflow_id)
+        executor = _executor_for(self, workflow_id)
         rows = await _recorded("DBOS.listWorkflowSteps", lambda: executor.ask(_steps_of, workflow_id))
         return [cast(StepInfo, _read_outcome(executor.serializer, row)) for row in rows]
 
@@ -6560,7 +6595,7 @@ class _Management(_Cancelling):
             raise ValueError(f"start_step is {start_step!r}; it must be a whole number")
         if application_version is not None:
             _valid_name("application version", application_version)
-        executor, run = self._for(workflow_id), _current_run()
+        executor, run = _executor_for(self, workflow_id), _current_run()
         position = run.advance() if run else 0
         row = {
             "id": workflow_id, "new_id": _next_id(run, position), "start_step": max(1, start_step),
@@ -6571,7 +6606,7 @@ class _Management(_Cancelling):
             while (origin := await executor.ask(_fork, row)) is None:
                 if await executor.ask(_look_up, workflow_id) is None:
                     raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id} to fork")
-                await _breathe(executor)
+                await _pause_run(executor, timeout=_AGAIN_S)
             if origin != (workflow_id,):
                 raise DBOSConflictingWorkflowError(f"{row['new_id']} is taken, and not by a fork of {workflow_id}")
             executor.hints.send("q", _INTERNAL_QUEUE)
@@ -6646,8 +6681,10 @@ class _Managing(_Queueing):
         with self._life:
             if self._executor is not None:
                 raise DBOSException("launched: reset_system_database() is for before the launch; destroy() first")
-            url = _postgres_url(system_database_url or self._settings()["system_database_url"])
-            with _Executor(cast(Durable, self), self._settings() | {"system_database_url": url}).connect() as conn:
+            settings = self._settings()
+            executor = _Executor(cast(Durable, self), settings)
+            executor.url = _postgres_url(system_database_url or settings["system_database_url"])
+            with executor.connect() as conn:
                 _empty(conn)
 
 
@@ -7084,7 +7121,8 @@ class _Client(_Management):
             "use_listen_notify": use_listen_notify, "sys_db_pool_size": system_database_pool_size,
             "run_migrations": False, "run_admin_server": False,
         }))
-        self._executor = _Executor(registry, registry._executor_settings(create=False))
+        self._executor = _Executor(registry, registry._settings())
+        self._executor.url = _postgres_url(self._executor.url, create=False)
         self._executor.serves = False
         self._executor.launch()
 
@@ -7731,7 +7769,8 @@ def _main() -> int:
     try:
         if options.command == "migrate":
             given = {"system_database_url": url or "", "use_listen_notify": False}
-            executor = _Executor(registry := Durable(cast(DBOSConfig, given)), registry._executor_settings())
+            executor = _Executor(registry := Durable(cast(DBOSConfig, given)), registry._settings())
+            executor.url = _postgres_url(executor.url)
             with executor.connect() as conn:
                 executor.migrate(conn)
             rows: Any = [{"schema": _SCHEMA_VERSION}]
@@ -7777,7 +7816,9 @@ class WorkflowHandleAsync(_AwaitedStatusHandle[R], _AwaitedHandle[R]):
     """A workflow that was started, enqueued or retrieved; its methods are awaited."""
 
 
-class DBOSConfig(_LogConfig, _SerializerConfig, _ThreadsConfig, _HostingConfig, _EngineConfig, total=False):
+class DBOSConfig(
+    _LogConfig, _SerializerConfig, _ThreadsConfig, _HintsConfig, _HostingConfig, _EngineConfig, total=False
+):
     """What `DBOS(config=...)` takes; the defaults and the environment's part are in README.md."""
 
 
@@ -7786,10 +7827,10 @@ class _Session(_KeptConnection, _CleanConnection, _Connection):
 
 
 class _Executor(
-    _CountingExecutor, _GuestExecutor, _OfferingExecutor, _ForkedExecutor, _PlacedExecutor, _SerializingExecutor,
-    _SchedulingExecutor, _QueueingExecutor, _TimedExecutor, _OrderedExecutor, _ClockedExecutor, _ThreadedExecutor,
-    _HintedExecutor, _GroupingExecutor, _LocalExecutor, _SettledExecutor, _AdministeredExecutor, _TransactingExecutor,
-    _LivingExecutor, _PatientExecutor, _BareExecutor,
+    _CountingExecutor, _GuestExecutor, _OfferingExecutor, _ForkedExecutor, _PlacedExecutor, _ProxiedExecutor,
+    _CleanExecutor, _SerializingExecutor, _SchedulingExecutor, _QueueingExecutor, _TimedExecutor, _OrderedExecutor,
+    _ClockedExecutor, _ThreadedExecutor, _HintedExecutor, _GroupingExecutor, _LocalExecutor, _DiscreetExecutor,
+    _SettledExecutor, _AdministeredExecutor, _TransactingExecutor, _LivingExecutor, _PatientExecutor, _BareExecutor,
 ):
     """What exists from launch to destroy."""
 

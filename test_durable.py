@@ -31,6 +31,7 @@ import datetime
 import decimal
 import enum
 import functools
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -64,13 +65,12 @@ from durable import (
     DBOS,
     DBOSConflictingWorkflowError,
     DBOSException,
-    DBOSInitializationError,
     DBOSMaxStepRetriesExceeded,
-    DBOSNonExistentWorkflowError,
     DBOSUnexpectedStepError,
     DBOSWorkflowFunctionNotFoundError,
     Durable,
     SetWorkflowID,
+    WorkflowHandle,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -314,7 +314,7 @@ def rewind(dbos, witness, *workflow_ids, keep=0):
 
 
 def result_of(dbos, workflow_id):
-    return dbos.retrieve_workflow(workflow_id).get_result()
+    return WorkflowHandle(dbos, workflow_id).get_result()
 
 
 def steps(dbos, workflow_id):
@@ -658,14 +658,6 @@ def test_plain_values_are_stored_as_json_that_people_can_read(carry, witness):
     assert json.loads(witness.one("select output from durable.steps")) == json.loads(stored.output)
 
 
-class Odd(Exception):
-    """Its constructor does not take its args."""
-
-    def __init__(self, code, *, detail):
-        super().__init__(f"{code}: {detail}")
-        self.code, self.detail = code, detail
-
-
 class Holding(Exception):
     """It has an attribute that nothing can store."""
 
@@ -686,41 +678,6 @@ def unspeakable():
         pass
 
     return Local("only known here")
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        ValueError("plain", 2),
-        KeyError("missing"),
-        FileNotFoundError(2, "No such file", "x.txt"),
-        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
-        ValueError("a\x00b\ud800"),
-        Odd(7, detail="seven"),
-        psycopg.errors.UniqueViolation("duplicate key"),
-        DBOSNonExistentWorkflowError("of the library"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_an_exception_comes_back_as_it_was_raised(dbos, witness, error):
-    """A recorded exception keeps its type, its args and its attributes, whatever its constructor takes."""
-
-    @dbos.step()
-    def fail():
-        raise error
-
-    @dbos.workflow()
-    def failing():
-        fail()
-
-    with SetWorkflowID("failing"), pytest.raises(type(error)):
-        failing()
-    rewind(dbos, witness, "failing", keep=1)
-    with pytest.raises(type(error)) as caught:
-        result_of(dbos, "failing")
-    assert type(caught.value) is type(error)
-    assert caught.value.args == error.args
-    assert vars(caught.value) == vars(error)
 
 
 @pytest.mark.parametrize(
@@ -823,15 +780,6 @@ def test_calling_dbos_with_a_config_returns_dbos(url):
     DBOS.destroy(destroy_registry=True)
 
 
-def test_the_same_config_once_more_is_accepted(executor):
-    """A module that configures and launches may be run again; what is launched cannot be configured otherwise."""
-    dbos = executor()
-    dbos.launch()
-    assert dbos(config=dict(dbos._config)) is dbos
-    with pytest.raises(DBOSInitializationError, match="launched already"):
-        dbos(config={**dbos._config, "name": "other"})
-
-
 @pytest.mark.parametrize(
     ("environment", "config", "name", "version"),
     [
@@ -921,16 +869,6 @@ def test_what_destroy_does_not_wait_for_is_recovered_later(dbos, gate, witness):
     dbos.launch()
     assert result_of(dbos, "slow") == 2
     assert witness.workflow("slow").recovery_attempts == 2
-
-
-def test_a_newer_schema_than_the_code_is_an_error(empty_url, executor):
-    """Old code refuses a database that newer code has migrated, and says so; the data stays."""
-    executor(system_database_url=empty_url).launch()
-    with contextlib.closing(Witness(empty_url).connection) as connection:
-        connection.execute("update durable.version set number = number + 1")
-        with pytest.raises(DBOSInitializationError, match="newer"):
-            executor(system_database_url=empty_url).launch()
-        assert connection.execute("select count(*) from durable.executors").fetchone() == (1,)
 
 
 # --- Steps --------------------------------------------------------------------------------------------
@@ -1603,13 +1541,14 @@ def test_a_write_that_is_refused_without_a_reason_pauses_before_the_next_try(dbo
             return durable._Wait(lambda: False, None)
         return made(statement, row)
 
-    async def breathe(executor):
-        pauses.append(executor)
+    async def pause(executor, *signals, timeout=None):
+        pauses.append(timeout)
 
     monkeypatch.setattr(dbos._executor, "write", write)
-    monkeypatch.setattr(durable, "_breathe", breathe)
+    monkeypatch.setattr(durable, "_pause_run", pause)
     assert work() == 1
-    assert len(pauses) == len(refused) == 3
+    assert len(refused) == 3
+    assert pauses == 3 * [durable._AGAIN_S]
 
 
 # --- Two colours --------------------------------------------------------------------------------------
@@ -1844,6 +1783,31 @@ def test_a_cancelled_task_leaves_its_workflow_pending(dbos, witness):
     dbos.destroy()
     dbos.launch()
     assert result_of(dbos, "w") == "waited"
+
+
+def test_an_operation_that_is_thrown_away_with_its_loop_says_nothing(monkeypatch):
+    """The collector may close the coroutine inside first: there is nothing left to throw into."""
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+
+    async def outer():
+        await inner()
+
+    async def inner():
+        await asyncio.Event().wait()
+
+    def abandon():
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(durable._awaited(outer()))
+        task._log_destroy_pending = False
+        loop.call_later(0.01, loop.stop)
+        loop.run_forever()
+        loop.close()
+
+    for _ in range(20):
+        abandon()
+    gc.collect()
+    assert heard == []
 
 
 # --- Waiting ------------------------------------------------------------------------------------------
@@ -2289,7 +2253,7 @@ import http.client
 import re
 import shutil
 
-from durable import DBOSConflictingRegistrationError
+from durable import DBOSConflictingRegistrationError, DBOSInitializationError
 
 # --- Values -------------------------------------------------------------------------------------------
 #
@@ -2458,19 +2422,6 @@ def test_a_config_of_a_wrong_type_is_not_quoted_where_it_may_hold_a_secret(confi
     assert "sesame" not in str(caught.value)
 
 
-@pytest.mark.parametrize("variable", ["DATABASE_URL", "DBOS_SYSTEM_DATABASE_URL"])
-@pytest.mark.parametrize("wrong", ["mysql://ada@127.0.0.1/shop", "postgresql://ada:x@y@127.0.0.1:1/shop", "nonsense"])
-def test_a_wrong_url_is_blamed_on_the_variable_it_came_from(executor, monkeypatch, variable, wrong):
-    """An error about a setting that nobody made would lead nowhere."""
-    monkeypatch.setenv(variable, wrong)
-    with pytest.raises(DBOSInitializationError) as caught:
-        executor(system_database_url=None).launch()
-    assert re.search(rf"\b{variable}\b", str(caught.value))
-    assert "system_database_url" not in str(caught.value)
-    with pytest.raises(DBOSInitializationError, match="system_database_url"):
-        executor(system_database_url=f"{wrong}s").launch()
-
-
 def test_a_database_that_does_not_exist_is_named(executor, server_url):
     """The error names the missing database."""
     with pytest.raises(DBOSInitializationError, match="nowhere_at_all"):
@@ -2607,6 +2558,25 @@ def test_a_small_pool_serves_many_threads(executor):
     dbos.launch()
     handles = [dbos.start_workflow(work, n) for n in range(30)]
     assert [handle.get_result() for handle in handles] == list(range(30))
+
+
+def test_the_same_config_once_more_is_accepted(executor):
+    """A module that configures and launches may be run again; what is launched cannot be configured otherwise."""
+    dbos = executor()
+    dbos.launch()
+    assert dbos(config=dict(dbos._config)) is dbos
+    with pytest.raises(DBOSInitializationError, match="launched already"):
+        dbos(config={**dbos._config, "name": "other"})
+
+
+def test_a_newer_schema_than_the_code_is_an_error(empty_url, executor):
+    """Old code refuses a database that newer code has migrated, and says so; the data stays."""
+    executor(system_database_url=empty_url).launch()
+    with contextlib.closing(Witness(empty_url).connection) as connection:
+        connection.execute("update durable.version set number = number + 1")
+        with pytest.raises(DBOSInitializationError, match="newer"):
+            executor(system_database_url=empty_url).launch()
+        assert connection.execute("select count(*) from durable.executors").fetchone() == (1,)
 
 
 # --- Steps --------------------------------------------------------------------------------------------
@@ -4132,22 +4102,6 @@ def test_a_log_line_comes_once(programs, place):
     assert ["app:" in line for line in lines] == [False, True, False]
 
 
-def test_the_launch_is_told_in_one_line(executor, finished, url, witness, caplog):
-    """Who, which version and incarnation, on which database, listening where, and what was recovered."""
-    finished("w")
-    orphan(witness, "w", name="web-3")
-    shop = executor(name="shop", executor_id="web-3", run_admin_server=True, admin_port=0)
-    shop.workflow(name="greet")(lambda name: name)
-    with caplog.at_level(logging.INFO, "durable"):
-        shop.launch()
-    (told,) = [r.getMessage() for r in caplog.records if "launched shop" in r.getMessage()]
-    for part in (
-        *("executor web-3,", f"incarnation {shop.incarnation},", "version v1,", "recovered: 1 workflow (w)"),
-        *(f"http://127.0.0.1:{shop.admin_port}/", f"dbname={conninfo_to_dict(url)['dbname']}"),
-    ):
-        assert part in told
-
-
 @pytest.mark.parametrize("form", ["{url}{sep}password=hunter2&sslpassword=hunter2", "{keywords} password=hunter2"])
 def test_no_log_tells_the_password(executor, url, caplog, form):
     """Neither from the query of a URL nor from keywords; nor does the error of a launch that fails."""
@@ -4344,7 +4298,6 @@ def _free_port() -> int:
 #
 # What each room adds, and what all of it promises together.
 
-import gc
 import multiprocessing.pool
 import types
 import uuid
@@ -4357,6 +4310,7 @@ from durable import (
     DBOSAwaitedWorkflowCancelledError,
     DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded,
     DBOSConfiguredInstance,
+    DBOSNonExistentWorkflowError,
     DBOSQueueDeduplicatedError,
     DBOSWorkflowCancelledError,
     JSONSerializer,
@@ -4502,6 +4456,49 @@ def test_a_serializer_of_ones_own_is_used_for_everything(executor, witness):
     assert witness.workflow("spoken").output == '"!olleh"'
     rewind(dbos, witness, "spoken", keep=1)
     assert result_of(dbos, "spoken") == "hello!"
+
+
+class Odd(Exception):
+    """Its constructor does not take its args."""
+
+    def __init__(self, code, *, detail):
+        super().__init__(f"{code}: {detail}")
+        self.code, self.detail = code, detail
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("plain", 2),
+        KeyError("missing"),
+        FileNotFoundError(2, "No such file", "x.txt"),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+        ValueError("a\x00b\ud800"),
+        Odd(7, detail="seven"),
+        psycopg.errors.UniqueViolation("duplicate key"),
+        DBOSNonExistentWorkflowError("of the library"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_exception_comes_back_as_it_was_raised(dbos, witness, error):
+    """A recorded exception keeps its type, its args and its attributes, whatever its constructor takes."""
+
+    @dbos.step()
+    def fail():
+        raise error
+
+    @dbos.workflow()
+    def failing():
+        fail()
+
+    with SetWorkflowID("failing"), pytest.raises(type(error)):
+        failing()
+    rewind(dbos, witness, "failing", keep=1)
+    with pytest.raises(type(error)) as caught:
+        result_of(dbos, "failing")
+    assert type(caught.value) is type(error)
+    assert caught.value.args == error.args
+    assert vars(caught.value) == vars(error)
 
 
 # --- Set-up -------------------------------------------------------------------------------------------
@@ -4788,6 +4785,35 @@ def test_a_launch_waits_until_there_are_threads(executor, scarce, monkeypatch):
     dbos.launch()
     assert waited.is_set()
     assert threading.Thread.start is not scarce_start
+
+
+@pytest.mark.parametrize("variable", ["DATABASE_URL", "DBOS_SYSTEM_DATABASE_URL"])
+@pytest.mark.parametrize("wrong", ["mysql://ada@127.0.0.1/shop", "postgresql://ada:x@y@127.0.0.1:1/shop", "nonsense"])
+def test_a_wrong_url_is_blamed_on_the_variable_it_came_from(executor, monkeypatch, variable, wrong):
+    """An error about a setting that nobody made would lead nowhere."""
+    monkeypatch.setenv(variable, wrong)
+    with pytest.raises(DBOSInitializationError) as caught:
+        executor(system_database_url=None).launch()
+    assert re.search(rf"\b{variable}\b", str(caught.value))
+    assert "system_database_url" not in str(caught.value)
+    with pytest.raises(DBOSInitializationError, match="system_database_url"):
+        executor(system_database_url=f"{wrong}s").launch()
+
+
+def test_the_launch_is_told_in_one_line(executor, finished, url, witness, caplog):
+    """Who, which version and incarnation, on which database, listening where, and what was recovered."""
+    finished("w")
+    orphan(witness, "w", name="web-3")
+    shop = executor(name="shop", executor_id="web-3", run_admin_server=True, admin_port=0)
+    shop.workflow(name="greet")(lambda name: name)
+    with caplog.at_level(logging.INFO, "durable"):
+        shop.launch()
+    (told,) = [r.getMessage() for r in caplog.records if "launched shop" in r.getMessage()]
+    for part in (
+        *("executor web-3,", f"incarnation {shop.incarnation},", "version v1,", "recovered: 1 workflow (w)"),
+        *(f"http://127.0.0.1:{shop.admin_port}/", f"dbname={conninfo_to_dict(url)['dbname']}"),
+    ):
+        assert part in told
 
 
 # --- Steps --------------------------------------------------------------------------------------------
@@ -8497,7 +8523,7 @@ import contextvars
 import hashlib
 import traceback
 
-from durable import DBOSClient, WorkflowHandle, WorkflowHandleAsync
+from durable import DBOSClient, WorkflowHandleAsync
 
 # --- Values -------------------------------------------------------------------------------------------
 #
