@@ -35,7 +35,7 @@ calls the same steps in the same order; clocks, random numbers, files and the ne
 The map.  What stands above a banner is complete, and runs, without what stands below it:
 
     I.   The engine     workflows and steps, their values and colours; killed, they go on
-    II.  Self-hosting   bad times, the dead and the living, threads, transactions, the admin server, settings
+    II.  Self-hosting   bad times, the dead and the living, transactions, the admin server, settings
     III. Rooms          each by itself: group commit, hints, sleep, cancel, queues, messages, events, streams, ...
     IV.  Operators      management, client, admin API, metrics, page, command line
 
@@ -152,6 +152,9 @@ class DBOSRestoredError(DBOSException):
         super().__init__(f"{type_name}: {text}")
         self.type_name, self.text = type_name, text
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.type_name, self.text)
+
 class _Stopped(BaseException):
     """This run may no longer write its workflow's history."""
 
@@ -173,7 +176,8 @@ error = sys.modules[__name__]  # `from dbos import error` finds the classes ther
 # history has a record there, the call is recalled; if not, it is made, and recorded.  That is all a
 # replay is: the same function, the same positions, and memory where there were calls.
 #
-# What is written here as `async def` runs on a plain thread as well: see Colours.
+# What is written here as `async def` runs on a plain thread as well: `await` means to wait on the thread or on the
+# event loop, whichever drives us (see Colours).
 
 
 async def _recorded(name: str, perform: Callable[[], Awaitable[T]], child: str | None = None) -> T:
@@ -229,10 +233,11 @@ class _Run:
         self.tries: dict[int, int] = {}  # of steps that are not on record yet
         self._position = 0
         self._history: dict[int, _Record] = {}
+        self._reading: _Signal | None = None  # somebody reads more of it, and then this is set
         self.history_to: int | None = 0  # None: nothing left to read
 
     def advance(self, by: int = 1) -> int:
-        """Take the next position.  Callers do so before their first wait, so that `gather` keeps the order."""
+        """Take the next position, before the first wait: tasks of one `gather` are numbered in the order of calls."""
         self._position += by
         return self._position - by + 1
 
@@ -252,11 +257,22 @@ class _Run:
         return record
 
     async def remember(self, position: int) -> None:
-        """Read the history up to here: recall is memory, and a replay makes a trip per thousand steps."""
+        """Read the history up to here: recall is memory, and a replay makes a trip per thousand steps.
+
+        Of several tasks that need it, one reads; all go on in the order of their calls, as when the steps ran.
+        """
         while self.history_to is not None and position > self.history_to:
-            chunk = await self.executor.ask(_read_history, self.id, self.history_to)
-            self._history.update((record.position, record) for record in chunk)
-            self.history_to = chunk[-1].position if len(chunk) == _HISTORY_CHUNK else None
+            if self._reading is not None:
+                await _for_any(self._reading)
+                continue
+            self._reading = _Signal()
+            try:
+                chunk = await self.executor.ask(_read_history, self.id, self.history_to)
+                self._history.update((record.position, record) for record in chunk)
+                self.history_to = chunk[-1].position if len(chunk) == _HISTORY_CHUNK else None
+            finally:
+                self._reading.set()
+                self._reading = None
 
     def same(self, record: _Record, name: str) -> _Record:
         """Refuse the record of another step than the one that is called."""
@@ -312,7 +328,7 @@ class _Run:
     async def settle(self, position: int, name: str) -> _Record | None:
         """Find out why a write was refused: return the record that is there, or stop this run.
 
-        It may be our own, whose acknowledgement was lost, or that of an earlier claim that got in first.
+        It is our own, whose acknowledgement was lost, or that of a call which another run made before it was succeeded.
         None means that nothing stands in the way: write again.
         """
         await self.standing()
@@ -322,7 +338,7 @@ class _Run:
         return self.same(there[0], name)
 
     async def standing(self, finished: str = "") -> bool:
-        """Tell whether the row is ours to write; if not, raise (or return False where it is `finished`)."""
+        """Raise if the row is not ours to write.  False: it is `finished` as we wanted, so only the answer was lost."""
         claim, status = (await self.executor.ask(_claims, [self.id]))[self.id]
         if (claim, status) == (self.claim, finished):
             return False
@@ -413,12 +429,14 @@ class _Run:
         return error
 
 
-_STOPS: dict[str, type[_Stopped]] = {}  # how a run is stopped whose workflow was given this status
+# How a run is stopped whose workflow was given a status from outside.  (Rooms add theirs, as CANCELLED.)
+_STOPS: dict[str, type[_Stopped]] = {}
 
 
 # The fence: whatever a run writes asks its workflow's row for `claim = mine and status = 'PENDING'`.  A row
-# that is not taken was fenced off, or is on record already, and `_Run.settle` finds out which.  The share
-# lock makes a later claim wait for this record, or this record miss.
+# that is not taken was fenced off, or is on record already, and `_Run.settle` finds out which.  Who takes a workflow
+# updates its row, and so waits for our share lock: either our record is committed first, and the new run reads it, or
+# the claim has moved first, and our select finds no row.
 _RECORD = """
     insert into durable.steps
            (workflow_id, position, name, output, error, child_workflow_id, tries, started_at, completed_at)
@@ -563,7 +581,11 @@ async def _call(executor: _Executor, function: _Function, args: tuple[Any, ...],
                 return await run.execute()
         return await _result(executor, id)
 
-    return await _checkpointed(start.parent, start.row["position"] + 1, "DBOS.getResult", see_through, child=id)
+    try:
+        return await _checkpointed(start.parent, start.row["position"] + 1, "DBOS.getResult", see_through, child=id)
+    finally:
+        if run is not None:
+            executor.leave(run)  # perhaps before it began: the parent was to stop
 
 
 class _Start(NamedTuple):
@@ -668,7 +690,7 @@ def _storable(text: str) -> bool:
 
 
 async def _begin(executor: _Executor, function: _Function, start: _Start) -> tuple[str, _Run | None]:
-    """Commit the row; return the ID, and the run if it is ours to execute now."""
+    """Commit the row; return the ID and, if it is ours, the run, which is at work from now on: execute it."""
     row = start.row
     if await _has_begun(start) or not await executor.may_begin(start):
         return row["id"], None
@@ -681,10 +703,9 @@ async def _begin(executor: _Executor, function: _Function, start: _Start) -> tup
         raise
     if existing is None:
         run.history_to = None
-    elif (existing["claim"], existing["status"]) != (run.claim, "PENDING"):
+    elif (existing["claim"], existing["status"]) != (run.claim, "PENDING"):  # or it is ours, and the answer was lost
         executor.forget(run)
         return run.id, None
-    # Or else it is our own row, whose acknowledgement was lost: it may have a history by now.
     return run.id, executor.enter(run)
 
 
@@ -764,9 +785,7 @@ async def _result(executor: _Executor, id: str, existing: bool = True) -> Any:
             await executor.watch(run)
             if run.result is not None:
                 return run.result[0]
-            if not (run.done.is_set or run.stop.is_set):
-                continue
-        with executor.expected("w", id) as hint:  # before the look, so that none falls in between
+        with executor.expected("w", id) as hint:  # (a room may give hints) before the look: none falls in between
             row = await executor.ask(_find, id)
             if row is None and existing:
                 raise DBOSNonExistentWorkflowError(f"there is no workflow {id}")
@@ -1016,7 +1035,7 @@ class _Signal:
 
     def __init__(self) -> None:
         self.is_set = False
-        self.wakers: set[Callable[[], None]] = set()
+        self.wakers: dict[Callable[[], None], None] = {}  # in order
 
     def set(self) -> None:
         self.is_set = True
@@ -1028,14 +1047,14 @@ class _Signal:
 def _waking(signals: Sequence[_Signal], wake: Callable[[], None]) -> Iterator[None]:
     """Have each of the signals call `wake`."""
     for signal in signals:
-        signal.wakers.add(wake)
+        signal.wakers[wake] = None
     try:
         if any(signal.is_set for signal in signals):  # looked at after the entry above: none can slip between
             wake()
         yield
     finally:
         for signal in signals:
-            signal.wakers.discard(wake)
+            signal.wakers.pop(wake, None)
 
 
 def _for_any(*signals: _Signal, timeout: float | None = None) -> _Wait[None]:
@@ -1074,7 +1093,9 @@ def _waker(event: asyncio.Event) -> Callable[[], None]:
 #
 # An executor is what exists from launch to destroy: connections, threads, and the runs at work.  It has a
 # name, which outlives the process, and each launch of that name has a number, its incarnation.  What an
-# earlier incarnation left PENDING is ours to take up: kill -9, launch again, and it goes on.
+# earlier incarnation left PENDING is ours to take up: kill -9, launch again, and it goes on.  (Under the same version,
+# which is a hash of the workflows' code: what another code began is not ours.  And under a name of its own: so far
+# nobody can tell a dead namesake from a living one.)
 #
 # What is below adds to this class by deriving from it, and calls `super()`; `_Executor`, in the last lines of
 # the file, is made of them all.
@@ -1156,8 +1177,13 @@ class _BareExecutor:
 
     def recover(self, listed: Sequence[str] = ()) -> list[str]:
         """Take up the workflows that nobody runs, and return their IDs."""
-        left = self.now(_left_behind, self.me)
-        return self.take_up(self.now(_take, self.me, [row for row in left if self.registry._function_for(row)]))
+
+        def take(conn: Conn) -> list[dict[str, Any]]:
+            """In one attempt: if its answer is lost, the next finds what it took."""
+            left = [row for row in _left_behind(conn, self.me) if (row["id"], row["claim"]) not in self.claimed]
+            return _take(conn, self.me, [row for row in left if self.registry._function_for(row)])
+
+        return self.take_up(self.now(take))
 
     def take_up(self, rows: list[dict[str, Any]]) -> list[str]:
         """Run in the background what was taken."""
@@ -1169,11 +1195,12 @@ class _BareExecutor:
         return [row["id"] for row in rows]
 
     def enter(self, run: _Run) -> _Run:
-        """This run is at work from now on, and no former one of its workflow."""
-        former = self.running.get(run.id)
-        self.claimed[run.id, run.claim] = self.running[run.id] = run
-        if former is not None:
-            former.halt(_Superseded(f"workflow {run.id} was taken up anew (claim {run.claim})"))
+        """This run is at work from now on, and no other of its workflow with an earlier claim."""
+        former = self.running.get(run.id, run)
+        former, latest = sorted((former, run), key=lambda each: each.claim)
+        self.claimed[run.id, run.claim], self.running[run.id] = run, latest
+        if former is not latest:
+            former.halt(_Superseded(f"workflow {run.id} was taken up anew (claim {latest.claim})"))
         if self.closed.is_set:  # while the claim was made: it is for the next launch
             run.halt(_Closing("the executor was destroyed"))
         return run
@@ -1189,17 +1216,24 @@ class _BareExecutor:
             del self.running[run.id]
         run.done.set()
 
+    def leave(self, run: _Run) -> None:
+        """Whoever was to execute this run does so no longer."""
+        if not run.done.is_set:
+            self.forget(run)
+
     def spawn(self, run: _Run, loop: asyncio.AbstractEventLoop | None = None) -> None:
         """Run in the background, in the colour of the function; on the running loop where one is given."""
+        operation = functools.partial(self.background, run)
         if not run.function.is_async:
             self.start_thread(run.job)
         elif loop is None:
-            self.start_thread(lambda: asyncio.run(_awaited(self.background(run))))
+            self.start_thread(lambda: asyncio.run(_awaited(operation)))
         else:
             run.loop = loop
-            task = self.create_task(_awaited(self.background(run)))
+            task = self.create_task(_awaited(operation))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
+            task.add_done_callback(lambda _: self.leave(run))  # cancelled before it began, perhaps
 
     def start_thread(self, job: Callable[[], object], name: str = "durable-workflow") -> None:
         threading.Thread(target=job, daemon=True, name=name).start()  # a daemon keeps no interpreter from ending
@@ -1214,7 +1248,7 @@ class _BareExecutor:
             _log.debug("workflow %s (%s) failed: %r", run.id, run.function.name, error)
         except BaseException as end:
             level = logging.DEBUG if self.closed.is_set else logging.WARNING
-            _log.log(level, "workflow %s (%s) was ended by %r, and is taken up again", run.id, run.function.name, end)
+            _log.log(level, "workflow %s (%s) was ended by %r, and stays PENDING", run.id, run.function.name, end)
 
     # Life and death.
 
@@ -1296,19 +1330,19 @@ class _BareExecutor:
         self.closed.set()
 
 
-async def _awaited(operation: Coroutine[Any, Any, T]) -> T:
+async def _awaited(operation: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """An operation as a coroutine that any event loop can run."""
-    return await _suspend(operation)
+    return await _suspend(operation())
 
 
 _LOOKED_AT = ["id", "number", "claim", "status", "name", "recovery_attempts"]  # of what is to be taken up
 
 
 def _left_behind(conn: Conn, me: dict[str, Any]) -> list[dict[str, Any]]:
-    """Find the PENDING workflows of this version that earlier launches of this executor left, the oldest first."""
+    """Find the PENDING workflows of this version and executor, up to this launch of it, the oldest first."""
     query = f"""
         select {", ".join(_LOOKED_AT)} from durable.workflows
-         where status = 'PENDING' and executor_id = %(executor_id)s and incarnation < %(incarnation)s
+         where status = 'PENDING' and executor_id = %(executor_id)s and incarnation <= %(incarnation)s
            and application_version = %(version)s
          order by number
     """
@@ -1438,7 +1472,7 @@ class _Engine(_Access):
 
         Arguments and result are stored; it works on copies of its arguments, as a replay will.  After
         `max_recovery_attempts` recoveries it is dead-lettered; None: never.  KeyboardInterrupt and SystemExit
-        are no outcome: it stays PENDING until the next launch.  (One whose task was cancelled goes on by itself.)
+        are no outcome: it stays PENDING until the next launch; so does one whose task was cancelled, until it is found.
         Raises DBOSConflictingRegistrationError if another function has the name.
         """
 
@@ -1800,7 +1834,12 @@ class _PatientExecutor(_BareExecutor):
         return {**options, **timing, "autocommit": True}
 
     def set_up(self, conn: Any) -> None:
-        """Prepare a new session."""
+        if settings := self.session_settings(conn):
+            conn.execute(settings)
+
+    def session_settings(self, conn: Any) -> str:
+        """How soon the server misses us: at once in a crash, in 30 s if our host vanished."""
+        return "set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 4;"
 
     def connect(self) -> _Connection:
         conn = _Session.connect(self.url, **self.connection_options())
@@ -1825,8 +1864,8 @@ class _PatientExecutor(_BareExecutor):
 #
 # For as long as it lives, an executor holds an advisory lock on its incarnation.  So Postgres is the failure
 # detector: after kill -9 the lock is free at once, while a process that is only slow, or stopped by a debugger,
-# keeps it.  A free lock is not yet a death (a connection can drop, a server restart), so it must stay free from
-# one sweep to the next; and should the verdict be wrong, the claim makes it harmless.
+# keeps it.  A free lock is not yet a death (a connection can drop, a server restart), so it must stay free for
+# a while; and should the verdict be wrong, the claim makes it harmless.
 
 
 class _LivingExecutor(_PatientExecutor):
@@ -1914,7 +1953,7 @@ class _LivingExecutor(_PatientExecutor):
                 except Exception:
                     _log.exception("the dispatcher failed, and goes on")
                     next_times.append(time.monotonic() + _POLL_S)
-            self.work.wait(max(0.0, min(next_times) - time.monotonic()))
+            self.work.wait(min(_SWEEP_S, max(0.0, min(next_times) - time.monotonic())))
 
     # The sweep.
 
@@ -1953,7 +1992,7 @@ class _LivingExecutor(_PatientExecutor):
     def _at_hand(self, id: str, claim: int, listed: Sequence[str]) -> bool:
         """Whether we run this, or leave it alone because it was interrupted and no operator asked for it."""
         alone = self.me["executor_id"] not in listed
-        return (id, claim) in self.claimed or (alone and (id, claim) in self.interrupted)  # it goes from this to that
+        return (id, claim) in self.claimed or (alone and (id, claim) in self.interrupted)  # `forget` does both
 
     def seize(self, conn: Conn, lost: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Take those that are known here; dead-letter those that have taken their process down too often."""
@@ -2005,7 +2044,7 @@ class _LivingExecutor(_PatientExecutor):
         super().forget(run)
 
     def enter(self, run: _Run) -> _Run:
-        self.interrupted -= {key for key in self.interrupted if key[0] == run.id}
+        self.interrupted -= {key for key in tuple(self.interrupted) if key[0] == run.id}
         return super().enter(run)
 
     async def may_begin(self, start: _Start) -> bool:
@@ -2031,7 +2070,8 @@ def _left_alone(
     """Read what is PENDING of this version under our own incarnation, the executors that are listed, and the dead.
 
     An incarnation that stopped in good order is dead.  One whose lock is free is believed so at one look by a
-    process that has just come up under its name; for everybody else the lock must stay free until the next sweep.
+    process that has just come up under its name; for everybody else half a sweep must have passed since somebody first
+    saw it free.
     """
     query = f"""
         select {", ".join(f"w.{column}" for column in _LOOKED_AT)}
@@ -2185,7 +2225,7 @@ def _set(variable: contextvars.ContextVar[T], value: T) -> Iterator[None]:
 
 # The record of a transaction, in that transaction's last round trip.  Unlike _RECORD it fails where it
 # would do nothing (no row under this claim: null in a key; a record there: a duplicate), so that the
-# COMMIT sent right behind it becomes a rollback of the user's work too.
+# COMMIT sent right behind it is skipped, and the user's work rolled back too.
 _RECORD_OR_FAIL = """
     insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
     values ((select id from durable.workflows
@@ -2615,14 +2655,12 @@ class _AdministeredExecutor(_LivingExecutor):
     async def may_begin(self, start: _Start) -> bool:
         if not self.deactivated or start.parent is not None:
             return await super().may_begin(start)
-        existing = await self.ask(_find, start.row["id"])
-        if existing is None:
+        if await self.ask(_find, start.row["id"]) is None:
             raise DBOSException(
                 f"executor {self.me['executor_id']} is deactivated and starts no new workflows: "
                 f"start {start.row['name']} on another, or enqueue it"
             )
-        self.registry._same_workflow(existing, start.row)
-        return False
+        return await super().may_begin(start)
 
 
 def _decoded(path: str) -> str:
@@ -3697,8 +3735,10 @@ class _ThreadedExecutor(_HintedExecutor):
     async def watch(self, run: _Run) -> None:
         """Run what we wait for on this thread, if no other can be had."""
         waits = run.thread == 0  # asked first: to look for its job among ten thousand others takes a while
-        queues = await _Wait(lambda: waits and self.threads.help_with(run.job), lambda: asyncio.sleep(0, False))
-        await _pause_run(cast(_Executor, self), run.done, run.stop, timeout=_POLL_S if queues else None)
+        queues = True
+        while queues and not (run.done.is_set or run.stop.is_set):
+            queues = await _Wait(lambda: waits and self.threads.help_with(run.job), lambda: asyncio.sleep(0, False))
+            await _pause_run(cast(_Executor, self), run.done, run.stop, timeout=_POLL_S if queues else None)
 
     def open(self) -> None:
         self._await_threads(_OWN_THREADS)
@@ -6031,32 +6071,21 @@ _IDLE_TRANSACTION_S = 300  # a transaction function that leaves its transaction 
 
 
 class _CleanExecutor(_PatientExecutor):
-    """Sets its sessions up."""
-
-    def set_up(self, conn: _CleanConnection) -> None:
-        super().set_up(conn)
-        if settings := self.session_settings(conn):
-            conn.execute(settings)
-
-    def session_settings(self, conn: _CleanConnection) -> str:
+    def session_settings(self, conn: Any) -> str:
         """What our sessions are set to, whatever the role, the database or the server says."""
-        if not conn.has_session:
-            return ""
         newer = {"idle_session_timeout": 140000, "transaction_timeout": 170000}  # and since which Postgres
         known = [f"set {name} = 0;" for name, since in newer.items() if conn.info.server_version >= since]
         return f"""
             set datestyle = 'ISO'; set extra_float_digits = 1; set standard_conforming_strings = on;
             set default_transaction_isolation = 'read committed'; set statement_timeout = 0; set lock_timeout = 0;
             set idle_in_transaction_session_timeout = '{_IDLE_TRANSACTION_S}s'; {" ".join(known)}
-            -- How soon the server misses us: at once in a crash, in 30 s if our host vanished.
-            set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 4;
+            {super().session_settings(conn)}
         """
 
 
 class _CleanConnection(_Connection):
     """A connection whose session forgets what a transaction function did to it."""
 
-    has_session = True  # it is not one of many that a proxy lends backends to, a transaction at a time
     errors: tuple[psycopg.Error, ...] = ()  # of this session, while it is lent
     borrowed: _Borrowed | None = None
 
@@ -6266,9 +6295,11 @@ class _ProxiedExecutor(_CleanExecutor, _HintedExecutor):
     def connection_options(self) -> dict[str, Any]:
         return super().connection_options() | ({} if self.listens else {"prepare_threshold": None})
 
-    def set_up(self, conn: _CleanConnection) -> None:
-        conn.has_session = self.listens or _backend(conn) == conn.info.backend_pid
-        super().set_up(conn)
+    def session_settings(self, conn: Any) -> str:
+        """Nothing, if this is one of many connections that a proxy lends backends to, a transaction at a time."""
+        if not hasattr(conn, "has_session"):
+            conn.has_session = self.listens or _backend(conn) == conn.info.backend_pid
+        return super().session_settings(conn) if conn.has_session else ""
 
     def hold(self, conn: Conn) -> bool:
         """Let the lock belong to a transaction that stays open.  It has written nothing, so it holds up no vacuum."""

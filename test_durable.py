@@ -768,6 +768,20 @@ def test_an_argument_that_cannot_be_stored_starts_nothing(dbos, carry, witness):
     assert witness.one("select count(*) from durable.workflows") == 0
 
 
+def test_what_stands_for_an_exception_stands_for_it_when_it_is_stored_again(dbos, witness):
+    """As in a parent that raises what its child raised."""
+
+    @dbos.workflow()
+    def work():
+        raise durable.DBOSRestoredError("shop.Odd", "seven")
+
+    with SetWorkflowID("w"), pytest.raises(durable.DBOSRestoredError):
+        work()
+    with pytest.raises(durable.DBOSRestoredError) as caught:
+        result_of(dbos, "w")
+    assert (caught.value.type_name, caught.value.text) == ("shop.Odd", "seven")
+
+
 # --- Set-up -------------------------------------------------------------------------------------------
 #
 # Configuration, launch and destroy.
@@ -1207,7 +1221,6 @@ def test_an_interrupted_process_leaves_its_workflow_pending(dbos, witness, end):
         work()
     assert witness.status("work") == "PENDING"
     assert witness.steps("work") == []
-    assert dbos._executor.recover() == []  # this process was told to stop it
     dbos.destroy()
     dbos.launch()
     assert result_of(dbos, "work") == 2
@@ -1518,6 +1531,29 @@ def test_a_long_history_is_recalled(dbos, witness):
     assert len(runs) == 2501
 
 
+def test_a_child_whose_parent_is_stopped_before_it_ran_is_held_by_nobody(dbos, monkeypatch):
+    """Else it would wait, for as long as this process lives, for a parent that runs elsewhere."""
+    begin = durable._begin
+
+    @dbos.workflow()
+    def child():
+        return 1
+
+    @dbos.workflow()
+    def parent():
+        return child()
+
+    async def begin_and_stop(executor, function, start):
+        begun = await begin(executor, function, start)
+        if start.parent is not None:
+            start.parent.halt(durable._Superseded("taken over just now"))
+        return begun
+
+    monkeypatch.setattr(durable, "_begin", begin_and_stop)
+    dbos.start_workflow(parent)
+    eventually(lambda: not dbos._executor.claimed)
+
+
 # --- Two databases ------------------------------------------------------------------------------------
 #
 # A workflow may deal with another database, by a client or another instance: the effect is there, the record here.
@@ -1554,6 +1590,43 @@ def test_a_write_that_is_refused_without_a_reason_pauses_before_the_next_try(dbo
 # --- Two colours --------------------------------------------------------------------------------------
 #
 # async def workflows and steps do the same; gather keeps its positions.
+
+
+def test_tasks_that_read_the_history_at_the_same_time_go_on_in_the_order_of_their_calls(dbos, witness, monkeypatch):
+    """One of them reads; were each to read for itself, the answers would decide who takes the next position."""
+    read, reads = durable._read_history, []
+
+    def read_one(conn, id, after, limit=1):
+        reads.append(after)
+        if len(reads) % 2:
+            time.sleep(0.02)  # who reads first has the answer last
+        return read(conn, id, after, limit)
+
+    def saying(word):
+        async def say():
+            return word
+
+        return dbos.step(name=word)(say)
+
+    a, b, c, d = map(saying, "abcd")
+
+    @dbos.workflow()
+    async def talk():
+        async def both(first, second):
+            return [await first(), await second()]
+
+        return await asyncio.gather(both(a, b), both(c, d))
+
+    for id in map(str, itertools.count()):
+        with SetWorkflowID(id):
+            told = asyncio.run(talk())
+        if [step["function_name"] for step in steps(dbos, id)] == ["a", "c", "b", "d"]:
+            break  # else c was on record before a
+    monkeypatch.setattr(durable, "_HISTORY_CHUNK", 1)
+    monkeypatch.setattr(durable, "_read_history", read_one)
+    rewind(dbos, witness, id, keep=3)
+    assert result_of(dbos, id) == told
+    assert reads == sorted(set(reads))
 
 
 def test_gather_numbers_its_steps_in_the_order_of_the_calls(dbos, witness):
@@ -1798,7 +1871,7 @@ def test_an_operation_that_is_thrown_away_with_its_loop_says_nothing(monkeypatch
 
     def abandon():
         loop = asyncio.new_event_loop()
-        task = loop.create_task(durable._awaited(outer()))
+        task = loop.create_task(durable._awaited(outer))
         task._log_destroy_pending = False
         loop.call_later(0.01, loop.stop)
         loop.run_forever()
@@ -1808,6 +1881,24 @@ def test_an_operation_that_is_thrown_away_with_its_loop_says_nothing(monkeypatch
         abandon()
     gc.collect()
     assert heard == []
+
+
+def test_a_task_that_is_cancelled_before_it_began_holds_nothing(dbos, witness):
+    """Nobody runs the workflow then, and whoever looks for such takes it up."""
+
+    @dbos.workflow()
+    async def work():
+        return 1
+
+    async def main():
+        await dbos.start_workflow_async(work)
+        for task in tuple(dbos._executor.tasks):
+            task.cancel()
+        while dbos._executor.tasks:
+            await asyncio.sleep(0)
+        assert not dbos._executor.claimed
+
+    asyncio.run(main())
 
 
 # --- Waiting ------------------------------------------------------------------------------------------
@@ -1943,6 +2034,45 @@ def elsewhere(executor):
     elsewhere = executor(executor_id="elsewhere", application_version="v0")
     elsewhere.launch()
     return elsewhere
+
+
+def test_of_two_claims_of_one_process_the_later_goes_on(dbos):
+    """In whatever order they are entered: the earlier can write no more."""
+
+    @dbos.workflow()
+    def work():
+        return 1
+
+    function, row = work._durable_function, {"id": "w", "name": "work"}
+    earlier, later = (durable._Run(dbos._executor, function, row | {"claim": claim}) for claim in (6, 7))
+    for run in (later, earlier):
+        dbos._executor.enter(run)
+    assert dbos._executor.running["w"] is later
+    assert (type(earlier.stopped), later.stopped) == (durable._Superseded, None)
+    for run in (earlier, later):
+        dbos._executor.forget(run)
+
+
+def test_a_takeover_whose_answer_is_lost_is_found_at_the_next_try(dbos, witness, monkeypatch):
+    """The claim has moved, and the rows are ours: they are taken once more."""
+    take, lost = durable._take, []
+
+    def take_and_lose(conn, me, found, status="PENDING"):
+        taken = take(conn, me, found, status)
+        if taken and not lost:
+            lost.append(taken)
+            raise psycopg.OperationalError("the answer is lost")
+        return taken
+
+    @dbos.workflow()
+    def work():
+        return 1
+
+    with SetWorkflowID("w"):
+        assert work() == 1
+    monkeypatch.setattr(durable, "_take", take_and_lose)
+    rewind(dbos, witness, "w")
+    assert (result_of(dbos, "w"), len(lost)) == (1, 1)
 
 
 # --- Versions -----------------------------------------------------------------------------------------
@@ -3187,6 +3317,20 @@ def test_a_loop_that_is_closed_under_a_workflow_loses_nothing(dbos, fast_sweeps)
 # What a dead executor left PENDING is taken up by its successor: same name, same version, one claim on.
 
 
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+def test_what_was_interrupted_is_not_swept_up_by_the_process_that_was_told_to_stop(dbos, witness, end):
+    """It waits for the next launch, or until somebody asks for it."""
+
+    @dbos.workflow()
+    def work():
+        raise end
+
+    with SetWorkflowID("work"), pytest.raises(end):
+        work()
+    assert dbos._executor.recover() == []
+    assert witness.status("work") == "PENDING"
+
+
 @pytest.fixture
 def fast_sweeps(monkeypatch):
     """Let executors look for orphans all the time."""
@@ -3552,6 +3696,17 @@ def test_a_lock_that_was_lost_is_taken_again(dbos, witness):
     (pid,) = witness.column(LOCKED, dbos.incarnation)
     witness.run("select pg_terminate_backend(%s)", pid)
     assert eventually(lambda: [p for p in witness.column(LOCKED, dbos.incarnation) if p != pid])
+
+
+def test_the_dispatcher_waits_for_a_duty_that_is_never_due(dbos):
+    """And does the others, as soon as there is something to do."""
+    executor, done = dbos._executor, threading.Event()
+    executor.duties[:] = [lambda now: float("inf")]
+    executor.work.set()
+    eventually(lambda: not executor.work.is_set())
+    executor.duties.append(lambda now: done.set() or now + 1)
+    executor.work.set()
+    assert done.wait(PATIENCE_S)
 
 
 # --- Admin --------------------------------------------------------------------------------------------
@@ -4046,6 +4201,24 @@ def test_content_lengths_that_differ_are_refused(served):
     head = b"POST /dbos-workflow-recovery HTTP/1.1\r\nHost: localhost\r\n"
     assert b" 400 " in send(served.admin_port, head + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n[]]")
     assert b" 200 " in send(served.admin_port, head + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n[]")
+
+
+def test_what_was_interrupted_goes_on_where_it_is_asked_for_though_deactivated(served):
+    """It is active, and not new."""
+    calls = []
+
+    @served.workflow()
+    def work():
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return len(calls)
+
+    with pytest.raises(KeyboardInterrupt), SetWorkflowID("w"):
+        work()
+    assert ask(served.admin_port, "GET", "/deactivate").status == 200
+    with SetWorkflowID("w"):
+        assert work() == 2
 
 
 # --- Admin: workflows ---------------------------------------------------------------------------------
