@@ -206,9 +206,7 @@ async def _checkpointed(
         return cast(T, await run.record(position, name, value, error, time.monotonic() - began, child))
 
 
-class _Record(NamedTuple):
-    """A step on record."""
-
+class _Record(NamedTuple):  # of a step
     position: int
     name: str
     output: str | None
@@ -234,7 +232,7 @@ class _Run:
         self._position = 0
         self._history: dict[int, _Record] = {}
         self._reading: _Signal | None = None  # somebody reads more of it, and then this is set
-        self.history_to: int | None = 0  # None: nothing left to read
+        self.history_to = 0 if row.get("has_history", True) else None  # None: nothing left to read
 
     def advance(self, by: int = 1) -> int:
         """Take the next position, before the first wait: tasks of one `gather` are numbered in the order of calls."""
@@ -313,9 +311,7 @@ class _Run:
             raise error
         return value
 
-    def store(
-        self, what: str, value: Any, error: Exception | None
-    ) -> tuple[str | None, str | None, Exception | None]:
+    def store(self, what: str, value: Any, error: Exception | None) -> tuple[str | None, str | None, Exception | None]:
         """Turn an outcome into text: output, or error.  What cannot be stored is an error, and returned as such."""
         if error is None:
             try:
@@ -333,9 +329,7 @@ class _Run:
         """
         await self.standing()
         there = await self.executor.ask(_read_history, self.id, position - 1, 1)
-        if not there or there[0].position != position:
-            return None
-        return self.same(there[0], name)
+        return self.same(there[0], name) if there and there[0].position == position else None
 
     async def standing(self, finished: str = "") -> bool:
         """Raise if the row is not ours to write.  False: it is `finished` as we wanted, so only the answer was lost."""
@@ -394,7 +388,6 @@ class _Run:
         return value
 
     async def call(self) -> Any:
-        """Call the function as its row says."""
         with _OptionBlock(), self.inside():  # a block around the call is not for the body
             args, kwargs = self.arguments()
             value = self.function.call(*args, **kwargs)
@@ -821,7 +814,8 @@ class _Function:
     """A registered function: what a row's `name` means in this process."""
 
     def __init__(self, name: str, call: Any, given: Callable[..., Any], most: int | None, kind: str) -> None:
-        self.name, self.call, self.given, self.max_recovery_attempts, self.kind = name, call, given, most, kind
+        self.name, self.call, self.given, self.kind = name, call, given, kind
+        self.most = math.inf if most is None else most  # recoveries, before it is dead-lettered
         self.is_async = inspect.iscoroutinefunction(call)
         self.signature = inspect.signature(given)
         given = inspect.unwrap(_whole(given))
@@ -850,20 +844,16 @@ class _JSONElsePickle:
     """How values become text and come back: JSON where that is exact, a marked pickle elsewhere."""
 
     _MARK = "pickle:"  # no JSON text begins like this
+    dumps: Callable[[Any], bytes] = staticmethod(pickle.dumps)
+    loads: Callable[[bytes], Any] = staticmethod(pickle.loads)
 
     def serialize(self, data: Any) -> str:
-        return json.dumps(data) if _survives_json(data) else self._MARK + base64.b64encode(self.pickle(data)).decode()
+        return json.dumps(data) if _survives_json(data) else self._MARK + base64.b64encode(self.dumps(data)).decode()
 
     def deserialize(self, serialized_data: str) -> Any:
         if serialized_data.startswith(self._MARK):
-            return self.unpickle(base64.b64decode(serialized_data[len(self._MARK) :]))
+            return self.loads(base64.b64decode(serialized_data[len(self._MARK) :]))
         return json.loads(serialized_data)
-
-    def pickle(self, data: Any) -> bytes:
-        return pickle.dumps(data)
-
-    def unpickle(self, data: bytes) -> Any:
-        return pickle.loads(data)
 
 
 _SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # two that JSON would take for one character
@@ -944,13 +934,12 @@ def _text_of(value: object) -> str:
 # The operation cannot tell which of them drives it.
 
 
+@dataclass
 class _Wait(Generic[T]):
     """Something to wait for, which can be done in either colour."""
 
-    __slots__ = ("block", "on_loop")
-
-    def __init__(self, block: Callable[[], T], on_loop: Callable[[], Awaitable[T]]) -> None:
-        self.block, self.on_loop = block, on_loop
+    block: Callable[[], T]
+    on_loop: Callable[[], Awaitable[T]]
 
     def __await__(self) -> Generator[Any, Any, T]:
         return cast(T, (yield self))  # the driver does the waiting and sends what came of it
@@ -1008,10 +997,7 @@ def _in_colour_of(fn: Callable[P, R], body: Callable[..., Coroutine[Any, Any, An
     async def awaited(*args: Any, **kwargs: Any) -> Any:
         return await _suspend(body(*args, **kwargs))
 
-    def called(*args: Any, **kwargs: Any) -> Any:
-        return _block(body(*args, **kwargs))
-
-    chosen: Any = awaited if inspect.iscoroutinefunction(fn) else called
+    chosen: Any = awaited if inspect.iscoroutinefunction(fn) else lambda *args, **kwargs: _block(body(*args, **kwargs))
     return cast(Callable[P, R], functools.wraps(fn)(chosen))
 
 
@@ -1023,15 +1009,12 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
 
 
 def _refuse_to_block_a_loop(name: str) -> None:
-    if _running_loop() is None:
-        return
-    raise RuntimeError(f"{name}() would block the running event loop: await {name}_async() instead")
+    if _running_loop() is not None:
+        raise RuntimeError(f"{name}() would block the running event loop: await {name}_async() instead")
 
 
 class _Signal:
     """A flag that is raised once, and wakes threads and coroutines alike."""
-
-    __slots__ = ("is_set", "wakers")
 
     def __init__(self) -> None:
         self.is_set = False
@@ -1102,8 +1085,6 @@ def _waker(event: asyncio.Event) -> Callable[[], None]:
 
 
 class _BareExecutor:
-    """What exists from launch to destroy."""
-
     run_type: type[_Run] = _Run
     pool: ConnectionPool[Any]  # for everybody's statements
     conn: Conn | None = None  # ours alone, for as long as we live
@@ -1118,7 +1099,6 @@ class _BareExecutor:
         self.claimed: dict[tuple[str, int], _Run] = {}  # what we hold, or are about to, by ID and claim
         self.running: dict[str, _Run] = {}  # of these what is at work, by ID
         self.tasks: set[asyncio.Task[None]] = set()  # of coroutine workflows: a loop refers to its tasks weakly
-        self.stopping = threading.Event()  # nothing new is to be taken
         self.closed = _Signal()  # nothing is to go on
 
     # What the operations use: statements, waits, values.
@@ -1140,18 +1120,13 @@ class _BareExecutor:
     def ask(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> _Wait[T]:
         """The same, for operations of either colour: on this thread, or for a coroutine on one that may block."""
         call = functools.partial(self.now, statement, *args, **kwargs)
-        return _Wait(call, lambda: self.offload(call))
+        return _Wait(call, lambda: asyncio.to_thread(call))
 
     def write(self, statement: str, row: dict[str, Any]) -> _Wait[bool]:
         """Commit a row, and tell whether it was taken."""
         return self.ask(lambda conn: conn.execute(statement, row).rowcount > 0)
 
-    def offload(self, call: Callable[[], T]) -> Awaitable[T]:
-        """Do for a coroutine what would block its loop."""
-        return asyncio.to_thread(call)
-
     def wait(self, *signals: _Signal, timeout: float | None = None) -> _Wait[None]:
-        """Wait for one of the signals, or `timeout` seconds."""
         return _for_any(*signals, timeout=timeout)
 
     def expected(self, *hint: str) -> AbstractContextManager[_Signal]:
@@ -1159,7 +1134,6 @@ class _BareExecutor:
         return nullcontext(_Signal())
 
     def serialize(self, value: Any) -> str:
-        """Turn a value into text."""
         return str(self.serializer.serialize(value))
 
     # Workflows: begun, taken up, ended.
@@ -1189,9 +1163,7 @@ class _BareExecutor:
         """Run in the background what was taken."""
         for row in rows:
             function = cast(_Function, self.registry._function_for(row))
-            run = self.run_type(cast(_Executor, self), function, row)
-            run.history_to = 0 if row.get("has_history", True) else None
-            self.spawn(self.enter(run))
+            self.spawn(self.enter(self.run_type(cast(_Executor, self), function, row)))
         return [row["id"] for row in rows]
 
     def enter(self, run: _Run) -> _Run:
@@ -1252,24 +1224,14 @@ class _BareExecutor:
 
     # Life and death.
 
-    def launch(self) -> list[str]:
-        """Begin to work; what cannot begin leaves nothing behind.  Returns the IDs of what was recovered."""
-        try:
-            self.open()
-            taken = self.serve()
-        except BaseException:
-            self.close(0)
-            raise
-        atexit.register(self.fall_silent)
-        return taken
-
     def about(self) -> str:
         """Who was launched, for the log."""
         who = "{application} as executor {executor_id}, incarnation {incarnation}, version {version}".format(**self.me)
         return f"{who}, on {self.place}"
 
     def open(self) -> None:
-        """Bring the schema up to date, and enter as a new incarnation."""
+        """Bring the schema up to date, and enter as a new incarnation; close() is to be called, even if this fails."""
+        atexit.register(self.closed.set)  # so that no daemon thread complains of what it loses at the interpreter's end
         self.conn = self.connect()
         self.migrate(self.conn)
         self.me = self.enlist(self.conn)
@@ -1293,41 +1255,33 @@ class _BareExecutor:
         return ConnectionPool(self.url, kwargs={"autocommit": True}, min_size=2, max_size=20, open=True)
 
     def migrate(self, conn: Conn) -> None:
-        _migrate(conn)
+        """Bring the schema up to date: one transaction, one executor at a time."""
+        with conn.transaction():
+            conn.execute("select pg_advisory_xact_lock(%s, 0)", (_LOCKS,))
+            conn.execute(Path(__file__).with_name("schema.sql").read_bytes())
 
     def serve(self) -> list[str]:
         """Take up what was left, and begin to take what comes; return the IDs of the former."""
         return self.recover()
 
     def close(self, patience_s: float) -> None:
-        """Take nothing new, wait for what runs, then end everything; what did not finish stays PENDING."""
-        self.stopping.set()
+        """Wait for what runs, then end everything; what did not finish stays PENDING."""
         deadline, here = time.monotonic() + patience_s, _running_loop()  # which we block: what is on it cannot go on
-        while (left := deadline - time.monotonic()) > 0:
-            runs = [run for run in self.at_work() if run.loop is None or run.loop is not here]
-            if not runs:
-                break
+        while (left := deadline - time.monotonic()) > 0 and (
+            runs := [run for run in tuple(self.claimed.values()) if here is None or run.loop is not here]
+        ):
             _for_any(runs[0].done, timeout=left).block()
-        self.fall_silent()
-        for run in self.at_work():
+        self.closed.set()
+        for run in tuple(self.claimed.values()):
             run.halt(_Closing("the executor was destroyed"))
         self.end()
-        atexit.unregister(self.fall_silent)
-
-    def at_work(self) -> list[_Run]:
-        return [run for run in tuple(self.claimed.values()) if not run.done.is_set]
+        atexit.unregister(self.closed.set)
 
     def end(self) -> None:
-        """Close what was opened; nothing is to go on."""
         if hasattr(self, "pool"):
             self.pool.close(timeout=1.0)
         if self.conn is not None:
             self.conn.close()
-
-    def fall_silent(self) -> None:
-        """Let nothing go on; at the interpreter's end, too, so that no daemon thread complains of what it loses."""
-        self.stopping.set()
-        self.closed.set()
 
 
 async def _awaited(operation: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -1349,9 +1303,7 @@ def _left_behind(conn: Conn, me: dict[str, Any]) -> list[dict[str, Any]]:
     return conn.cursor(row_factory=dict_row).execute(query, me).fetchall()
 
 
-def _take(
-    conn: Conn, me: dict[str, Any], found: list[dict[str, Any]], status: str = "PENDING"
-) -> list[dict[str, Any]]:
+def _take(conn: Conn, me: dict[str, Any], found: list[dict[str, Any]], status: str = "PENDING") -> list[dict[str, Any]]:
     """Raise the claims of rows as they were found, so that whoever held them can write no more.
 
     Raising the claim that was read, and no other, is what keeps two from taking the same row: the second
@@ -1370,13 +1322,6 @@ def _take(
     parameters = {**me, "status": status, "ids": ids, "claims": claims}
     taken = conn.cursor(row_factory=dict_row).execute(query, parameters).fetchall() if found else []
     return sorted(taken, key=lambda row: int(row["number"]))
-
-
-def _migrate(conn: Conn) -> None:
-    """Bring the schema up to date: one transaction, one executor at a time."""
-    with conn.transaction():
-        conn.execute("select pg_advisory_xact_lock(%s, 0)", (_LOCKS,))
-        conn.execute(Path(__file__).with_name("schema.sql").read_bytes())
 
 
 def _some(ids: list[str]) -> str:
@@ -1521,8 +1466,7 @@ class _Engine(_Access):
 
     def _register(self, function: _Function, call: Callable[P, R]) -> Callable[P, R]:
         with self._lock:
-            former = self._functions.get(function.name)
-            self._declare("function", function.name, function, former)
+            self._declare("function", function.name, function, self._functions.get(function.name))
             self._functions[function.name] = function
         call._durable_function = function  # type: ignore[attr-defined]
         return call
@@ -1575,10 +1519,11 @@ class _Engine(_Access):
                 return
             self._executor = _Executor(cast(Durable, self), self._settings())
             try:
-                taken = self._executor.launch()
+                self._executor.open()
+                taken = self._executor.serve()
                 _log.info("launched %s; recovered: %s", self._executor.about(), _some(taken))
             except BaseException:
-                self._executor = None
+                self.destroy()  # what cannot begin leaves nothing behind
                 raise
 
     def destroy(self, *, workflow_completion_timeout_sec: float = 0, destroy_registry: bool = False) -> None:
@@ -1821,8 +1766,7 @@ class _PatientExecutor(_BareExecutor):
             self.trouble_since = math.inf  # said, until there was a time without trouble
             _log.warning("the database does not answer, trying again: %s", str(error).strip() or repr(error))
         _for_any(self.closed, timeout=seconds).block()
-        if self.closed.is_set:
-            raise _Closing("the executor was destroyed")
+
     def _check(self, conn: Conn) -> None:
         """In times of trouble, look whether a pooled connection is still good; else that trip is spared."""
         if time.monotonic() < self.trouble_until:
@@ -1873,6 +1817,7 @@ class _LivingExecutor(_PatientExecutor):
 
     def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
         super().__init__(registry, config)
+        self.stopping = threading.Event()  # nothing new is to be taken
         self.claiming = threading.Lock()  # from a claim in the table to its entry in `running`
         self.interrupted: set[tuple[str, int]] = set()  # runs that KeyboardInterrupt or SystemExit ended: left alone
         self.reported: set[tuple[Any, ...]] = set()  # what was logged as unknown
@@ -1906,6 +1851,10 @@ class _LivingExecutor(_PatientExecutor):
                 thread.join(5.0)
         super().end()
 
+    def close(self, patience_s: float) -> None:
+        self.stopping.set()
+        super().close(patience_s)
+
     def say_goodbye(self, conn: Conn) -> None:
         """Note that this incarnation ended in good order."""
         conn.execute("update durable.executors set stopped_at = now() where incarnation = %(incarnation)s", self.me)
@@ -1923,8 +1872,7 @@ class _LivingExecutor(_PatientExecutor):
                 self.hear(conn)
             except psycopg.Error as error:
                 conn.close()
-                with suppress(_Closing):
-                    self.pause(random.uniform(0.05, 0.1), error)
+                self.pause(random.uniform(0.05, 0.1), error)
 
     def announce(self, conn: Conn) -> None:
         """Say on a new connection that we live."""
@@ -1997,7 +1945,7 @@ class _LivingExecutor(_PatientExecutor):
     def seize(self, conn: Conn, lost: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Take those that are known here; dead-letter those that have taken their process down too often."""
         known = [(row, function) for row in lost if (function := self.registry._function_for(row)) is not None]
-        worn = [row for row, function in known if row["recovery_attempts"] > _most(function)]
+        worn = [row for row, function in known if row["recovery_attempts"] > function.most]
         able = [row for row, _ in known if row not in worn]
         return _take(conn, self.me, able) + _take(conn, self.me, worn, "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
 
@@ -2053,12 +2001,6 @@ class _LivingExecutor(_PatientExecutor):
             if id == start.row["id"]:
                 self.take_up(await self.ask(_take, self.me, [{"id": id, "claim": claim}]))
         return await super().may_begin(start)
-
-
-def _most(function: _Function) -> float:
-    """After how many attempts a workflow is dead-lettered."""
-    most = function.max_recovery_attempts
-    return math.inf if most is None else most
 
 
 _ALIVE = "(select incarnation from durable.living)"  # a lock that somebody holds is an executor that lives
@@ -2130,8 +2072,8 @@ def _transaction(name: str, isolation: str, call: Callable[[], Any]) -> Any:
         return _transact_at(run, position, name, isolation, call)
 
 
-_reserved: contextvars.ContextVar[tuple[int, str] | None]
-_reserved = contextvars.ContextVar("durable_reserved", default=None)  # position and name, taken already
+# Position and name, taken already.
+_reserved = contextvars.ContextVar[tuple[int, str] | None]("durable_reserved", default=None)
 
 
 def _transact_at(run: _Run, position: int, name: str, isolation: str, call: Callable[[], Any]) -> Any:
@@ -2323,7 +2265,6 @@ class _Transacting(_Engine):
                     f"and await DBOS.run_step_async(None, {known_as}, ...) in async code"
                 )
 
-
             @functools.wraps(fn)
             def call(*args: P.args, **kwargs: P.kwargs) -> R:
                 frame = _here()
@@ -2480,10 +2421,8 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
             self._answer(*self._route())
         except _Refusal as refusal:
             self._refuse(refusal.status, str(refusal), **refusal.headers)
-        except DBOSNonExistentWorkflowError as error:
-            self._refuse(404, str(error))
         except DBOSException as error:
-            self._refuse(400, str(error))
+            self._refuse(404 if isinstance(error, DBOSNonExistentWorkflowError) else 400, str(error))
         except _Stopped:
             self._refuse(503, "the executor is being destroyed")
         except OSError:
@@ -2513,7 +2452,13 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
 
     def _route(self) -> tuple[int, str, str]:
         """Find who answers, and turn the answer into status, type and text."""
-        parts = [_decoded(part) for part in self.path.partition("?")[0].split("/")]  # a %2F is part of an ID
+        path = self.path.partition("?")[0]
+        try:
+            if re.search("%(?![0-9A-Fa-f]{2})", path):
+                raise ValueError("a % that is not followed by two hexadecimal digits")
+            parts = [urllib.parse.unquote(part, errors="strict") for part in path.split("/")]  # a %2F is part of an ID
+        except ValueError as error:
+            raise _Refusal(400, f"the path {path!r} is wrongly encoded: {error}") from None
         if "".join(parts[2:3]) and f"/{parts[1]}/ID" in _ROUTES:
             self.id, parts[2] = parts[2], "ID"
         path = "/".join(parts)
@@ -2661,16 +2606,6 @@ class _AdministeredExecutor(_LivingExecutor):
                 f"start {start.row['name']} on another, or enqueue it"
             )
         return await super().may_begin(start)
-
-
-def _decoded(path: str) -> str:
-    """A path without its percent encoding."""
-    try:
-        if re.search("%(?![0-9A-Fa-f]{2})", path):
-            raise ValueError("a % that is not followed by two hexadecimal digits")
-        return urllib.parse.unquote(path, errors="strict")
-    except ValueError as error:
-        raise _Refusal(400, f"the path {path!r} is wrongly encoded: {error}") from None
 
 
 def _is_loopback(host: str) -> bool:
@@ -3007,7 +2942,8 @@ class _Knowing(_Engine):
 
     def _known(self) -> list[dict[str, Any]]:
         """What this process can run, with the most recoveries of each."""
-        return [{"name": f.name, "most": f.max_recovery_attempts} for f in tuple(self._functions.values())]
+        functions = tuple(self._functions.values())
+        return [{"name": f.name, "most": None if f.most == math.inf else f.most} for f in functions]
 
     def _register(self, function: _Function, call: Callable[P, R]) -> Callable[P, R]:
         registered = super()._register(function, call)
@@ -3718,8 +3654,9 @@ class _ThreadedExecutor(_HintedExecutor):
                 threads.try_again()
         return self.next_try
 
-    def offload(self, call: Callable[[], T]) -> Awaitable[T]:
-        return self.callers.call(call)
+    def ask(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> _Wait[T]:
+        call = super().ask(statement, *args, **kwargs).block
+        return _Wait(call, lambda: self.callers.call(call))
 
     def wait(self, *signals: _Signal, timeout: float | None = None) -> _Wait[None]:
         """The same wait, with this thread's place lent to others meanwhile."""
@@ -4577,7 +4514,7 @@ class _QueueingExecutor(_TimedExecutor, _ThreadedExecutor, _HintedExecutor, _Gro
     def seize(self, conn: Conn, lost: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """What came from a queue goes back to its place there, so that the queue's limits hold through a recovery."""
         known = [(row, self.registry._function_for(row)) for row in lost if row["queue"] is not None]
-        back = [row for row, function in known if function and row["recovery_attempts"] <= _most(function)]
+        back = [row for row, function in known if function and row["recovery_attempts"] <= function.most]
         rest = [row for row in lost if row not in back]
         return _take(conn, self.me, back, "ENQUEUED") + super().seize(conn, rest)
 
@@ -4666,7 +4603,8 @@ class _QueueingExecutor(_TimedExecutor, _ThreadedExecutor, _HintedExecutor, _Gro
             return 0
         room = min(_DEQUEUE_BATCH, self.threads.room())
         if queue.worker_concurrency is not None:
-            ours = sum(run.row.get("queue") == queue.name and run.stopped is None for run in self.at_work())
+            runs = tuple(self.claimed.values())
+            ours = sum(run.row.get("queue") == queue.name and run.stopped is None for run in runs)
             room = min(room, queue.worker_concurrency - ours)
         return room
 
@@ -5902,12 +5840,12 @@ _DEFAULTS["serializer"] = ("", None)
 class _MainJSONElsePickle(_JSONElsePickle):
     """The default, with pickles that another main file understands."""
 
-    def pickle(self, data: Any) -> bytes:
+    def dumps(self, data: Any) -> bytes:
         pickled = io.BytesIO()
         _Pickler(pickled).dump(data)
         return pickled.getvalue()
 
-    def unpickle(self, data: bytes) -> Any:
+    def loads(self, data: bytes) -> Any:
         return _Unpickler(io.BytesIO(data)).load()
 
 
@@ -7155,7 +7093,12 @@ class _Client(_Management):
         self._executor = _Executor(registry, registry._settings())
         self._executor.url = _postgres_url(self._executor.url, create=False)
         self._executor.serves = False
-        self._executor.launch()
+        try:
+            self._executor.open()
+            self._executor.serve()
+        except BaseException:
+            self.destroy()
+            raise
 
     def destroy(self) -> None:
         """Close all connections.  Can be called again."""
