@@ -1167,12 +1167,11 @@ class _BareExecutor:
         return [row["id"] for row in rows]
 
     def enter(self, run: _Run) -> _Run:
-        """This run is at work from now on, and no other of its workflow with an earlier claim."""
-        former = self.running.get(run.id, run)
-        former, latest = sorted((former, run), key=lambda each: each.claim)
-        self.claimed[run.id, run.claim], self.running[run.id] = run, latest
-        if former is not latest:
-            former.halt(_Superseded(f"workflow {run.id} was taken up anew (claim {latest.claim})"))
+        """This run is at work from now on, and no former one of its workflow (or of a deleted one of that ID)."""
+        former = self.running.get(run.id)
+        self.claimed[run.id, run.claim] = self.running[run.id] = run
+        if former is not None:
+            former.halt(_Superseded(f"workflow {run.id} was taken up anew (claim {run.claim})"))
         if self.closed.is_set:  # while the claim was made: it is for the next launch
             run.halt(_Closing("the executor was destroyed"))
         return run

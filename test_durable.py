@@ -2036,23 +2036,6 @@ def elsewhere(executor):
     return elsewhere
 
 
-def test_of_two_claims_of_one_process_the_later_goes_on(dbos):
-    """In whatever order they are entered: the earlier can write no more."""
-
-    @dbos.workflow()
-    def work():
-        return 1
-
-    function, row = work._durable_function, {"id": "w", "name": "work"}
-    earlier, later = (durable._Run(dbos._executor, function, row | {"claim": claim}) for claim in (6, 7))
-    for run in (later, earlier):
-        dbos._executor.enter(run)
-    assert dbos._executor.running["w"] is later
-    assert (type(earlier.stopped), later.stopped) == (durable._Superseded, None)
-    for run in (earlier, later):
-        dbos._executor.forget(run)
-
-
 def test_a_takeover_whose_answer_is_lost_is_found_at_the_next_try(dbos, witness, monkeypatch):
     """The claim has moved, and the rows are ours: they are taken once more."""
     take, lost = durable._take, []
