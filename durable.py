@@ -40,7 +40,7 @@ The map.  What stands above a banner is complete, and runs, without what stands 
     I.   The engine     workflows and steps, their values and colours; killed, they go on
     II.  Self-hosting   bad times, the dead and the living, threads, transactions, the admin server, settings
     III. Rooms          each by itself: group commit, hints, sleep, cancel, queues, messages, events, streams, ...
-    IV.  Operators      management, client, admin API, metrics, page, command line
+    IV.  Operators      management, client, admin API, metrics, page, deploys, command line
 
 Names and behaviour follow the DBOS Python library 2.x, so that code moves to `dbos` and back by one import
 line.  Needs Python 3.10+, psycopg 3 with psycopg_pool, PostgreSQL 13+, and schema.sql beside this file.
@@ -1352,7 +1352,7 @@ def _take(
     return sorted(taken, key=lambda row: int(row["number"]))
 
 
-_SCHEMA_VERSION = 41  # the edition of schema.sql that this code was written for, and how many storeys of it
+_SCHEMA_VERSION = 45  # the edition of schema.sql that this code was written for, and how many storeys of it
 
 
 def _migrate(conn: Conn) -> None:
@@ -1776,7 +1776,7 @@ from psycopg import pq
 
 __all__ += ["DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded"]
 
-_SCHEMA_VERSION = 42
+_SCHEMA_VERSION = 46
 _SWEEP_S = 3.0  # a lock that stays free from one sweep to the next is a death: missed after 3 to 6 s
 _RESTART_GRACE_S = 3.0  # after Postgres starts, time for the living to take their locks again
 _LONGEST_PAUSE_S = 1.0  # between two tries to reach a database that is away
@@ -2919,7 +2919,10 @@ class _SettledExecutor(_TransactingExecutor):
         if stranded:
             _log.warning(
                 "unfinished workflows of other application versions wait, and no live executor serves them: %s",
-                ", ".join(f"{count} of version {version}" for version, count in stranded),
+                ", ".join(
+                    f"{count} of version {version}" + (f" (since when {', '.join(changed)} changed)" if changed else "")
+                    for version, count, changed in stranded
+                ),
             )
         return super().serve()
 
@@ -2932,10 +2935,10 @@ _LOCK_ALL = """
 """
 
 
-def _stranded(conn: Conn, version: str) -> list[tuple[str, int]]:
-    """Count the unfinished workflows of other versions that no live executor serves, by version."""
+def _stranded(conn: Conn, version: str) -> list[tuple[str, int, list[str] | None]]:
+    """Count the unfinished workflows of other versions that no live executor serves; and which functions changed."""
     query = """
-        select application_version, delayed + enqueued + pending from durable.versions
+        select application_version, delayed + enqueued + pending, changed from durable.versions
          where stranded and application_version <> %s order by application_version
     """
     return conn.execute(query, (version,)).fetchall()
@@ -3022,7 +3025,7 @@ from queue import SimpleQueue
 
 from psycopg.abc import PQGen
 
-_SCHEMA_VERSION = 43
+_SCHEMA_VERSION = 47
 
 _UNFINISHED = ("DELAYED", "ENQUEUED", "PENDING")  # as Python writes a tuple, SQL reads a list
 _TYPES = {  # of the values that a start brings along, where they are not text
@@ -6367,7 +6370,7 @@ import argparse
 import shutil
 import textwrap
 
-_SCHEMA_VERSION = 44
+_SCHEMA_VERSION = 48
 
 # --- Management ---------------------------------------------------------------------------------------
 #
@@ -7583,10 +7586,69 @@ def _tries(conn: Conn, id: str | None) -> dict[int, int]:
     return dict(conn.execute(query, (id,)).fetchall())
 
 
+# --- Deploys ------------------------------------------------------------------------------------------
+#
+# Needs: Order, Offer.  No workflow is run by code that it does not belong to, so a deploy leaves the unfinished work
+# of the old code where it is.  Here is the way out.  `patch` lets changed code do as before for those who have passed
+# the place of the change.
+
+
+def _ahead(run: _Run, name: str) -> tuple[bool, bool]:
+    """Say whether the history goes on with this record, and whether it goes on at all.
+
+    Without a wait: no other call may take the next position meanwhile.
+    """
+    position = run._position + 1
+    _block(run.remember(position))
+    there = run._history.get(position)
+    return there is not None and there.name == name, any(known >= position for known in run._history)
+
+
+class _Patching(_Engine):
+    async def _patch(self, patch_name: str) -> bool:
+        """Say whether this workflow is to do as the new code does: `if DBOS.patch("two receipts"): ... else: ...`
+
+        True in one that begins, or has not come to this place yet, which is put on record; False in one that
+        passed it before the patch was there, and goes on as it began.
+        """
+        run, name = _own_run("patch"), f"DBOS.patch-{_valid_name('patch', patch_name)}"
+        marked, goes_on = _ahead(run, name)
+        if goes_on and not marked:
+            run.go_on()
+            return False
+        await _mark(run, name)
+        return True
+
+    patch, patch_async = _twins(_patch)
+
+    async def _deprecate_patch(self, patch_name: str) -> bool:
+        """Stand where `patch` stood, once no workflow is unfinished that passed it before: True.
+
+        It passes the marks that are on record and makes none; when those have ended, too, it can go.
+        """
+        run, name = _own_run("deprecate_patch"), f"DBOS.patch-{_valid_name('patch', patch_name)}"
+        marked, _ = _ahead(run, name)
+        if marked:
+            await _mark(run, name)
+        return True
+
+    deprecate_patch, deprecate_patch_async = _twins(_deprecate_patch)
+
+
+async def _mark(run: _Run, name: str) -> None:
+    """Make, or pass, the mark of a patch."""
+
+    async def nothing() -> None:
+        pass
+
+    await _checkpointed(run, run.advance(), name, nothing)
+
+
 # --- Command line -------------------------------------------------------------------------------------
 #
-# Needs: Client, Page.  `python durable.py` looks at workflows, and steers them, while executors run or while none
-# does.  It has not their code and trusts nothing that is stored: values are shown as text, and no pickle is opened.
+# Needs: Client, Page, Deploys.  `python durable.py` looks at workflows, and steers them, while executors run or while
+# none does.  Where it has not their code it trusts nothing that is stored: values are shown as text, and no pickle is
+# opened.
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -7717,6 +7779,8 @@ def _cell(name: str, value: Any) -> str:
         value = datetime.fromtimestamp(value / 1000).astimezone().isoformat(" ", "milliseconds")
     if name == "error" and isinstance(value, dict):
         value = f"{value.get('type')}: {value.get('text')}"
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        value = ", ".join(value)
     text = "" if value is None else value if isinstance(value, str) else json.dumps(value)
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
@@ -7795,9 +7859,9 @@ class _Executor(
 
 
 class Durable(
-    _Managing, _Management, _Logged, _Forked, _Stepping, _Declaring, _Methods, _Scheduling, _Streaming, _Streams,
-    _Announcing, _Events, _Receiving, _Messaging, _Queueing, _Cancelling, _Ordered, _Sleeping, _Knowing, _Hosting,
-    _Transacting, _Engine,
+    _Patching, _Managing, _Management, _Logged, _Forked, _Stepping, _Declaring, _Methods, _Scheduling, _Streaming,
+    _Streams, _Announcing, _Events, _Receiving, _Messaging, _Queueing, _Cancelling, _Ordered, _Sleeping, _Knowing,
+    _Hosting, _Transacting, _Engine,
 ):
     """Registers functions as workflows and steps, and, once launched, runs them durably.
 

@@ -7439,6 +7439,91 @@ def crew_of_three(programs, witness, limits, jobs):
     return sorted(programs.notes())
 
 
+# From SQL: `durable.enqueue`.
+
+
+@pytest.fixture
+def listing(dbos, queue):
+    """A workflow of the queue that returns what it was called with."""
+    return dbos.workflow(name="listing")(lambda *args, **kwargs: [list(args), kwargs])
+
+
+def test_a_workflow_is_enqueued_in_sql(dbos, listing, witness):
+    """With JSON arguments, which come as from Python, whatever language asks; the ID is returned."""
+    args, kwargs = [1, "zw\u00f6lf \"\\", None, True, 2.5, {"a": [[]]}], {"gift": "\U0001f381"}
+    query = "select durable.enqueue('listing', 'line', %s, %s)"
+    workflow_id = witness.one(query, json.dumps(args), json.dumps(kwargs))
+    assert result_of(dbos, workflow_id) == [args, kwargs]
+    assert result_of(dbos, witness.one("select durable.enqueue('listing', 'line')")) == [[], {}]
+    row = witness.workflow(workflow_id)
+    assert (row.queue, row.priority, row.recovery_attempts, row.application_version) == ("line", 0, 1, "v1")
+
+
+def test_an_enqueue_in_sql_is_part_of_a_transaction(dbos, listing, url, witness, monkeypatch):
+    """With a rollback it never was; with the commit, workers wake up."""
+    with psycopg.connect(url) as connection:
+        connection.execute("select durable.enqueue('listing', 'line', workflow_id => 'undone')")
+        connection.rollback()
+        monkeypatch.setattr(durable, "_POLL_S", 1e6)  # from here on nobody looks who is not told to
+        for each in dbos._queues.values():
+            each.polling_interval_sec = 1e6
+        eventually(lambda: dbos._executor.next_poll > time.monotonic() + 100)
+        connection.execute("select durable.enqueue('listing', 'line', workflow_id => 'w')")
+        assert witness.column("select id from durable.workflows") == []
+        connection.commit()
+        eventually(lambda: witness.status("w") == "SUCCESS")
+    assert witness.column("select id from durable.workflows") == ["w"]
+
+
+def test_an_enqueue_in_sql_takes_the_options_of_one_in_python(dbos, listing, witness):
+    """Delay, priority, timeout, version, deduplication, class and instance."""
+    witness.run("""
+        select durable.enqueue('listing', 'line', workflow_id => 'w', priority => 3, delay_seconds => 1000,
+                               workflow_timeout => 60, app_version => 'v7', deduplication_id => 'one',
+                               class_name => 'Box', instance_name => 'red')
+    """)
+    row = witness.workflow("w")
+    assert (row.status, row.priority, row.timeout_s, row.deadline_at) == ("DELAYED", 3, 60, None)
+    assert (row.application_version, row.class_name, row.config_name) == ("v7", "Box", "red")
+    assert 990 < (row.delayed_until - row.created_at).total_seconds() < 1010
+
+
+def test_an_id_enqueued_again_in_sql_is_the_existing_workflow(dbos, listing, witness):
+    """Of the same function; for another, and for a deduplication ID that is held, it is an error that names them."""
+    again = "select durable.enqueue('listing', 'line', '[1]', workflow_id => 'w', deduplication_id => 'one')"
+    witness.run("select durable.enqueue('listing', 'line', workflow_id => 'w', deduplication_id => 'one',"
+                " delay_seconds => 1000)")
+    assert witness.one(again) == "w"
+    with pytest.raises(psycopg.errors.UniqueViolation, match="ID w belongs to a workflow of listing, not of other"):
+        witness.run("select durable.enqueue('other', 'line', workflow_id => 'w')")
+    with pytest.raises(psycopg.errors.UniqueViolation, match="unfinished workflow w has the deduplication ID one"):
+        witness.run("select durable.enqueue('listing', 'line', deduplication_id => 'one')")
+    dbos.cancel_workflow("w")
+    assert witness.one("select durable.enqueue('listing', 'line', deduplication_id => 'one')")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("'listing', 'line', '{}'", "args must be a JSON array"),
+        ("'listing', 'line', null", "args must be a JSON array"),
+        ("'listing', 'line', kwargs => '[]'", "kwargs must be a JSON object"),
+        ("'', 'line'", "workflow_name"),
+        ("'listing', ' '", "queue_name"),
+        ("'listing', 'line', workflow_id => ''", "ID must not be empty"),
+        ("'listing', 'line', workflow_id => repeat('x', 1001)", "1000 bytes"),
+        ("'listing', 'line', priority => -1", "priority"),
+        ("'listing', 'line', delay_seconds => -1", "delay_seconds"),
+        ("'listing', 'line', delay_seconds => 'nan'", "delay_seconds"),
+        ("'listing', 'line', workflow_timeout => 0", "workflow_timeout"),
+    ],
+)
+def test_what_cannot_be_enqueued_in_sql_is_refused(dbos, witness, arguments, said):
+    """With an error that says what is wrong, before anything is written."""
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match=said):
+        witness.run(f"select durable.enqueue({arguments})")
+
+
 def most_at_once(notes):
     return max(itertools.accumulate(1 if each.text == "start" else -1 for each in notes))
 
@@ -8603,8 +8688,9 @@ INDEXES = "select indexdef from pg_indexes where schemaname = 'durable' order by
 EDITION_1 = """
     drop view durable.why, durable.versions, durable.unfinished, durable.living;
     drop table durable.messages, durable.events, durable.streams;
+    drop function durable.enqueue;
     alter table durable.executors drop lost_at, drop known, drop queues, drop deactivated, drop failover,
-                                  drop interrupted;
+                                  drop interrupted, drop misfits;
     alter table durable.steps drop tries;
     update durable.version set number = 1;
 """
@@ -8614,8 +8700,13 @@ EDITION_2 = """
     update durable.version set number = 2;
 """
 
+EDITION_44 = """
+    drop function durable.enqueue;
+    update durable.version set number = 44;
+"""
 
-@pytest.mark.parametrize("edition", [EDITION_1, EDITION_2], ids=["1", "2"])
+
+@pytest.mark.parametrize("edition", [EDITION_1, EDITION_2, EDITION_44], ids=["1", "2", "44"])
 def test_a_database_of_an_earlier_edition_is_brought_up_in_place(empty_url, executor, edition):
     """What was there stays, and everything works."""
 
@@ -8637,7 +8728,8 @@ def test_a_database_of_an_earlier_edition_is_brought_up_in_place(empty_url, exec
         dbos.send("w", "hello")
         assert handle.get_result() == "hello ada"
         assert connection.execute("select count(*) from durable.executors").fetchone() == (2,)
-        assert connection.execute("select max(number) > 2 from durable.version").fetchone() == (True,)
+        assert connection.execute("select durable.enqueue('greet', 'line')").rowcount == 1
+        assert connection.execute("select max(number) > 44 from durable.version").fetchone() == (True,)
         assert connection.execute(INDEXES).fetchall() == schema
 
 
@@ -12007,6 +12099,137 @@ def test_the_page_fits_a_phone(desk, browser):
         browser.open(browser.page + address, width=390)
         browser.shows("xxx", "ERROR")
         assert browser.run("document.documentElement.scrollWidth") <= 390
+
+
+# --- Deploys ------------------------------------------------------------------------------------------
+#
+# What becomes of the unfinished work of a version when the next one is there.
+
+
+@pytest.fixture
+def deploy(executor):
+    """Put a version of the workflow `fulfil` in the place of the one before; its steps say their names."""
+    deployed = []
+
+    def deploy(version, body, launch=True, **config):
+        for former in deployed:
+            former.destroy()
+        dbos = executor(application_version=version, **config)
+        deployed.append(dbos)
+        dbos.said = []
+
+        def speak(word):
+            dbos.said.append(word)
+            return word
+
+        def say(word):
+            call = dbos.run_step_async if inspect.iscoroutinefunction(body) else dbos.run_step
+            return call({"name": word}, speak, word)
+
+        def fulfil(*args):
+            return body(dbos, say, *args)
+
+        async def fulfil_async(*args):
+            return await body(dbos, say, *args)
+
+        dbos.fulfil = dbos.workflow(name="fulfil")(fulfil_async if inspect.iscoroutinefunction(body) else fulfil)
+        if launch:
+            dbos.launch()
+        return dbos
+
+    return deploy
+
+
+def bill_first(dbos, say):
+    if dbos.patch("bill"):
+        say("bill")
+    return say("charge") + say("ship")
+
+
+async def bill_first_async(dbos, say):
+    if await dbos.patch_async("bill"):
+        await say("bill")
+    return await say("charge") + await say("ship")
+
+
+def charge_and_ship(dbos, say):
+    return say("charge") + say("ship")
+
+
+async def charge_and_ship_async(dbos, say):
+    return await say("charge") + await say("ship")
+
+
+both_colours = pytest.mark.parametrize(
+    ("before", "after"),
+    [(charge_and_ship, bill_first), (charge_and_ship_async, bill_first_async)], ids=["plain", "async"],
+)
+
+
+@both_colours
+def test_a_patch_is_for_those_who_have_not_passed_it(deploy, witness, before, after):
+    """What began before goes on as it began; what begins now does the new, and its history says so."""
+    dbos = deploy("v1", before)
+    assert begin(dbos, dbos.fulfil, id="old").get_result() == "chargeship"
+    dbos = deploy("v1", after)
+    assert begin(dbos, dbos.fulfil, id="new").get_result() == "chargeship"
+    for keep in (1, 2):
+        rewind(dbos, witness, "old", keep=keep)
+        assert result_of(dbos, "old") == "chargeship"
+        assert witness.steps("old") == ["charge", "ship"]
+    for keep in (0, 1, 2, 3):
+        rewind(dbos, witness, "new", keep=keep)
+        assert result_of(dbos, "new") == "chargeship"
+        assert witness.steps("new") == ["DBOS.patch-bill", "bill", "charge", "ship"]
+
+
+def test_who_waits_behind_a_patch_has_passed_it(deploy, witness):
+    """Of a recv that waits, only its deadline is on record, at a later position: the patch is not to come between."""
+
+    def before(dbos, say):
+        return dbos.recv(timeout_seconds=1000)
+
+    def after(dbos, say):
+        return (say("bill") if dbos.patch("bill") else "") + dbos.recv(timeout_seconds=1000)
+
+    dbos = deploy("v1", before)
+    begin(dbos, dbos.fulfil)
+    eventually(lambda: witness.steps("w") == ["DBOS.sleep"])
+    dbos = deploy("v1", after)
+    dbos.send("w", "hello")
+    assert result_of(dbos, "w") == "hello"
+
+
+def test_a_deprecated_patch_passes_the_marks_that_there_are(deploy, witness):
+    """It makes none, so that it can go when the last workflow that has one has ended."""
+
+    def deprecated(dbos, say):
+        assert dbos.deprecate_patch("bill")
+        say("bill")
+        return charge_and_ship(dbos, say)
+
+    dbos = deploy("v1", bill_first)
+    begin(dbos, dbos.fulfil, id="marked").get_result()
+    dbos = deploy("v1", deprecated)
+    begin(dbos, dbos.fulfil, id="plain").get_result()
+    assert witness.steps("plain") == ["bill", "charge", "ship"]
+    for workflow_id, marks in (("marked", 1), ("plain", 0)):
+        for keep in range(3):
+            rewind(dbos, witness, workflow_id, keep=keep + marks)
+            assert result_of(dbos, workflow_id) == "chargeship"
+    assert witness.steps("marked") == ["DBOS.patch-bill", "bill", "charge", "ship"]
+
+
+def test_patches_are_for_the_code_of_workflows(dbos):
+    """Elsewhere there is no history that could tell."""
+    with pytest.raises(DBOSException, match="workflow's own code"):
+        dbos.patch("bill")
+
+    async def on_a_loop():
+        dbos.patch("bill")
+
+    with pytest.raises(RuntimeError, match="patch_async"):
+        asyncio.run(on_a_loop())
 
 
 # --- Promises under violence --------------------------------------------------------------------------
