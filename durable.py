@@ -8522,7 +8522,8 @@ def _main() -> int:
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     _log.addHandler(logging.NullHandler())
-    deploys = options.command in ("check", "adopt")
+    deploys = options.command in ("check", "adopt")  # an application is imported, and may raise anything
+    expected = (Exception,) if deploys else (DBOSException, psycopg.Error, ValueError, OSError)
     try:
         if options.command == "migrate":
             given = {"system_database_url": url or "", "use_listen_notify": False}
@@ -8559,8 +8560,8 @@ def _main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 130
-    except (Exception if deploys else (DBOSException, psycopg.Error, ValueError, OSError)) as error:
-        text = str(error) if not deploys or hasattr(error, "message") else repr(error)  # an application raises anything
+    except expected as error:
+        text = str(error) if not deploys or hasattr(error, "message") else repr(error)
         print(f"durable: {' '.join(text.split())}", file=sys.stderr)
         return 2 if deploys else 1
     return 0
