@@ -8071,6 +8071,14 @@ def _give(
     return [outcome(row, fit) for row, fit in checked]
 
 
+def _await_the_living(conn: Conn) -> None:
+    """Just after Postgres came up nobody can be told from the dead: wait until the living have their locks again."""
+    conn.execute(f"""
+        select pg_sleep(greatest(0, extract(epoch from pg_postmaster_start_time() - clock_timestamp())
+                                    + {_RESTART_GRACE_S} + 0.01))
+    """)
+
+
 # Of a PENDING workflow's executor `e`: it is dead, by the rules of _left_alone.
 _DEAD = """
     (e.incarnation is null or e.stopped_at is not null
@@ -8229,6 +8237,7 @@ class _Deploying(_Engine):
         with self._visitor() as executor:
             if executor is not self._executor:
                 executor.pool = executor.new_pool()
+            executor.now(_await_the_living)
             return executor.judge_others(ids, None, 0.0, False, tell)
 
     @contextmanager
