@@ -7659,7 +7659,6 @@ class _Rehearsal(_OrderedRun):
         self.first: tuple[int, str] | None = None  # the first call that is not on record, or waits
         self.waits = False  # at least one task has come so far
         self.parted: _Verdict | None = None
-        self.recalled: Exception | None = None  # what a record raised last
         self.error: BaseException | None = None  # what the function raised
         self.began = self.returned = False
         self.idle = 0  # how often nothing moved after the end
@@ -7702,13 +7701,6 @@ class _Rehearsal(_OrderedRun):
             self.parted = self.parted or _Verdict(False, record.position, record.name, name, why)
             self.end()
         return record
-
-    def outcome(self, record: _Record) -> Any:
-        try:
-            return super().outcome(record)
-        except Exception as error:
-            self.recalled = error
-            raise
 
     # Waits, and the end.
 
@@ -7796,9 +7788,9 @@ class _Rehearsal(_OrderedRun):
             return _Verdict(True, None, None, None, "fits: it has yet to begin")
         position, on_record = (left.position, left.name) if left else self.last or (None, None)
         there, calls = f"position {position} ({_said(on_record)}) is on record", None
-        if error is not None and (left is not None or error is not self.recalled):
+        if error is not None:
             why = f"raises {_type_name(error)} {behind}: {_text_of(error)}"
-        elif left is not None and (self.returned or error is not None):
+        elif left is not None and self.returned:
             why = f"ends before its history does: {there}"
         elif self.first is not None and left is not None:
             where, calls = self.first
@@ -7806,7 +7798,7 @@ class _Rehearsal(_OrderedRun):
         elif self.first is not None:
             where, calls = self.first
             return _Verdict(True, where, None, calls, f"fits, up to position {where} ({_said(calls)})")
-        elif self.returned or error is not None:
+        elif self.returned:
             return _Verdict(True, position, on_record, None, f"fits, to its end {behind}")
         else:
             why = f"comes to no call {behind}" + (f", though {there}" if left else "")
