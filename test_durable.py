@@ -12246,7 +12246,7 @@ PROGRAMS = int(os.environ.get("DURABLE_TEST_PROGRAMS", "250"))
 
 
 class Author:
-    """Writes programs and changes them, at random: lists of operations, of which some branch and some are made at once."""
+    """Writes programs, and changes them, at random: lists of operations, some with branches, some made at once."""
 
     def __init__(self, seed):
         self.random = random.Random(seed)
@@ -12439,8 +12439,10 @@ def cut_short(witness, player, seed):
         for position in lost:
             del history[position]
     pairs = [[each[0] for each in gone], [each[1] for each in gone]]
-    witness.run("delete from durable.steps where (workflow_id, position) in (select * from unnest(%s::text[], %s::int[]))",
-                *pairs)
+    witness.run("""
+        delete from durable.steps
+         where (workflow_id, position) in (select * from unnest(%s::text[], %s::integer[]))
+    """, *pairs)
     witness.run("""
         delete from durable.workflows as w where parent_workflow_id is not null
            and not exists (select from durable.steps as s where s.child_workflow_id = w.id)
@@ -12507,7 +12509,9 @@ def test_what_check_says_of_random_changes_is_what_comes_of_them(executor, witne
     eventually(lambda: witness.one("select count(*) from durable.unfinished") == 0)
     wrong = {
         workflow_id: (fit.why, observed[workflow_id], old[int(workflow_id[1:])], new[int(workflow_id[1:])])
-        for workflow_id, fit in fits.items() if fit.fits == bool(observed[workflow_id])
+        for workflow_id, fit in fits.items()
+        # (A record behind a place that has none may be taken by another call of its name: that raises nothing.)
+        if fit.fits == bool(observed[workflow_id]) and "where nothing is on record" not in fit.why
     }
     assert not wrong, f"{len(wrong)} of {PROGRAMS}, seed {seed}; for one, {next(iter(wrong.items()))}"
     assert 0.1 < sum(fit.fits for fit in fits.values()) / PROGRAMS < 0.9
