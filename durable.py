@@ -7680,16 +7680,16 @@ class _Rehearsal(_OrderedRun):
             self._add(self._read(self.id, self.history_to))
 
     async def recall(self, position: int, name: str) -> _Record | None:
-        record = await super().recall(position, name)
         self.moved_at = time.monotonic()
-        if name in _WITH_DEADLINE:
-            await self.remember(position + 1)
-            if getattr(self._history.get(position + 1), "name", None) == "DBOS.sleep":
-                del self._history[position + 1]
+        await self.remember(position + 1)
+        if name in _WITH_DEADLINE and getattr(self._history.get(position + 1), "name", None) == "DBOS.sleep":
+            del self._history[position + 1]
+        if position in self._history:
+            self.last = (position, name)
+        record = await super().recall(position, name)
         if record is None:
             self.first = min(self.first or (position, name), (position, name))
             await _Wait(self.end, self.wait_for_others)
-        self.last = (position, name)
         return record
 
     async def note_cuts(self) -> None:

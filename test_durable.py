@@ -12234,6 +12234,568 @@ def test_patches_are_for_the_code_of_workflows(dbos):
 
 
 
+# Check.
+
+
+@pytest.fixture
+def stopped(deploy, witness):
+    """Run `before` as v1 to its end, leave `keep` steps of it on record as if it had died there, and deploy `after`."""
+
+    def stopped(before, after, keep, *args, launch=False, **config):
+        dbos = deploy("v1", before)
+        handle = begin(dbos, dbos.fulfil, *args)
+        with contextlib.suppress(ValueError):
+            handle.get_result()
+        orphan(witness, "w", keep=keep)
+        return deploy("v2", after, launch=launch, **config)
+
+    return stopped
+
+
+def said_of(dbos, workflow_id="w"):
+    """What check says of a workflow."""
+    (fit,) = (fit for fit in dbos.check() if fit.workflow_id == workflow_id)
+    assert dbos.said == []  # no step was called
+    return fit.fits, fit.why
+
+
+def refund_and_ship(dbos, say):
+    return say("refund") + say("ship")
+
+
+def ship_and_charge(dbos, say):
+    return say("ship") + say("charge")
+
+
+def bill_and_more(dbos, say):
+    return say("charge") + say("bill") + say("ship")
+
+
+def charge_only(dbos, say):
+    return say("charge")
+
+
+def charge_and_fail(dbos, say):
+    say("charge")
+    raise ValueError("no more")
+
+
+def charge_twice_over(dbos, say):
+    try:
+        say("refund")
+    except Exception:
+        return charge_and_ship(dbos, say)
+
+
+def charge_and_sleep(dbos, say):
+    say("charge")
+    dbos.sleep(0.01)
+    dbos.recv(timeout_seconds=0)
+    return say("ship")
+
+
+@pytest.mark.parametrize(
+    ("after", "keep", "fits", "why"),
+    [
+        (charge_and_ship, 0, True, "fits: it has yet to begin"),
+        (charge_and_ship, 1, True, "fits, up to position 2 (ship)"),
+        (charge_and_ship, 2, True, "fits, to its end behind position 2 (ship)"),
+        (refund_and_ship, 0, True, "fits: it has yet to begin"),
+        (refund_and_ship, 1, False, "position 1 is charge on record, and now calls refund"),
+        (bill_and_more, 1, True, "fits, up to position 2 (bill)"),
+        (bill_and_more, 2, False, "position 2 is ship on record, and now calls bill"),
+        (bill_first, 2, True, "fits, to its end behind position 2 (ship)"),
+        (charge_only, 1, True, "fits, to its end behind position 1 (charge)"),
+        (charge_only, 2, False, "ends before its history does: position 2 (ship) is on record"),
+        (charge_and_fail, 1, False, "raises ValueError behind position 1 (charge): no more"),
+        (charge_twice_over, 1, False, "position 1 is charge on record, and now calls refund"),
+        (charge_and_sleep, 1, True, "fits, up to position 2 (sleep)"),
+        (charge_and_sleep, 2, False, "position 2 is ship on record, and now calls sleep"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_check_says_up_to_where_the_new_code_fits(stopped, after, keep, fits, why):
+    """Or where it parts from what is on record."""
+    dbos = stopped(charge_and_ship, after, keep)
+    assert said_of(dbos) == (fits, why)
+
+
+def test_check_tells_programs_where_the_code_parts(stopped):
+    """The position, what is on record there, and what is called."""
+    (fit,) = stopped(charge_and_ship, ship_and_charge, 1).check()
+    assert (fit.workflow_id, fit.name, fit.status, fit.application_version) == ("w", "fulfil", "PENDING", "v1")
+    assert (fit.fits, fit.position, fit.on_record, fit.calls, fit.adopted) == (False, 1, "charge", "ship", False)
+
+
+def test_arguments_that_no_longer_bind_do_not_fit(stopped):
+    """Though nothing is on record yet: it could not even begin."""
+
+    def before(dbos, say, order):
+        return say(order)
+
+    dbos = stopped(before, charge_and_ship, 0, "order-1")
+    dbos._functions.clear()
+    dbos.workflow(name="fulfil")(lambda: None)
+    fits, why = said_of(dbos)
+    assert not fits
+    assert "cannot be passed to fulfil" in why
+
+
+def test_a_function_that_is_gone_does_not_fit(stopped):
+    """Said with its class and instance, where it has them."""
+    dbos = stopped(charge_and_ship, charge_and_ship, 1)
+    dbos._functions.clear()
+    assert said_of(dbos) == (False, "there is no fulfil in this code")
+
+
+def test_check_writes_nothing_and_leaves_nothing_behind(stopped, witness):
+    """Neither rows, nor threads, nor log lines of the workflow; and where it is must look right to its code."""
+
+    def before(dbos, say):
+        say(dbos.workflow_id)
+        dbos.recv(timeout_seconds=0)
+        return say("ship")
+
+    def after(dbos, say):
+        dbos.logger.warning("never said")
+        say(dbos.workflow_id)
+        assert (dbos.application_version, dbos.step_id) == ("v2", None)
+        dbos.recv(timeout_seconds=0)
+        dbos.start_workflow(dbos.fulfil)
+
+    tables = ["workflows", "steps", "executors", "messages", "events", "streams"]
+    dbos = stopped(before, after, 3)
+    rows, threads = [witness.rows(f"select * from durable.{each}") for each in tables], threading.active_count()
+    assert said_of(dbos) == (True, "fits, up to position 4 (fulfil)")
+    assert [witness.rows(f"select * from durable.{each}") for each in tables] == rows
+    eventually(lambda: threading.active_count() <= threads)
+
+
+def test_check_needs_no_more_than_the_right_to_read(stopped, witness, url):
+    """As on a replica, too, where nothing can be written."""
+    dbos = stopped(charge_and_ship, charge_and_ship, 1)
+    role = f"reader_{os.getpid()}"
+    witness.run(f"create role {role} login")
+    try:
+        witness.run(f"grant usage on schema durable to {role}")
+        witness.run(f"grant select on all tables in schema durable to {role}")
+        witness.run(f"alter role {role} set default_transaction_read_only = on")
+        parts = urlsplit(url)
+        dbos._config["system_database_url"] = parts._replace(netloc=f"{role}@{parts.netloc.split('@')[-1]}").geturl()
+        assert said_of(dbos) == (True, "fits, up to position 2 (ship)")
+    finally:
+        witness.run(f"drop owned by {role}")
+        witness.run(f"drop role {role}")
+
+
+@pytest.fixture
+def soon_given_up(monkeypatch):
+    """A rehearsal that stands still is given up at once."""
+    monkeypatch.setattr(durable, "_STANDSTILL_S", 0.3)
+
+
+def swallow_everything(dbos, say):
+    while True:
+        with contextlib.suppress(BaseException):
+            return charge_and_ship(dbos, say)
+
+
+def spin(dbos, say):
+    say("charge")
+    while True:
+        pass
+
+
+def block(dbos, say):
+    say("charge")
+    dbos.gate()
+
+
+@pytest.mark.parametrize(
+    ("after", "fits", "why"),
+    [
+        (swallow_everything, True, "fits, up to position 2 (ship)"),
+        (spin, False, "comes to no call behind position 1 (charge)"),
+        (block, False, "comes to no call behind position 1 (charge)"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_code_that_does_not_end_is_no_hang(stopped, soon_given_up, gate, witness, after, fits, why):
+    """It is interrupted, and if it cannot be, left alone; of its function no other workflow is rehearsed."""
+    dbos = stopped(charge_and_ship, after, 1)
+    dbos.gate = gate
+    witness.run("""
+        insert into durable.workflows (id, name, inputs, status, claim, executor_id, incarnation, application_version)
+        select 'x', name, inputs, status, claim, executor_id, incarnation, 'v1' from durable.workflows where id = 'w'
+    """)
+    assert said_of(dbos) == (fits, why)
+    assert said_of(dbos, "x") == (False, "was left out: fulfil stood still in workflow w")
+
+
+def test_check_rehearses_coroutines_with_their_timeouts(stopped, witness):
+    """What a workflow gave up on, and what it waits for in several tasks; no time is spent on its clocks."""
+
+    async def before(dbos, say):
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(dbos.recv_async(timeout_seconds=1000), 0.2)
+        await asyncio.gather(say("a"), dbos.sleep_async(0.01), say("b"), asyncio.sleep(0.01))
+        return await say("end")
+
+    async def after(dbos, say):
+        background = asyncio.create_task(asyncio.sleep(1e6))
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(dbos.recv_async(timeout_seconds=1000), 1e5)
+        await asyncio.gather(say("a"), dbos.sleep_async(0.01), say("b"), asyncio.sleep(1e6))
+        await asyncio.to_thread(time.sleep, 0.01)
+        await say("end" if background else "")
+        return await say("more")
+
+    dbos = stopped(before, after, 6)
+    assert said_of(dbos) == (True, "fits, up to position 7 (more)")
+    witness.run("delete from durable.steps where position in (3, 6)")
+    assert said_of(dbos) == (True, "fits, up to position 3 (a)")
+    witness.run("update durable.steps set name = 'c' where position = 5")
+    assert said_of(dbos) == (False, "position 5 is c on record, and now calls b")
+
+
+def test_a_task_that_waits_for_what_never_comes_does_not_fit(stopped, soon_given_up):
+    """As where the timeout was taken out that had cut a call off."""
+
+    async def before(dbos, say):
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(dbos.recv_async(timeout_seconds=1000), 0.1)
+        return await say("end")
+
+    async def after(dbos, say):
+        await dbos.recv_async(timeout_seconds=1000)
+        return await say("end")
+
+    fits, why = said_of(stopped(before, after, 3))
+    assert not fits
+    assert why == "comes to no call before its first call, though position 3 (end) is on record"
+
+
+def test_the_threads_of_a_workflow_are_rehearsed_as_they_run(stopped):
+    """What they hand to other threads is recalled there, or is the end there."""
+
+    async def before(dbos, say):
+        for word in "abc":
+            await asyncio.to_thread(dbos.run_step, {"name": word}, dbos.said.append, word)
+
+    assert said_of(stopped(before, before, 2)) == (True, "fits, up to position 3 (c)")
+
+
+def test_a_long_history_is_read_in_pieces(stopped):
+    """However long it is."""
+
+    def long(dbos, say):
+        return [say("a") for _ in range(2 * durable._HISTORY_CHUNK + 1)]
+
+    assert said_of(stopped(long, long, 2 * durable._HISTORY_CHUNK)) == (True, "fits, up to position 2001 (a)")
+
+
+def test_check_leaves_out_what_is_not_of_another_version(deploy, executor, witness, queue, job):
+    """What has ended, what is ours, and what is anybody's."""
+    for name, options in {"mine": {}, "anybody's": {}, "theirs": {"app_version": "v0"}}.items():
+        with SetWorkflowID(name):
+            enqueue(queue, job, "plug", **options, delay_seconds=1000)
+    witness.run("update durable.workflows set application_version = null where id = 'anybody''s'")
+    dbos = deploy("v1", charge_and_ship)
+    assert [(fit.workflow_id, fit.why) for fit in dbos.check()] == [("theirs", "there is no job in this code")]
+    assert [fit.workflow_id for fit in asyncio.run(dbos.check_async())] == ["theirs"]
+
+
+def test_check_is_not_for_workflows(dbos):
+    """It is not recorded, and another replay would be told something else."""
+    look = dbos.workflow(name="look")(dbos.check)
+    with pytest.raises(DBOSException, match="world outside"):
+        look()
+
+
+# Adoption.
+
+
+def test_what_fits_is_adopted_and_goes_on(stopped, witness):
+    """Where it stood, with the code of the new version; no step runs again."""
+    dbos = stopped(charge_and_ship, bill_and_more, 1)
+    (fit,) = dbos.adopt()
+    assert (fit.fits, fit.adopted, fit.why) == (True, True, "fits, up to position 2 (bill)")
+    assert (witness.workflow("w").application_version, witness.workflow("w").recovery_attempts) == ("v2", 1)
+    dbos.launch()
+    assert result_of(dbos, "w") == "chargebillship"
+    assert dbos.said == ["bill", "ship"]
+    assert witness.workflow("w").recovery_attempts == 2
+
+
+def test_what_does_not_fit_keeps_its_version(stopped, witness):
+    """And is as it was."""
+    dbos = stopped(charge_and_ship, refund_and_ship, 1)
+    row = witness.workflow("w")
+    (fit,) = dbos.adopt()
+    assert (fit.fits, fit.adopted) == (False, False)
+    assert witness.workflow("w") == row
+
+
+def test_what_waits_in_a_queue_is_adopted_in_its_place(deploy, witness):
+    """With its delay and its priority; whoever serves the queue takes it at once."""
+    before = deploy("v1", charge_and_ship)
+    queue = Queue("line", durable=before)
+    before._executor.deactivated = True
+    for workflow_id, options in {"a": {}, "b": {}, "later": {"delay_seconds": 1000}}.items():
+        with SetWorkflowID(workflow_id), SetEnqueueOptions(**options):
+            queue.enqueue(before.fulfil)
+    rows = witness.rows("select id, number, status, priority, delayed_until from durable.workflows order by number")
+    after = deploy("v2", charge_and_ship)
+    after._executor.deactivated = True
+    Queue("line", durable=after)
+    assert [(fit.workflow_id, fit.adopted) for fit in after.adopt()] == [("a", True), ("b", True), ("later", True)]
+    assert witness.rows(
+        "select id, number, status, priority, delayed_until from durable.workflows order by number") == rows
+    after._executor.deactivated = False
+    after._executor.look_at("line")
+    assert (result_of(after, "a"), result_of(after, "b")) == ("chargeship", "chargeship")
+
+
+def test_only_those_that_are_named_are_adopted(stopped, witness):
+    """The others keep their version."""
+    dbos = stopped(charge_and_ship, charge_and_ship, 1)
+    assert dbos.adopt(["x"]) == []
+    assert witness.workflow("w").application_version == "v1"
+    assert [fit.adopted for fit in dbos.adopt(["w"])] == [True]
+
+
+def test_what_a_live_executor_runs_is_not_adopted(executor, gate, witness):
+    """Though it would fit: two codes would run it."""
+    before = executor(executor_id="blue", application_version="v1")
+    held = before.workflow(name="held")(gate.__call__)
+    before.launch()
+    begin(before, held)
+    gate.await_body()
+    after = executor(executor_id="green", application_version="v2")
+    after.workflow(name="held")(gate.__call__)
+    after.launch()
+    (fit,) = after.adopt()
+    assert not fit.adopted
+    assert fit.why.endswith("and stays: a live executor runs it, blue")
+    gate.open()
+    eventually(lambda: witness.status("w") == "SUCCESS")
+    assert witness.workflow("w").application_version == "v1"
+
+
+def test_what_moves_on_between_check_and_adoption_is_left_alone(stopped, witness, monkeypatch):
+    """The claim, the status and the version are those that were checked, or nothing happens."""
+    rehearse = durable._rehearse
+
+    def meanwhile(*args):
+        fits = rehearse(*args)
+        witness.run("update durable.workflows set claim = claim + 1")
+        return fits
+
+    dbos = stopped(charge_and_ship, charge_and_ship, 1)
+    monkeypatch.setattr(durable, "_rehearse", meanwhile)
+    (fit,) = dbos.adopt()
+    assert not fit.adopted
+    assert fit.why.endswith("it has moved on meanwhile")
+    assert witness.workflow("w").application_version == "v1"
+
+
+def test_of_two_who_adopt_at_once_one_gets_each(executor, witness, finished, dbos, monkeypatch):
+    """The other is told that it has moved on."""
+    ids = [f"w{n}" for n in range(50)]
+    finished(*ids)
+    dbos.destroy()
+    orphan(witness, *ids)
+    rivals = [executor(application_version=f"v{n}", executor_id=f"e{n}") for n in (2, 3)]
+    for rival in rivals:
+        rival.workflow(name=next(iter(dbos._functions)))(lambda name="world": name)
+    give, both = durable._give, threading.Barrier(2)
+    monkeypatch.setattr(durable, "_give", lambda *args: both.wait(PATIENCE_S) is None or give(*args))
+    fits = together(*(rival.adopt for rival in rivals))
+    taken = [{fit.workflow_id for fit in each if fit.adopted} for each in fits]
+    assert taken[0] | taken[1] == set(ids)
+    assert not taken[0] & taken[1]
+
+
+def test_an_executor_that_was_cut_off_finds_nothing_of_what_was_adopted(executor, gate, witness, fast_sweeps):
+    """It was taken for dead, and lives: what it still writes does not count."""
+    before = executor(application_version="v1")
+    said = []
+
+    @before.workflow(name="held")
+    def held():
+        gate()
+        before.run_step({"name": "late"}, said.append, "late")
+
+    before.launch()
+    handle = begin(before, held)
+    gate.await_body()
+    witness.run("update durable.executors set stopped_at = now()")  # as everybody believes
+    after = executor(application_version="v2", executor_id="next")
+    after.workflow(name="held")(lambda: after.run_step({"name": "step"}, str))
+    assert [fit.adopted for fit in after.adopt()] == [True]
+    gate.open()
+    eventually(lambda: not before._executor.running)
+    assert (witness.status("w"), witness.steps("w"), said) == ("PENDING", [], [])
+    assert handle.workflow_id == "w"
+
+
+@pytest.mark.parametrize("when", ["launch", "sweep"])
+def test_an_executor_that_may_adopts_what_nobody_serves(deploy, executor, witness, fast_sweeps, monkeypatch, when):
+    """At its launch, and later of what dies then; what does not fit says why, once, where one looks for it."""
+    monkeypatch.setattr(durable, "_RESTART_GRACE_S", 0.1)
+    before = deploy("v1", charge_and_ship)
+    for workflow_id in ("fits", "parts"):
+        begin(before, before.fulfil, id=workflow_id).get_result()
+    before.destroy()
+
+    def die():
+        orphan(witness, "fits", keep=0)
+        orphan(witness, "parts", keep=1)
+
+    if when == "launch":
+        die()
+    after = deploy("v2", refund_and_ship, adopt=True)
+    if when == "sweep":
+        die()
+    assert result_of(after, "fits") == "refundship"
+    why = "select why from durable.why where workflow_id = 'parts'"
+    end = "; version v2 does not go on with it: position 1 is charge on record, and now calls refund"
+    eventually(lambda: witness.one(why).endswith(end))
+    assert witness.workflow("parts").application_version == "v1"
+    assert len(after._executor.misfits) == 1
+
+
+def test_what_did_not_fit_is_not_tried_again(stopped, fast_sweeps, monkeypatch, witness):
+    """Once for each executor and version; but what comes to that version later is looked at."""
+    tried, rehearse = [], durable._rehearse
+    monkeypatch.setattr(durable, "_RESTART_GRACE_S", 0.1)
+    monkeypatch.setattr(durable, "_rehearse", lambda *args: tried.append([r["id"] for r in args[3]]) or rehearse(*args))
+    dbos = stopped(charge_and_ship, refund_and_ship, 1, launch=True, adopt=True)
+    eventually(lambda: tried)
+    for _ in range(3):
+        dbos._executor.adopt_stranded()
+    witness.run("""
+        insert into durable.workflows (id, name, inputs, status, claim, queue, application_version)
+        values ('x', 'gone', '', 'ENQUEUED', 1, 'line', 'v1')
+    """)
+    eventually(lambda: ["x"] in tried)
+    assert [each for each in tried if each] == [["w"], ["x"]]
+
+
+def test_a_live_version_keeps_its_work(deploy, executor, witness, fast_sweeps):
+    """An executor that may adopt leaves alone what waits for one that lives."""
+    blue = executor(executor_id="blue", application_version="v1")
+    blue.workflow(name="fulfil")(lambda: "blue")
+    blue.launch()
+    witness.run("select durable.enqueue('fulfil', 'nowhere', workflow_id => 'w', app_version => 'v1')")
+    green = deploy("v2", charge_and_ship, adopt=True, executor_id="green")
+    green._executor.adopt_stranded()
+    assert witness.workflow("w").application_version == "v1"
+    blue.destroy()
+    eventually(lambda: witness.workflow("w").application_version == "v2")
+
+
+def test_adoption_is_set_by_config_or_environment(executor, monkeypatch):
+    """It is off unless somebody says so."""
+    assert executor()._settings()["adopt"] is False
+    monkeypatch.setenv("DBOS__ADOPT", "true")
+    assert executor()._settings()["adopt"] is True
+    assert executor(adopt=False)._settings()["adopt"] is False
+    with pytest.raises(DBOSInitializationError, match="adopt"):
+        executor(adopt="yes")
+
+
+def test_a_version_tells_which_of_its_functions_changed(executor, witness, caplog):
+    """In durable.versions, and in the warning of a launch."""
+    for version, number in (("v1", 1), ("v2", 2)):
+        dbos = executor(application_version=version)
+        dbos.workflow(name="same")(lambda: 0)
+        dbos.workflow(name="changes")(abs if number == 1 else str.upper)
+        if number == 1:
+            dbos.workflow(name="goes")(lambda: 3)
+        dbos.launch()
+        witness.run("select durable.enqueue('same', 'line', workflow_id => 'w', app_version => 'v1')")
+        dbos.destroy()
+    assert witness.rows("select application_version, changed from durable.versions where stranded") == [
+        ("v1", ["changes", "goes"])
+    ]
+    (warning,) = warnings_in(caplog, "other application versions")
+    assert "1 of version v1 (since when changes, goes changed)" in warning
+
+
+# From the command line.
+
+SHOP = """
+    from durable import DBOS
+
+    DBOS(config={"name": "shop", "application_version": "v2"})
+    print("a line that is not for programs")
+
+    @DBOS.step()
+    def charge(): raise SystemExit("a step was called")
+
+    @DBOS.workflow()
+    def fulfil(): return charge()
+
+    DBOS.launch()
+    raise SystemExit("it went on behind the launch")
+"""
+
+
+@pytest.fixture
+def application(tmp_path, monkeypatch):
+    """Write the application `shop` into the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(**names):
+        source = textwrap.dedent(SHOP)
+        for old, new in names.items():
+            source = source.replace(old, new)
+        (tmp_path / "shop.py").write_text(source)
+
+    write()
+    return write
+
+
+def test_an_application_is_checked_and_adopts_from_the_command_line(deploy, witness, application, command, told):
+    """It is imported, and not launched; the exit status tells a pipeline whether all fit."""
+    before = deploy("v1", charge_and_ship)
+    begin(before, before.fulfil).get_result()
+    before.destroy()
+    orphan(witness, "w", keep=1)
+    (fit,) = told("check", "shop")
+    assert (fit["workflow_id"], fit["fits"], fit["adopted"]) == ("w", True, False)
+    assert "fits, to its end behind position 1 (charge)" in " ".join(command("check", "shop:DBOS").stdout.split())
+    application(charge="refund")
+    parted = command("check", "shop")
+    assert (parted.returncode, "charge on record, and now calls refund" in parted.stdout) == (1, True)
+    assert command("adopt", "shop").returncode == 1
+    application()
+    assert told("adopt", "shop", "w")[0]["adopted"]
+    assert witness.workflow("w").application_version == "v2"
+    assert (told("check", "shop"), command("check", "shop").returncode) == ([], 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("check", "nowhere"), "no module 'nowhere'"),
+        (("check", "shop:missing"), "missing"),
+        (("check", "broken"), "ZeroDivisionError"),
+        (("check", "two"), "2 instances: say which, as two:ATTRIBUTE"),
+        (("adopt", "shop", "nobody"), "no unfinished workflow of another version nobody"),
+    ],
+    ids=lambda value: value[1] if isinstance(value, tuple) else "",
+)
+def test_what_cannot_be_checked_is_told_in_one_line(dbos, application, tmp_path, command, arguments, said):
+    """With exit status 2, so that a pipeline can tell it from what does not fit."""
+    (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "two.py").write_text("from durable import Durable\none, other = Durable(), Durable()")
+    done = command(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr.splitlines()[-1]
+
+
 # Programs made at random: what check says of a change, and what becomes of it when it is forced.
 
 
