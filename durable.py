@@ -7912,9 +7912,9 @@ class _Scene:
 
     def interrupt(self, run: _Rehearsal) -> None:
         """Raise something in the thread until it ends, for a second; user code can hold on to it for ever."""
-        for _ in range(20):
+        for _ in range(4):
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(run.thread), ctypes.py_object(_Frontier))
-            if self.over.wait(0.05):
+            if self.over.wait(0.25):
                 return
 
 
