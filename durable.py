@@ -8500,8 +8500,10 @@ def _tell_progress(done: int) -> None:
     print(f"\r{done:,} workflows checked", end="", file=sys.stderr, flush=True)
 
 
-def _print_fits(fits: list[dict[str, Any]]) -> None:
+def _print_fits(fits: list[dict[str, Any]], adopts: bool) -> None:
     """Print what is the same of many workflows once, with the first of them."""
+    if not fits:
+        return print("no workflow of another version is unfinished")
     alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for fit in fits:
         alike.setdefault(tuple(fit[name] for name in ("name", "application_version", "adopted", "why")), []).append(fit)
@@ -8509,7 +8511,7 @@ def _print_fits(fits: list[dict[str, Any]]) -> None:
         {"workflows": len(those), "first": those[0]["workflow_id"], **those[0]}
         for those in sorted(alike.values(), key=lambda those: bool(those[0]["fits"]))
     ]
-    shown = ("workflows", "name", "application_version", "first", "fits", "adopted", "why")
+    shown = ("workflows", "name", "application_version", "first", "fits", *(["adopted"] if adopts else []), "why")
     _print_table([{name: row[name] for name in shown} for row in rows])
 
 
@@ -8551,7 +8553,7 @@ def _main() -> int:
             print()
             _print_table(rows["steps"])
         elif deploys:
-            _print_fits(rows)
+            _print_fits(rows, options.command == "adopt")
         else:
             _print_table(rows)
         sys.stdout.flush()
