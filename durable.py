@@ -37,7 +37,7 @@ The map.  What stands above a banner is complete, and runs, without what stands 
     I.   The engine     workflows and steps, their values and colours; killed, they go on
     II.  Self-hosting   bad times, the dead and the living, transactions, the admin server, settings
     III. Rooms          each by itself: group commit, hints, sleep, cancel, queues, messages, events, streams, ...
-    IV.  Operators      management, client, admin API, metrics, page, command line
+    IV.  Operators      management, client, admin API, metrics, page, deploys, command line
 
 Names and behaviour follow the DBOS Python library 2.x: code moves to `dbos` and back by one import line.
 Needs Python 3.10+, psycopg 3 with psycopg_pool, PostgreSQL 13+, and schema.sql beside this file.  MIT licence.
@@ -1684,7 +1684,7 @@ from psycopg import pq
 
 __all__ += ["DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded"]
 
-_SCHEMA_VERSION = 42  # the edition of schema.sql that this code was written for, and how many storeys of it
+_SCHEMA_VERSION = 46  # the edition of schema.sql that this code was written for, and how many storeys of it
 _SWEEP_S = 3.0  # a lock that stays free from one sweep to the next is a death: missed after 3 to 6 s
 _RESTART_GRACE_S = 3.0  # after Postgres starts, time for the living to take their locks again
 _LONGEST_PAUSE_S = 1.0  # between two tries to reach a database that is away
@@ -2758,7 +2758,10 @@ class _SettledExecutor(_TransactingExecutor):
         if stranded:
             _log.warning(
                 "unfinished workflows of other application versions wait, and no live executor serves them: %s",
-                ", ".join(f"{count} of version {version}" for version, count in stranded),
+                ", ".join(
+                    f"{count} of version {version}" + (f" (since when {', '.join(changed)} changed)" if changed else "")
+                    for version, count, changed in stranded
+                ),
             )
         return super().serve()
 
@@ -2778,10 +2781,10 @@ def _edition(conn: Conn) -> int | None:
     return cast(tuple[int], conn.execute("select max(number) from durable.version").fetchone())[0]
 
 
-def _stranded(conn: Conn, version: str) -> list[tuple[str, int]]:
-    """Count the unfinished workflows of other versions that no live executor serves, by version."""
+def _stranded(conn: Conn, version: str) -> list[tuple[str, int, list[str] | None]]:
+    """Count the unfinished workflows of other versions that no live executor serves; and which functions changed."""
     query = """
-        select application_version, delayed + enqueued + pending from durable.versions
+        select application_version, delayed + enqueued + pending, changed from durable.versions
          where stranded and application_version <> %s order by application_version
     """
     return conn.execute(query, (version,)).fetchall()
@@ -2861,7 +2864,7 @@ from queue import SimpleQueue
 
 from psycopg.abc import PQGen
 
-_SCHEMA_VERSION = 43
+_SCHEMA_VERSION = 47
 
 _UNFINISHED = ("DELAYED", "ENQUEUED", "PENDING")  # as Python writes a tuple, SQL reads a list
 _TYPES = {  # of the values that a start brings along, where they are not text
@@ -3948,11 +3951,13 @@ class _OrderedRun(_Run):
 
     async def call(self) -> Any:
         await self.remember(1)  # before any timer of the workflow's own can measure how long that takes
-        if not self.function.is_async:
-            return await super().call()
+        return await (self.in_turns(super().call()) if self.function.is_async else super().call())
+
+    async def in_turns(self, body: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine, as the workflow's own code."""
         self.task = asyncio.current_task()
         try:
-            return await _in_turns(super().call(), self)
+            return await _in_turns(body, self)
         finally:
             self.turn = None
 
@@ -6342,10 +6347,11 @@ def _set_up_logging(level: str) -> None:
 # code, from a program that has none of it, by HTTP, in a browser and on the command line.
 
 import argparse
+import contextlib
 import shutil
 import textwrap
 
-_SCHEMA_VERSION = 44
+_SCHEMA_VERSION = 48
 
 # --- Management ---------------------------------------------------------------------------------------
 #
@@ -7594,10 +7600,760 @@ def _tries(conn: Conn, id: str | None) -> dict[int, int]:
     return dict(conn.execute(query, (id,)).fetchall())
 
 
+# --- Deploys ------------------------------------------------------------------------------------------
+#
+# Needs: Order, Offer.  No workflow is run by code that it does not belong to, so a deploy leaves the unfinished work
+# of the old code where it is.  Here is the way out.  `check` rehearses it: the function of the new code runs against
+# what is on record, up to the first call that is not.  `adopt` gives what fits to the new version.  `patch` lets
+# changed code do as before for those who have passed the place of the change.
+
+import ctypes
+import selectors
+from contextlib import closing
+from dataclasses import replace
+
+__all__ += ["Fit"]
+
+_REHEARSED_TOGETHER = 100  # workflows whose histories are read at a time
+_STANDSTILL_S = 5.0  # a rehearsal that makes no call for so long is given up
+
+
+class _Frontier(_Stopped):
+    """A rehearsal has come to its end: nobody is to go on."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether the code that is here can go on with a workflow, and why (not)."""
+
+    workflow_id: str
+    name: str
+    application_version: str
+    status: str
+    fits: bool
+    position: int | None  # where its history ends, or the code parts from it
+    on_record: str | None  # what stands there,
+    calls: str | None  # and what the code calls
+    why: str
+    adopted: bool = False
+
+
+class _Verdict(NamedTuple):
+    """What a rehearsal says; see Fit."""
+
+    fits: bool
+    position: int | None
+    on_record: str | None
+    calls: str | None
+    why: str
+
+
+# What puts on record, behind its own position, until when it waits.
+_WITH_DEADLINE = ("DBOS.recv", "DBOS.getEvent")
+
+
+class _Rehearsal(_OrderedRun):
+    """A run of other code that only recalls.
+
+    It fits if every record is recalled by a call of its name, and then comes a call that is not on record, or the
+    end.  A plain function ends there.  A coroutine may have other tasks that are not as far: who has no record waits,
+    and the whole ends when nothing moves any more.
+    """
+
+    def __init__(
+        self, executor: _Executor, function: _Function, row: dict[str, Any], records: list[_Record],
+        read: Callable[[str, int], list[_Record]],
+    ) -> None:
+        super().__init__(executor, function, row)
+        self._read = read
+        self._add(records)
+        self.moved_at = time.monotonic()
+        self.last: tuple[int, str] | None = None  # the call that was recalled last
+        self.first: tuple[int, str] | None = None  # the first call that is not on record, or waits
+        self.waits = False  # at least one task has come so far
+        self.parted: _Verdict | None = None
+        self.error: BaseException | None = None  # what the function raised
+        self.began = self.returned = False
+        self.idle = 0  # how often nothing moved after the end
+
+    # Recall.
+
+    def _add(self, records: list[_Record]) -> None:
+        self._history.update((record.position, record) for record in records)
+        self.history_to = records[-1].position if len(records) == _HISTORY_CHUNK else None
+
+    def left(self) -> _Record | None:
+        """The first record that no call has recalled."""
+        while not self._history and self.history_to is not None:
+            self._add(self._read(self.id, self.history_to))
+        return min(self._history.values(), default=None)
+
+    async def remember(self, position: int) -> None:
+        while self.history_to is not None and position > self.history_to:
+            self._add(self._read(self.id, self.history_to))
+
+    async def recall(self, position: int, name: str) -> _Record | None:
+        self.moved_at = time.monotonic()
+        await self.remember(position + 1)
+        if name in _WITH_DEADLINE and getattr(self._history.get(position + 1), "name", None) == "DBOS.sleep":
+            del self._history[position + 1]
+        if position in self._history:
+            self.last = (position, name)
+        record = await super().recall(position, name)
+        if record is None:
+            self.first = min(self.first or (position, name), (position, name))
+            await _Wait(self.end, self.wait_for_others)
+        return record
+
+    async def note_cuts(self) -> None:
+        self.cut.clear()  # what a workflow cancels here is on record, or comes behind the end
+
+    def same(self, record: _Record, name: str) -> _Record:
+        if record.name != name:
+            why = f"position {record.position} is {_said(record.name)} on record, and now calls {_said(name)}"
+            self.parted = self.parted or _Verdict(False, record.position, record.name, name, why)
+            self.end()
+        return record
+
+    # Waits, and the end.
+
+    def end(self) -> None:
+        """Let no task go on."""
+        self.halt(self.stopped or _Frontier("the rehearsal is over"))
+        self.go_on()
+
+    async def wait_for_others(self) -> None:
+        """Wait until nothing moves any more."""
+        self.waits = True
+        await self.wait_forever()
+
+    async def wait_forever(self) -> None:
+        await _for_any(self.stop).on_loop()
+        self.go_on()
+
+    def rest(self, timeout: float | None) -> _Wait[None]:
+        """The place of a wait that is not over: of a sleep, or (without a timeout) for a cancel that is on record."""
+        if timeout is not None:
+            self.first = self.first or self.last
+        return _Wait(self.end, self.wait_forever if timeout is None else self.wait_for_others)
+
+    def at_rest(self, moves_later: bool) -> bool:
+        """Nothing moves now: tell whether to wait for what `moves_later`, a clock or a thread."""
+        if self.stopped is None and moves_later and (not self.waits or self.left() is not None):
+            return True
+        self.idle += 1
+        if self.idle > 3:
+            raise self.stopped or _Frontier()  # somebody holds on to what should end: leave them
+        self.halt(self.stopped or _Frontier("the rehearsal is over"))
+        for task in asyncio.all_tasks(self.loop) if self.idle > 1 else ():
+            task.cancel()
+        return False
+
+    # From the beginning to the end.
+
+    def rehearse(self) -> None:
+        """Run the function on this thread, up to where its history ends."""
+        self.thread = threading.get_ident()
+        try:
+            args, kwargs = self.arguments()
+        except Exception as error:
+            self.parted = _Verdict(False, None, None, None, str(error))
+            return
+        self.began = self.left() is not None  # else it has yet to begin: whatever the code does then is right
+        try:
+            with _OptionBlock(), self.inside():
+                if not self.began:
+                    return
+                if self.function.is_async:
+                    self.rehearse_on_loop(functools.partial(self.function.call, *args, **kwargs))
+                else:
+                    self.function.call(*args, **kwargs)
+                self.returned = True
+        except _Stopped:
+            pass
+        except BaseException as error:  # of the user's
+            self.error = error
+
+    def rehearse_on_loop(self, call: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        """Run a coroutine function on an event loop of its own, and leave no task of it behind."""
+        self.loop = loop = _PrivateLoop(self)
+        try:
+            loop.run_until_complete(self.in_turns(call()))
+        finally:
+            self.halt(self.stopped or _Frontier("the rehearsal is over"))
+            self.idle = 1
+            tasks = asyncio.all_tasks(loop)
+            for task in tasks:
+                task.cancel()
+            with suppress(_Stopped):
+                if tasks:
+                    loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+                loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+
+    def verdict(self) -> _Verdict:
+        """Say what came of it."""
+        left, error = self.left(), self.error or self.breach
+        behind = f"behind position {self.last[0]} ({_said(self.last[1])})" if self.last else "before its first call"
+        if self.parted is not None:
+            return self.parted
+        if not self.began:
+            return _Verdict(True, None, None, None, "fits: it has yet to begin")
+        position, on_record = (left.position, left.name) if left else self.last or (None, None)
+        there, calls = f"position {position} ({_said(on_record)}) is on record", None
+        if error is not None:
+            why = f"raises {_type_name(error)} {behind}: {_text_of(error)}"
+        elif left is not None and self.returned:
+            why = f"ends before its history does: {there}"
+        elif self.first is not None and left is not None:
+            where, calls = self.first
+            why = f"calls {_said(calls)} at position {where}, where nothing is on record, though {there}"
+        elif self.first is not None:
+            where, calls = self.first
+            return _Verdict(True, where, None, calls, f"fits, up to position {where} ({_said(calls)})")
+        elif self.returned:
+            return _Verdict(True, position, on_record, None, f"fits, to its end {behind}")
+        else:
+            why = f"comes to no call {behind}" + (f", though {there}" if left else "")
+        return _Verdict(False, position, on_record, calls, why)
+
+
+def _said(name: str | None) -> str:
+    """What a call is named, for people."""
+    return "nothing" if name is None else name.removeprefix("DBOS.")
+
+
+class _PrivateLoop(asyncio.SelectorEventLoop):
+    """Where a coroutine is rehearsed, alone; no time is spent there: where only timers are left, the next is now."""
+
+    def __init__(self, run: _Rehearsal) -> None:
+        self.rehearsal, self.skipped_s, self.jobs = run, 0.0, 0
+        super().__init__(_Idler(self))
+        self.set_exception_handler(lambda *_: None)  # of what was cut off, nobody fetches the result
+
+    def time(self) -> float:
+        return super().time() + self.skipped_s
+
+    def run_in_executor(self, *call: Any) -> asyncio.Future[Any]:  # type: ignore[override]
+        self.jobs += 1
+        future = super().run_in_executor(*call)
+        future.add_done_callback(self._done)
+        return future
+
+    def _done(self, _: object) -> None:
+        self.jobs -= 1
+
+    def await_others(self, selector: _Idler, timeout: float | None) -> float:
+        """Nothing is ready: say for how long to wait, for a thread or a socket."""
+        elsewhere = self.jobs > 0 or len(selector.get_map()) > 1
+        if not self.rehearsal.at_rest(elsewhere or timeout is not None):
+            return 0.0
+        if elsewhere:
+            return min(1.0, timeout or 1.0)
+        self.skipped_s += timeout or 0.0
+        return 0.0
+
+
+class _Idler(selectors.DefaultSelector):
+    """Tells when there is nothing to do."""
+
+    def __init__(self, loop: _PrivateLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if ready or (timeout is not None and timeout <= 0):
+            return ready
+        return super().select(self._loop.await_others(self, timeout))
+
+
+# Many rehearsals: one after the other, on a thread that can be left to itself.
+
+
+class _Stage:
+    """Rehearses; what stands still is interrupted, and if that does not help, left alone, with its thread."""
+
+    def __init__(self) -> None:
+        self.stuck: dict[str, str] = {}  # functions that stood still, and the workflow in which they did
+
+    def play(self, runs: Sequence[_Rehearsal]) -> None:
+        left = deque(runs)
+        while left := deque(run for run in left if run.function.name not in self.stuck):
+            scene = _Scene(left)
+            contextvars.Context().run(threading.Thread(target=scene.play, name="durable-check", daemon=True).start)
+            try:
+                run = scene.stands_still()
+            finally:
+                scene.is_left = True
+            if run is not None:
+                self.stuck[run.function.name] = run.id
+                run.halt(run.stopped or _Frontier("it stood still"))
+                scene.interrupt(run)
+
+
+class _Scene:
+    """A thread that rehearses what is left, until it is over or is left itself."""
+
+    def __init__(self, left: deque[_Rehearsal]) -> None:
+        self.run: _Rehearsal | None = None
+        self.over, self.is_left = threading.Event(), False
+        self._left, self._lock = left, threading.Lock()
+
+    def play(self) -> None:
+        with suppress(_Stopped):  # an interrupt that comes late
+            while self._next():
+                cast(_Rehearsal, self.run).rehearse()
+        self.over.set()
+
+    def _next(self) -> bool:
+        with self._lock:
+            run = self._left.popleft() if self._left and not self.is_left else None
+            if run is not None:
+                run.moved_at = time.monotonic()
+            self.run = run
+            return run is not None
+
+    def stands_still(self) -> _Rehearsal | None:
+        """Wait for the end: None; or until a rehearsal stands still: that one, and none begins behind it."""
+        while not self.over.wait(_STANDSTILL_S / 10):
+            with self._lock:
+                if self.run is not None and time.monotonic() > self.run.moved_at + _STANDSTILL_S:
+                    self.is_left = True
+                    return self.run
+        return None
+
+    def interrupt(self, run: _Rehearsal) -> None:
+        """Raise something in the thread until it ends, for a second; user code can hold on to it for ever."""
+        for _ in range(4):
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(run.thread), ctypes.py_object(_Frontier))
+            if self.over.wait(0.25):
+                return
+
+
+class _RehearsingExecutor(_BareExecutor):
+    """Asks the database nothing for a rehearsal, and lets it wait for nothing."""
+
+    def now(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        run = _rehearsal()
+        if run is not None:
+            run.end()
+        return super().now(statement, *args, **kwargs)
+
+    def ask(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> _Wait[T]:
+        run = _rehearsal()
+        return super().ask(statement, *args, **kwargs) if run is None else cast(_Wait[T], run.rest(0.0))
+
+    def wait(self, *signals: _Signal, timeout: float | None = None) -> _Wait[None]:
+        run = _rehearsal()
+        return super().wait(*signals, timeout=timeout) if run is None else run.rest(timeout)
+
+
+def _rehearsal() -> _Rehearsal | None:
+    """The rehearsal that this code runs in."""
+    frame = _frame.get()
+    return frame.run if frame is not None and isinstance(frame.run, _Rehearsal) else None
+
+
+_log.addFilter(lambda record: _rehearsal() is None)  # what the workflow logs was logged when it ran
+
+
+# Which workflows, and what becomes of them.
+
+
+def _of_others(
+    conn: Conn, version: str, ids: list[str] | None, versions: list[str] | None
+) -> Iterator[list[dict[str, Any]]]:
+    """Read the unfinished workflows of other versions, in order of arrival, some at a time."""
+    columns = [*_LOOKED_AT, "inputs", "application_version", "executor_id", "incarnation"]
+    query = f"""
+        select {", ".join(f"w.{column}" for column in columns)}
+          from durable.unfinished as u join durable.workflows as w on w.id = u.id
+         where u.status <> 'MAX_RECOVERY_ATTEMPTS_EXCEEDED' and u.application_version <> %(version)s
+           and (%(ids)s::text[] is null or u.id = any(%(ids)s))
+           and (%(versions)s::text[] is null or u.application_version = any(%(versions)s))
+         order by u.number
+    """
+    with conn.cursor(name="durable_of_others", row_factory=dict_row) as cursor:
+        cursor.execute(query, {"version": version, "ids": ids, "versions": versions})
+        while rows := cursor.fetchmany(_REHEARSED_TOGETHER):
+            yield rows
+
+
+def _read_histories(conn: Conn, ids: list[str]) -> dict[str, list[_Record]]:
+    """Read the beginnings of several histories."""
+    query = """
+        select w.id, s.* from unnest(%s::text[]) as w(id)
+         cross join lateral (select position, name, output, error, child_workflow_id from durable.steps
+                              where workflow_id = w.id order by position limit %s) as s
+         order by w.id, s.position
+    """
+    histories: dict[str, list[_Record]] = {id: [] for id in ids}
+    for id, *record in conn.execute(query, (ids, _HISTORY_CHUNK)):
+        histories[id].append(_Record(*record))
+    return histories
+
+
+def _rehearse(executor: _Executor, conn: Conn, stage: _Stage, rows: list[dict[str, Any]]) -> list[Fit]:
+    """Let the code that is here run against the histories of these workflows."""
+    histories = _read_histories(conn, [row["id"] for row in rows])
+    read = functools.partial(_read_history, conn)
+    functions = {row["id"]: executor.registry._function_for(row) for row in rows}
+    runs = {
+        row["id"]: _Rehearsal(executor, function, row, histories[row["id"]], read)
+        for row in rows if (function := functions[row["id"]]) is not None
+    }
+    stage.play(tuple(runs.values()))
+    return [_fit(row, runs.get(row["id"]), stage) for row in rows]
+
+
+def _fit(row: dict[str, Any], run: _Rehearsal | None, stage: _Stage) -> Fit:
+    """What came of a rehearsal."""
+    about = row["id"], row["name"], row["application_version"], row["status"]
+    if run is None:
+        missing = "/".join(filter(None, (row[name] for name in _NAMES)))
+        return Fit(*about, False, None, None, None, f"there is no {missing} in this code")
+    first = stage.stuck.get(row["name"], row["id"])
+    if first != row["id"] and not run.thread:
+        return Fit(*about, False, None, None, None, f"was left out: {row['name']} stood still in workflow {first}")
+    return Fit(*about, **run.verdict()._asdict())
+
+
+def _judge(
+    executor: _Executor, conn: Conn, ids: list[str] | None = None, versions: list[str] | None = None,
+    known: Iterable[tuple[str, int]] = (), tell: Callable[[int], object] = lambda done: None,
+) -> Iterator[list[tuple[dict[str, Any], Fit]]]:
+    """Rehearse the unfinished workflows of other versions, but not those that are `known` by ID and claim."""
+    stage, done = _Stage(), 0
+    _propagate_context()
+    with conn.transaction():  # as of one moment, and nothing is written
+        conn.execute("set transaction isolation level repeatable read, read only")
+        for found in _of_others(conn, executor.me["version"], ids, versions):
+            rows = [row for row in found if (row["id"], row["claim"]) not in known]
+            yield list(zip(rows, _rehearse(executor, conn, stage, rows), strict=True))
+            done += len(rows)
+            tell(done)
+
+
+def _give(
+    conn: Conn, me: dict[str, Any], checked: list[tuple[dict[str, Any], Fit]], patience_s: float, newcomer: bool
+) -> list[Fit]:
+    """Give what fits, and no live executor runs, to our version; say of each what became of it.
+
+    Guarded by the claim, the status and the version under which it was checked, so of two who adopt at once one gets
+    it.  The claim is raised, so an executor that is only cut off finds nothing of it when it comes back.
+    """
+    query = f"""
+        update durable.workflows as w
+           set application_version = %(version)s, claim = w.claim + 1, updated_at = clock_timestamp()
+          from json_to_recordset(%(found)s) as found(id text, claim bigint, status text, application_version text)
+          join durable.workflows as its on its.id = found.id
+          left join durable.executors as e on e.incarnation = its.incarnation
+         where w.id = found.id and w.claim = found.claim and w.status = found.status
+           and w.application_version = found.application_version and (w.status <> 'PENDING' or {_DEAD})
+        returning w.id
+    """
+    fitting = {row["id"]: row for row, fit in checked if fit.fits}
+    names = ("id", "claim", "status", "application_version")
+    found = json.dumps([{name: row[name] for name in names} for row in fitting.values()])
+    with conn.transaction():
+        _note_lost(conn)
+        conn.execute("select from durable.workflows where id = any(%s) order by id for update", (list(fitting),))
+        asked = {**me, "found": found, "patience_s": patience_s, "newcomer": newcomer}
+        adopted = {id for (id,) in conn.execute(query, asked)}
+    now = _claims(conn, [id for id in fitting if id not in adopted])
+    hints = {("q", row["queue"]) for id, row in fitting.items() if id in adopted and row["status"] == "ENQUEUED"}
+    hints |= {("c", id) for id, row in fitting.items() if id in adopted and row["status"] == "PENDING"}
+    _notify(conn, 0, hints)
+
+    def outcome(row: dict[str, Any], fit: Fit) -> Fit:
+        if row["id"] not in now:
+            return replace(fit, adopted=fit.fits)
+        runs = now[row["id"]] == (row["claim"], "PENDING")
+        why = f"a live executor runs it, {row['executor_id']}" if runs else "it has moved on meanwhile"
+        return replace(fit, why=f"{fit.why}, and stays: {why}")
+
+    return [outcome(row, fit) for row, fit in checked]
+
+
+def _await_the_living(conn: Conn) -> None:
+    """Just after Postgres came up nobody can be told from the dead: wait until the living have their locks again."""
+    conn.execute(f"""
+        select pg_sleep(greatest(0, extract(epoch from pg_postmaster_start_time() - clock_timestamp())
+                                    + {_RESTART_GRACE_S} + 0.01))
+    """)
+
+
+# Of a PENDING workflow's executor `e`: it is dead, by the rules of _left_alone.
+_DEAD = """
+    (e.incarnation is null or e.stopped_at is not null
+     or e.lost_at < clock_timestamp() - make_interval(secs => %(patience_s)s)
+     or (e.lost_at is not null and %(newcomer)s and e.executor_id = %(executor_id)s))
+"""
+
+
+def _without_executors(
+    conn: Conn, me: dict[str, Any], patience_s: float, newcomer: bool
+) -> dict[str, tuple[int, int, datetime]]:
+    """Find the other versions that have work and no live executor; and for each a sign that changes with its work."""
+    _note_lost(conn)
+    query = f"""
+        select application_version, count(*), max(number), max(updated_at) from durable.unfinished as u
+         where status <> 'MAX_RECOVERY_ATTEMPTS_EXCEEDED' and application_version <> %(version)s
+           and not exists (select from durable.executors as e
+                            where e.application_version = u.application_version and not coalesce({_DEAD}, false))
+         group by application_version
+    """
+    rows = conn.execute(query, {**me, "patience_s": patience_s, "newcomer": newcomer})
+    return {version: tuple(sign) for version, *sign in rows}
+
+
+class _DeploysConfig(TypedDict, total=False):
+    adopt: bool
+
+
+_DEFAULTS["adopt"] = ("DBOS__ADOPT", False)
+
+
+class _AdoptingExecutor(_RehearsingExecutor, _OfferingExecutor):
+    """Adopts, where it is told to, what no live executor serves: once for each version, and what that gets later."""
+
+    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
+        super().__init__(registry, config)
+        self.misfits: dict[tuple[str, int], str] = {}  # what it did not adopt, by ID and claim, and why
+        self.signs: dict[str, tuple[int, int, datetime]] = {}  # of the work of the versions that it has looked at
+
+    def serve(self) -> list[str]:
+        if self.config["adopt"]:
+            self.start_own_thread("durable-adopt", self._keep_adopting)
+        return super().serve()
+
+    def _keep_adopting(self) -> None:
+        """Look as often as a sweep does, on a thread of its own: rehearsals may take a while."""
+        while not self.closed.is_set:
+            try:
+                self.adopt_stranded()
+            except _Closing:
+                return
+            except Exception as error:
+                level = logging.WARNING if _may_pass(error) else logging.ERROR
+                _log.log(level, "nothing could be adopted, and is tried again: %s", error)
+            _for_any(self.closed, timeout=_SWEEP_S).block()
+
+    def adopt_stranded(self) -> None:
+        """Adopt what fits of the versions that no live executor serves; note why the rest does not."""
+        if self.deactivated or self.stopping.is_set():
+            return
+        newcomer = time.monotonic() < self.launched_at + _RESTART_GRACE_S + _SWEEP_S / 2
+        signs = self.now(_without_executors, self.me, _SWEEP_S / 2, newcomer)
+        news = [version for version, sign in signs.items() if self.signs.get(version) != sign]
+        if not news:
+            return
+        fits = self.judge_others(None, news, _SWEEP_S / 2, newcomer)
+        self.signs = signs
+        adopted = [fit.workflow_id for fit in fits if fit.adopted]
+        if adopted:
+            _log.info("adopted from %s: %s", ", ".join(news), _some(adopted))
+        misfits = Counter((fit.name, fit.why) for fit in fits if not fit.fits)
+        for (name, why), number in misfits.items():
+            _log.warning("%d workflows of %s keep their version, and wait for it: %s", number, name, why)
+        if misfits:
+            self.now(_note_misfits, self.me["incarnation"], {id: why for (id, _), why in self.misfits.items()})
+
+    def judge_others(
+        self, ids: list[str] | None, versions: list[str] | None, patience_s: float, newcomer: bool,
+        tell: Callable[[int], object] = lambda done: None,
+    ) -> list[Fit]:
+        """Check, and adopt what fits."""
+        fits: list[Fit] = []
+        known = self.misfits.keys() if versions is not None else ()
+        with closing(self.connect()) as conn:
+            for checked in _judge(cast(_Executor, self), conn, ids, versions, known, tell):
+                fits += self.now(_give, self.me, checked, patience_s, newcomer)
+                self.misfits.update({(row["id"], row["claim"]): fit.why for row, fit in checked if not fit.fits})
+                if self.stopping.is_set():
+                    break
+        self.next_sweep = 0.0
+        self.work.set()
+        return fits
+
+
+def _note_misfits(conn: Conn, incarnation: int, misfits: dict[str, str]) -> None:
+    """Tell everybody, by durable.why, what an executor did not adopt, and why."""
+    query = "update durable.executors set misfits = %s where incarnation = %s"
+    conn.execute(query, (json.dumps(misfits), incarnation))
+
+
+class _Deploying(_Engine):
+    def _settings(self) -> dict[str, Any]:
+        settings = super()._settings()
+        if isinstance(settings["adopt"], str):
+            settings["adopt"] = settings["adopt"].lower() in ("1", "true", "yes", "on")
+        return settings
+
+    def launch(self) -> None:
+        if _visiting:
+            raise _NotLaunched("this module is looked at, and not launched")
+        super().launch()
+
+    def _launched(self) -> _Executor:
+        run = _rehearsal()
+        return super()._launched() if run is None else run.executor
+
+    def _me(self, what: str) -> Any:
+        run = _rehearsal()
+        return super()._me(what) if run is None else run.executor.me.get(what)
+
+    async def _check(self, workflow_ids: list[str] | None = None) -> list[Fit]:
+        """Say of each unfinished workflow of another version whether the code that is here can go on with it.
+
+        Its function runs against what is on record, up to the first call that is not: no step is called, nothing is
+        written or sent.  (What the workflow's own code does between its calls, it does.)  Before a launch, too: then
+        with the version that a launch would have.  It needs no more than the right to read.
+        """
+        return await self._visit(lambda: self._checked_fits(workflow_ids))
+
+    check, check_async = _twins(_check)
+
+    async def _adopt(self, workflow_ids: list[str] | None = None) -> list[Fit]:
+        """Check, and give what fits to this version, unless a live executor runs it; the rest stays as it is.
+
+        Then it is recovered like anything else: what was PENDING by the executor of that name (or another, see
+        `failover`), what was ENQUEUED or DELAYED in its place and at its time.
+        """
+        return await self._visit(lambda: self._adopted_fits(workflow_ids))
+
+    adopt, adopt_async = _twins(_adopt)
+
+    def _visit(self, call: Callable[[], T]) -> _Wait[T]:
+        if _frame.get() is not None:
+            raise DBOSException("DBOS.check and DBOS.adopt are for the world outside, not for workflows and steps")
+        return _Wait(call, lambda: asyncio.to_thread(call))
+
+    def _checked_fits(
+        self, ids: list[str] | None, tell: Callable[[int], object] = lambda done: None
+    ) -> list[Fit]:
+        with self._visitor() as executor, closing(executor.connect()) as conn:
+            return [fit for checked in _judge(executor, conn, ids, tell=tell) for _, fit in checked]
+
+    def _adopted_fits(
+        self, ids: list[str] | None, tell: Callable[[int], object] = lambda done: None
+    ) -> list[Fit]:
+        with self._visitor() as executor:
+            if executor is not self._executor:
+                executor.pool = executor.new_pool()
+            executor.now(_await_the_living)
+            return executor.judge_others(ids, None, 0.0, False, tell)
+
+    @contextmanager
+    def _visitor(self) -> Iterator[_Executor]:
+        """The executor; where none is launched, one that only has connections."""
+        if self._executor is not None:
+            yield self._launched()
+            return
+        executor = _Executor(cast(Durable, self), {**self._settings(), "use_listen_notify": False})
+        executor.url = _postgres_url(executor.url, create=False)
+        with closing(executor.connect()) as conn:
+            number = _edition(conn)
+            if number is None or number > _SCHEMA_VERSION:
+                raise DBOSInitializationError(
+                    f"the database's schema is {'missing' if number is None else f'edition {number}'}, and this "
+                    f"durable.py knows those up to edition {_SCHEMA_VERSION}"
+                )
+            executor.clock_ahead = _clock(conn) - time.monotonic()
+        executor.me = {**self._identity(), "incarnation": 0}
+        try:
+            yield executor
+        finally:
+            executor.close(0)
+
+
+class _NotLaunched(BaseException):
+    """Ends the import of a module whose workflows are to be checked where it would begin to work."""
+
+
+_visiting = False  # an application is imported to look at its workflows, and not to be launched
+
+
+def _application(target: str) -> Durable:
+    """Import an application, up to its launch, and return its instance: `module`, or `module:attribute`."""
+    global _visiting
+    name, _, attribute = target.partition(":")
+    sys.path.insert(0, os.getcwd())
+    _visiting = True
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.loader is None:
+        raise DBOSException(f"there is no module {name!r} here: give it as `import` would, from the folder it is in")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    with suppress(_NotLaunched):
+        spec.loader.exec_module(module)
+    if attribute:
+        return cast(Durable, functools.reduce(getattr, attribute.split("."), cast(Any, module)))
+    found = {id(each): each for each in vars(module).values() if isinstance(each, Durable)}
+    if len(found) > 1:
+        raise DBOSException(f"{name} has {len(found)} instances: say which, as {name}:ATTRIBUTE")
+    return next(iter(found.values()), DBOS)
+
+
+# Patches.
+
+
+def _ahead(run: _Run, name: str) -> tuple[bool, bool]:
+    """Say whether the history goes on with this record, and whether it goes on at all.
+
+    Without a wait: no other call may take the next position meanwhile.
+    """
+    position = run._position + 1
+    _block(run.remember(position))
+    there = run._history.get(position)
+    return there is not None and there.name == name, any(known >= position for known in run._history)
+
+
+class _Patching(_Engine):
+    async def _patch(self, patch_name: str) -> bool:
+        """Say whether this workflow is to do as the new code does: `if DBOS.patch("two receipts"): ... else: ...`
+
+        True in one that begins, or has not come to this place yet, which is put on record; False in one that
+        passed it before the patch was there, and goes on as it began.
+        """
+        run, name = _own_run("patch"), f"DBOS.patch-{_valid_name('patch', patch_name)}"
+        marked, goes_on = _ahead(run, name)
+        if goes_on and not marked:
+            run.go_on()
+            return False
+        await _mark(run, name)
+        return True
+
+    patch, patch_async = _twins(_patch)
+
+    async def _deprecate_patch(self, patch_name: str) -> bool:
+        """Stand where `patch` stood, once no workflow is unfinished that passed it before: True.
+
+        It passes the marks that are on record and makes none; when those have ended, too, it can go.
+        """
+        run, name = _own_run("deprecate_patch"), f"DBOS.patch-{_valid_name('patch', patch_name)}"
+        marked, _ = _ahead(run, name)
+        if marked:
+            await _mark(run, name)
+        return True
+
+    deprecate_patch, deprecate_patch_async = _twins(_deprecate_patch)
+
+
+async def _mark(run: _Run, name: str) -> None:
+    """Make, or pass, the mark of a patch."""
+
+    async def nothing() -> None:
+        pass
+
+    await _checkpointed(run, run.advance(), name, nothing)
+
+
 # --- Command line -------------------------------------------------------------------------------------
 #
-# Needs: Client, Page.  `python durable.py` looks at workflows, and steers them, while executors run or while none
-# does.  It has not their code and trusts nothing that is stored: values are shown as text, and no pickle is opened.
+# Needs: Client, Page, Deploys.  `python durable.py` looks at workflows, and steers them, while executors run or while
+# none does.  Where it has not their code it trusts nothing that is stored: values are shown as text, and no pickle is
+# opened.
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -7627,6 +8383,9 @@ def _arguments() -> argparse.ArgumentParser:
     command("executors", "list the executors, alive and dead")
     command("versions", "list application versions, and the work that waits for each")
     command("why", "say why workflows are not moving", ID={"nargs": "*"})
+    module = {"metavar": "MODULE[:ATTRIBUTE]", "help": "the application, as one would import it"}
+    command("check", "say which unfinished workflows of other versions this code can go on with", MODULE=module)
+    command("adopt", "give those to this code's version", MODULE=module, ID={"nargs": "*"})
     command("gc", "delete finished workflows", older_than={"type": float, "required": True, "metavar": "DAYS"})
     return parser
 
@@ -7728,17 +8487,59 @@ def _cell(name: str, value: Any) -> str:
         value = datetime.fromtimestamp(value / 1000).astimezone().isoformat(" ", "milliseconds")
     if name == "error" and isinstance(value, dict):
         value = f"{value.get('type')}: {value.get('text')}"
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        value = ", ".join(value)
     text = "" if value is None else value if isinstance(value, str) else json.dumps(value)
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
+def _deploy(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Check or adopt with the code of an application, which imports this file by its name: ask that one."""
+    with contextlib.redirect_stdout(sys.stderr):  # whatever the application prints
+        library = importlib.import_module(Path(__file__).stem)
+        app = library._application(options.MODULE)
+        if getattr(options, "url", None):
+            app._config = {**app._config, "system_database_url": options.url}
+        ids = getattr(options, "ID", None) or None
+        does = app._checked_fits if options.command == "check" else app._adopted_fits
+        fits = [vars(fit) for fit in does(ids, _tell_progress if sys.stderr.isatty() else lambda done: None)]
+    missing = set(ids or ()) - {fit["workflow_id"] for fit in fits}
+    if missing:
+        raise DBOSNonExistentWorkflowError(f"there is no unfinished workflow of another version {', '.join(missing)}")
+    return fits
+
+
+def _tell_progress(done: int) -> None:
+    print(f"\r{done:,} workflows checked", end="", file=sys.stderr, flush=True)
+
+
+def _print_fits(fits: list[dict[str, Any]], adopts: bool) -> None:
+    """Print what is the same of many workflows once, with the first of them."""
+    if not fits:
+        return print("no workflow of another version is unfinished")
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for fit in fits:
+        alike.setdefault(tuple(fit[name] for name in ("name", "application_version", "adopted", "why")), []).append(fit)
+    rows = [
+        {"workflows": len(those), "first": those[0]["workflow_id"], **those[0]}
+        for those in sorted(alike.values(), key=lambda those: bool(those[0]["fits"]))
+    ]
+    shown = ("workflows", "name", "application_version", "first", "fits", *(["adopted"] if adopts else []), "why")
+    _print_table([{name: row[name] for name in shown} for row in rows])
+
+
 def _main() -> int:
-    """Run one command; 0: done, 1: it could not be, and one line on stderr says why."""
+    """Run one command; 0: done, 1: it could not be, and one line on stderr says why.
+
+    Of check and adopt, 1 says that some do not fit, and 2 that it could not be found out.
+    """
     options = _arguments().parse_args()
     url, as_json = getattr(options, "url", None), getattr(options, "json", False)
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     _log.addHandler(logging.NullHandler())
+    deploys = options.command in ("check", "adopt")  # an application is imported, and may raise anything
+    expected = (Exception,) if deploys else (DBOSException, psycopg.Error, ValueError, OSError)
     try:
         if options.command == "migrate":
             given = {"system_database_url": url or "", "use_listen_notify": False}
@@ -7747,6 +8548,8 @@ def _main() -> int:
             with executor.connect() as conn:
                 executor.migrate(conn)
             rows: Any = [{"schema": _SCHEMA_VERSION}]
+        elif deploys:
+            rows = _deploy(options)
         else:
             client = DBOSClient(  # it waits for nothing, so it need not listen: any proxy will do
                 system_database_url=url, serializer=JSONSerializer(), system_database_pool_size=2,
@@ -7763,16 +8566,21 @@ def _main() -> int:
             _print_table([{"field": name, "value": text} for name, value in workflow if (text := _cell(name, value))])
             print()
             _print_table(rows["steps"])
+        elif deploys:
+            _print_fits(rows, options.command == "adopt")
         else:
             _print_table(rows)
         sys.stdout.flush()
+        if deploys and not all(fit["fits"] for fit in rows):
+            return 1
     except BrokenPipeError:  # as in `durable.py list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 130
-    except (DBOSException, psycopg.Error, ValueError, OSError) as error:
-        print(f"durable: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    except expected as error:
+        text = str(error) if not deploys or hasattr(error, "message") else repr(error)
+        print(f"durable: {' '.join(text.split())}", file=sys.stderr)
+        return 2 if deploys else 1
     return 0
 
 
@@ -7790,7 +8598,8 @@ class WorkflowHandleAsync(_AwaitedStatusHandle[R], _AwaitedHandle[R]):
 
 
 class DBOSConfig(
-    _LogConfig, _SerializerConfig, _ThreadsConfig, _HintsConfig, _HostingConfig, _EngineConfig, total=False
+    _DeploysConfig, _LogConfig, _SerializerConfig, _ThreadsConfig, _HintsConfig, _HostingConfig, _EngineConfig,
+    total=False,
 ):
     """What `DBOS(config=...)` takes; the defaults and the environment's part are in README.md."""
 
@@ -7800,18 +8609,19 @@ class _Session(_KeptConnection, _CleanConnection, _Connection):
 
 
 class _Executor(
-    _CountingExecutor, _GuestExecutor, _OfferingExecutor, _ForkedExecutor, _PlacedExecutor, _ProxiedExecutor,
-    _CleanExecutor, _SerializingExecutor, _SchedulingExecutor, _QueueingExecutor, _TimedExecutor, _OrderedExecutor,
-    _ClockedExecutor, _ThreadedExecutor, _HintedExecutor, _GroupingExecutor, _LocalExecutor, _DiscreetExecutor,
-    _SettledExecutor, _AdministeredExecutor, _TransactingExecutor, _LivingExecutor, _PatientExecutor, _BareExecutor,
+    _AdoptingExecutor, _RehearsingExecutor, _CountingExecutor, _GuestExecutor, _OfferingExecutor, _ForkedExecutor,
+    _PlacedExecutor, _ProxiedExecutor, _CleanExecutor, _SerializingExecutor, _SchedulingExecutor, _QueueingExecutor,
+    _TimedExecutor, _OrderedExecutor, _ClockedExecutor, _ThreadedExecutor, _HintedExecutor, _GroupingExecutor,
+    _LocalExecutor, _DiscreetExecutor, _SettledExecutor, _AdministeredExecutor, _TransactingExecutor, _LivingExecutor,
+    _PatientExecutor, _BareExecutor,
 ):
     """What exists from launch to destroy."""
 
 
 class Durable(
-    _Managing, _Management, _Logged, _Forked, _Stepping, _Declaring, _Methods, _Scheduling, _Streaming, _Streams,
-    _Announcing, _Events, _Receiving, _Messaging, _Queueing, _Cancelling, _Ordered, _Sleeping, _Knowing, _Hosting,
-    _Transacting, _Engine,
+    _Deploying, _Patching, _Managing, _Management, _Logged, _Forked, _Stepping, _Declaring, _Methods, _Scheduling,
+    _Streaming, _Streams, _Announcing, _Events, _Receiving, _Messaging, _Queueing, _Cancelling, _Ordered, _Sleeping,
+    _Knowing, _Hosting, _Transacting, _Engine,
 ):
     """Registers functions as workflows and steps, and, once launched, runs them durably.
 
