@@ -140,6 +140,8 @@ insert into durable.version (number) select 41 where not exists (select from dur
 --
 -- Who lives, and what waits for whom.  However many workflows have ended, these views are as quick.
 
+update durable.version set number = 42 where number = 41;
+
 -- For durable.unfinished.
 create index if not exists workflows_dead on durable.workflows (id)
     where status = 'MAX_RECOVERY_ATTEMPTS_EXCEEDED';
@@ -177,11 +179,11 @@ select application_version, coalesce(delayed, 0) as delayed, coalesce(enqueued, 
                      from durable.living group by application_version) as life using (application_version)) as v
  order by stranded desc, launched_at desc;
 
-update durable.version set number = 42 where number = 41;
-
 -- ==== III. Rooms ====================================================================================
 --
 -- What each room needs.
+
+update durable.version set number = 43 where number = 42;
 
 -- --- Cancel and timeouts ----------------------------------------------------------------------------
 
@@ -257,11 +259,11 @@ create table if not exists durable.streams (
     unique (workflow_id, token)
 );
 
-update durable.version set number = 43 where number = 42;
-
 -- ==== IV. Operators =================================================================================
 --
 -- What management looks for, and the operator's question.
+
+update durable.version set number = 44 where number = 43;
 
 -- --- Management -------------------------------------------------------------------------------------
 
@@ -363,5 +365,3 @@ select u.id as workflow_id, u.status, u.name, u.queue, u.application_version, u.
                       order by position desc limit 1) as s on true
   left join durable.workflows as c on c.id = s.child_workflow_id and c.completed_at is null
  order by since;
-
-update durable.version set number = 44 where number = 43;
