@@ -6371,8 +6371,8 @@ _SCHEMA_VERSION = 44
 
 # --- Management ---------------------------------------------------------------------------------------
 #
-# Needs: Cancel and timeouts, Queues, Serializers.  What one can do to workflows with or without their code: look,
-# resume, fork, delete.  In a workflow each of it is a step.
+# Needs: Cancel and timeouts, Queues, Events, Streams, Serializers.  What one can do to workflows with or without
+# their code: look, resume, fork, delete.  In a workflow each of it is a step.
 
 __all__ += ["WorkflowStatus", "StepInfo"]
 

@@ -4319,7 +4319,7 @@ def test_trouble_that_passes_is_waited_out(dbos, witness, code, table):
 
 def named(section):
     """The name of a room, from its first line."""
-    found = re.match(r"# --- (.*?) -*\n", section)
+    found = re.match(r"(?:#|--) --- (.*?) -*\n", section)
     return found and found[1]
 
 
@@ -12287,7 +12287,7 @@ def test_the_example_says_what_is_wrong(example):
 #
 # `python test_durable.py cut II FOLDER` writes durable.py, schema.sql and these tests up to the next banner, and
 # puts a roof on: the last lines of durable.py, without what is not there.  `without "Streams" FOLDER` leaves out one
-# room of durable.py instead, and the rooms that say they need it.
+# room instead, in each of the files, and the rooms that say they need it.
 
 
 STOREYS = ("I", "II", "III", "IV")
@@ -12311,18 +12311,25 @@ def cut_behind(storey, folder):
 
 
 def leave_out(room, folder):
-    """Write durable.py without a room, and without those that need it; and schema.sql as it is."""
+    """Write the files without the sections of a room, and without those of the rooms that need it."""
     needs = rooms()
     if room not in needs:
         raise SystemExit(f"there is no room {room!r}; there are: {', '.join(needs)}")
-    gone, grown = {room}, True
-    while grown:
-        more = {each for each, needed in needs.items() if gone & needed} - gone
-        gone, grown = gone | more, bool(more)
-    *pieces, roof = storeys_of((HERE / "durable.py").read_text())
-    above = "".join(each for piece in pieces for each in sections_of(piece) if named(each) not in gone)
-    write_anew(Path(folder, "durable.py"), above + roof_over(above, roof))
-    write_anew(Path(folder, "schema.sql"), (HERE / "schema.sql").read_text())
+    gone = {each for each in needs if room in with_needs(each, needs)}
+    *_, roof = storeys_of((HERE / "durable.py").read_text())
+    code, schema = (without(gone, (HERE / name).read_text()) for name in HOUSE[:2])
+    write_anew(Path(folder, "durable.py"), code.removesuffix(roof) + roof_over(code.removesuffix(roof), roof))
+    write_anew(Path(folder, "schema.sql"), schema)
+
+
+def without(gone, text):
+    """A file without the sections of these rooms."""
+    return "".join(section for section in sections_of(text) if named(section) not in gone)
+
+
+def with_needs(room, needs):
+    """A room and all that it needs, directly or not."""
+    return {room}.union(*(with_needs(each, needs) for each in needs[room]))
 
 
 def rooms():
@@ -12337,7 +12344,7 @@ def rooms():
 
 
 def sections_of(text):
-    return re.split(r"^(?=# (?:---|====) )", text, flags=re.MULTILINE)
+    return re.split(r"^(?=(?:#|--) (?:---|====) )", text, flags=re.MULTILINE)
 
 
 def roof_over(above, roof):
@@ -12408,6 +12415,33 @@ WITHOUT_A_ROOM = """
     assert DBOS.start_workflow(parent, 1).get_result()[1] == 2
     DBOS.destroy()
 """
+
+
+def test_each_storey_of_the_schema_raises_the_edition(empty_url):
+    """Applied twice it is the same, and what is applied to a newer one leaves that its number."""
+    pieces = storeys_of((HERE / "schema.sql").read_text())
+    with psycopg.connect(empty_url, autocommit=True) as connection:
+
+        def edition_after(storey):
+            connection.execute("".join(pieces[:storey]))
+            (edition,) = connection.execute("select max(number) from durable.version").fetchone()
+            return edition
+
+        assert [edition_after(storey) for storey in (1, 2, 2, 3, 4, 4, 3, 1)] == [41, 42, 42, 43, 44, 44, 44, 44]
+
+
+def test_a_room_names_the_tables_of_no_room_that_it_does_not_need():
+    """Nor the views; so all that is left without a room finds what it looks for."""
+    needs, owners = rooms(), {}
+    for section in sections_of((HERE / "schema.sql").read_text()):
+        made = re.findall(r"^create (?:table if not exists|or replace view) (durable\.\w+)", section, re.MULTILINE)
+        owners |= dict.fromkeys(made, named(section)) if named(section) in needs else {}
+    assert owners["durable.messages"] == "Messages" and owners["durable.why"] == "Offer"
+    for section in itertools.chain(*(sections_of((HERE / name).read_text()) for name in HOUSE[:2])):
+        there = with_needs(named(section), needs) if named(section) in needs else set()
+        code = re.sub(r"^ *(?:#|--).*", "", section, flags=re.MULTILINE)
+        strange = {name for name in re.findall(r"\bdurable\.\w+", code) if owners.get(name) not in {None, *there}}
+        assert not strange, f"{named(section)} does not say that it needs the room of {strange}"
 
 
 @pytest.mark.parametrize("room", rooms())
