@@ -3007,20 +3007,8 @@ class _Hosting(_Engine):
 # itself: its section here, in schema.sql and in the tests.  A room's first line names the rooms that it needs.
 # Here is what several of them share.
 
-import ast
-import bisect
-import importlib.util
 import weakref
-import zoneinfo
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from datetime import date, datetime, timedelta, timezone, tzinfo
-from queue import SimpleQueue
-
-from psycopg.abc import PQGen
 
 _SCHEMA_VERSION = 43
 
@@ -3605,6 +3593,9 @@ class _HintedExecutor(_LivingExecutor):
 # no further thread, work waits for those that there are.  Coroutine workflows that no caller awaits run on the
 # event loop of the launch, as long as it runs, or on one of our own.
 
+from concurrent.futures import Future
+from queue import SimpleQueue
+
 _OWN_THREADS = 8  # of the pool, the listener, the dispatcher, the admin server, and one for calls
 
 
@@ -3979,6 +3970,8 @@ class _Sleeping(_Engine):
 # Results are recalled by position, so positions must be taken in the same order by every replay: in the
 # workflow's own code.  Calls that threads make at the same time have no order, and are an error.  And what a
 # workflow saw cancelled, as by a timeout of its own, a replay must see cancelled, though it be done by now.
+
+from concurrent.futures import ThreadPoolExecutor
 
 
 class _OrderedRun(_Run):
@@ -4454,6 +4447,8 @@ class _Cancelling(_Access):
 # Needs: Group commit, Hints, Threads, Cancel and timeouts.  A queue is a name on rows, and limits that those who
 # take the rows observe.  Nobody owns a queue: any executor of the right version that knows the function may take
 # the next row.
+
+from contextlib import ExitStack
 
 __all__ += ["Queue", "QueueRateLimit", "SetEnqueueOptions", "DBOSQueueDeduplicatedError"]
 
@@ -5214,6 +5209,7 @@ class _Announcing(_Engine):
 #
 # Needs: Messages.  What a workflow says of itself under a key: every value, in order.
 
+from collections.abc import AsyncGenerator
 
 # A value behind the last of a stream that is not closed.  Two that are written at the same moment may want
 # the same offset: one of them fails, and is written again.
@@ -5325,6 +5321,10 @@ class _Streaming(_Engine):
 #
 # Needs: Queues.  Nobody owns a schedule: every executor enqueues each tick, under an ID made of its time, and
 # the first one counts.
+
+import bisect
+import zoneinfo
+from datetime import date, datetime, timedelta, timezone, tzinfo
 
 _CATCH_UP = timedelta(hours=1)  # ticks that an executor makes up for after the database, or itself, stood still
 
@@ -5647,6 +5647,8 @@ class DBOSConfiguredInstance:
 # One name, one function: what tells a definition that is made again (a cell of a notebook, importlib.reload, a
 # file that is both `__main__` and imported) from another of that name; and exactly which code a version has.
 
+import ast
+
 
 class _Declaring(_Engine):
     def __init__(self, config: DBOSConfig | None = None) -> None:
@@ -5937,6 +5939,9 @@ async def _off_loop(threads: _Threads | None, call: Callable[[], T]) -> T:
 # How values become text can be chosen: JSON alone, for those who will not unpickle what a database says, or
 # something of one's own.  And what the program's main file defines is pickled so that others find it.
 
+import importlib.util
+from abc import ABC, abstractmethod
+
 __all__ += ["Serializer", "JSONSerializer"]
 
 
@@ -6072,6 +6077,8 @@ if __name__ != "__main__" and vars(sys.modules.get(__name__, types)) is globals(
 # What a transaction function does to its connection ends with the transaction: the function gets the session as
 # an object of its own, and one message at the commit undoes settings, roles, temporary tables, cursors, LISTEN,
 # locks and PREPARE.  And of the errors that it may see, only those of this session are tried again.
+
+from psycopg.abc import PQGen
 
 
 class _CleanConnection(_Connection):
@@ -6363,9 +6370,6 @@ def _set_up_logging(level: str) -> None:
 # So far programs have everything.  This storey is for the people who run them: see and steer workflows from
 # code, from a program that has none of it, by HTTP, in a browser and on the command line.
 
-import argparse
-import shutil
-import textwrap
 
 _SCHEMA_VERSION = 44
 
@@ -6373,6 +6377,8 @@ _SCHEMA_VERSION = 44
 #
 # Needs: Cancel and timeouts, Queues, Events, Streams, Serializers.  What one can do to workflows with or without
 # their code: look, resume, fork, delete.  In a workflow each of it is a step.
+
+from datetime import datetime
 
 __all__ += ["WorkflowStatus", "StepInfo"]
 
@@ -7587,6 +7593,10 @@ def _tries(conn: Conn, id: str | None) -> dict[int, int]:
 #
 # Needs: Client, Page.  `python durable.py` looks at workflows, and steers them, while executors run or while none
 # does.  It has not their code and trusts nothing that is stored: values are shown as text, and no pickle is opened.
+
+import argparse
+import shutil
+import textwrap
 
 
 def _arguments() -> argparse.ArgumentParser:

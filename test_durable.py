@@ -12340,7 +12340,9 @@ def without_users_of(gone, tests):
     lines = tests.splitlines(keepends=True)
     for node in reversed(ast.parse(tests).body):
         said = next(iter(getattr(node, "decorator_list", [])), None)
-        if isinstance(said, ast.Call) and ast.unparse(said.func) == "uses" and gone & set(map(ast.literal_eval, said.args)):
+        if not isinstance(said, ast.Call) or ast.unparse(said.func) != "uses":
+            continue
+        if gone & {ast.literal_eval(room) for room in said.args}:
             del lines[said.lineno - 1 : node.end_lineno]
     return "".join(lines)
 
