@@ -6968,8 +6968,8 @@ _HAS_HISTORY.append("w.forked_from is not null")  # from the workflow that it wa
 
 # --- Offer --------------------------------------------------------------------------------------------
 #
-# Needs: Queues.  What an executor would take stands in the database, so that the view durable.why can say of each
-# unfinished workflow why it is not moving.
+# Needs: Queues, Methods.  What an executor would take stands in the database, so that the view durable.why can say
+# of each unfinished workflow why it is not moving.
 
 
 class _OfferingExecutor(_QueueingExecutor):
