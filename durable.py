@@ -2848,21 +2848,8 @@ class _Hosting(_Engine):
 # itself: its section here, in schema.sql and in the tests.  A room's first line names the rooms that it needs.
 # Here is what several of them share.
 
-import ast
-import bisect
-import builtins
-import importlib.util
 import weakref
-import zoneinfo
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from datetime import date, datetime, timedelta, timezone, tzinfo
-from queue import SimpleQueue
-
-from psycopg.abc import PQGen
 
 _SCHEMA_VERSION = 47
 
@@ -3461,6 +3448,9 @@ class _HintedExecutor(_LivingExecutor):
 # no further thread, work waits for those that there are.  Coroutine workflows that no caller awaits run on the
 # event loop of the launch, as long as it runs, or on one of our own.
 
+from concurrent.futures import Future
+from queue import SimpleQueue
+
 _OWN_THREADS = 8  # of the pool, the listener, the dispatcher, the admin server, and one for calls
 
 
@@ -3838,6 +3828,8 @@ class _Sleeping(_Engine):
 # Results are recalled by position, so positions must be taken in the same order by every replay: in the
 # workflow's own code.  Calls that threads make at the same time have no order, and are an error.  And what a
 # workflow saw cancelled, as by a timeout of its own, a replay must see cancelled, though it be done by now.
+
+from concurrent.futures import ThreadPoolExecutor
 
 
 class _OrderedRun(_Run):
@@ -4318,6 +4310,8 @@ class _Cancelling(_Access):
 # Needs: Group commit, Hints, Threads, Cancel and timeouts.  A queue is a name on rows, and limits that those who
 # take the rows observe.  Nobody owns a queue: any executor of the right version that knows the function may take
 # the next row.
+
+from contextlib import ExitStack
 
 __all__ += ["Queue", "QueueRateLimit", "SetEnqueueOptions", "DBOSQueueDeduplicatedError"]
 
@@ -5079,6 +5073,7 @@ class _Announcing(_Engine):
 #
 # Needs: Messages.  What a workflow says of itself under a key: every value, in order.
 
+from collections.abc import AsyncGenerator
 
 # A value behind the last of a stream that is not closed.  Two that are written at the same moment may want
 # the same offset: one of them fails, and is written again.
@@ -5190,6 +5185,10 @@ class _Streaming(_Engine):
 #
 # Needs: Queues.  Nobody owns a schedule: every executor enqueues each tick, under an ID made of its time, and
 # the first one counts.
+
+import bisect
+import zoneinfo
+from datetime import date, datetime, timedelta, timezone, tzinfo
 
 _CATCH_UP = timedelta(hours=1)  # ticks that an executor makes up for after the database, or itself, stood still
 
@@ -5512,6 +5511,8 @@ class DBOSConfiguredInstance:
 # One name, one function: what tells a definition that is made again (a cell of a notebook, importlib.reload, a
 # file that is both `__main__` and imported) from another of that name; and exactly which code a version has.
 
+import ast
+
 
 class _Declaring(_Engine):
     def __init__(self, config: DBOSConfig | None = None) -> None:
@@ -5803,6 +5804,10 @@ async def _off_loop(threads: _Threads | None, call: Callable[[], T]) -> T:
 # something of one's own.  What the program's main file defines is pickled so that others find it; and exceptions
 # survive whatever their constructor looks like.
 
+import builtins
+import importlib.util
+from abc import ABC, abstractmethod
+
 __all__ += ["Serializer", "JSONSerializer"]
 
 
@@ -6008,6 +6013,7 @@ def _without_password(url: str) -> str:
 # the commit undoes settings, roles, temporary tables, cursors, LISTEN, locks and PREPARE.  Of the errors that it may
 # see, only those of this session are tried again.
 
+from psycopg.abc import PQGen
 
 _IDLE_TRANSACTION_S = 300  # a transaction function that leaves its transaction idle for longer is cut off
 
@@ -6346,17 +6352,15 @@ def _set_up_logging(level: str) -> None:
 # So far programs have everything.  This storey is for the people who run them: see and steer workflows from
 # code, from a program that has none of it, by HTTP, in a browser and on the command line.
 
-import argparse
-import contextlib
-import shutil
-import textwrap
 
 _SCHEMA_VERSION = 48
 
 # --- Management ---------------------------------------------------------------------------------------
 #
-# Needs: Cancel and timeouts, Queues, Serializers.  What one can do to workflows with or without their code: look,
-# resume, fork, delete.  In a workflow each of it is a step.
+# Needs: Cancel and timeouts, Queues, Events, Streams, Serializers.  What one can do to workflows with or without
+# their code: look, resume, fork, delete.  In a workflow each of it is a step.
+
+from datetime import datetime
 
 __all__ += ["WorkflowStatus", "StepInfo"]
 
@@ -6973,8 +6977,8 @@ _HAS_HISTORY.append("w.forked_from is not null")  # from the workflow that it wa
 
 # --- Offer --------------------------------------------------------------------------------------------
 #
-# Needs: Queues.  What an executor would take stands in the database, so that the view durable.why can say of each
-# unfinished workflow why it is not moving.
+# Needs: Queues, Methods.  What an executor would take stands in the database, so that the view durable.why can say
+# of each unfinished workflow why it is not moving.
 
 
 class _OfferingExecutor(_QueueingExecutor):
@@ -8354,6 +8358,11 @@ async def _mark(run: _Run, name: str) -> None:
 # Needs: Client, Page, Deploys.  `python durable.py` looks at workflows, and steers them, while executors run or while
 # none does.  Where it has not their code it trusts nothing that is stored: values are shown as text, and no pickle is
 # opened.
+
+import argparse
+import contextlib
+import shutil
+import textwrap
 
 
 def _arguments() -> argparse.ArgumentParser:

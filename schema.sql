@@ -142,6 +142,8 @@ insert into durable.version (number) select 45 where not exists (select from dur
 --
 -- Who lives, and what waits for whom.  However many workflows have ended, these views are as quick.
 
+update durable.version set number = 46 where number = 45;
+
 -- For durable.unfinished.
 create index if not exists workflows_dead on durable.workflows (id)
     where status = 'MAX_RECOVERY_ATTEMPTS_EXCEEDED';
@@ -188,11 +190,11 @@ select application_version, coalesce(delayed, 0) as delayed, coalesce(enqueued, 
                      from durable.living group by application_version) as life using (application_version)) as v
  order by stranded desc, launched_at desc;
 
-update durable.version set number = 46 where number = 45;
-
 -- ==== III. Rooms ====================================================================================
 --
 -- What each room needs.
+
+update durable.version set number = 47 where number = 46;
 
 -- --- Cancel and timeouts ----------------------------------------------------------------------------
 
@@ -344,11 +346,11 @@ create table if not exists durable.streams (
     unique (workflow_id, token)
 );
 
-update durable.version set number = 47 where number = 46;
-
 -- ==== IV. Operators =================================================================================
 --
 -- What management looks for, and the operator's question.
+
+update durable.version set number = 48 where number = 47;
 
 -- --- Management -------------------------------------------------------------------------------------
 
@@ -454,5 +456,3 @@ select u.id as workflow_id, u.status, u.name, u.queue, u.application_version, u.
   left join durable.workflows as c on c.id = s.child_workflow_id and c.completed_at is null
   left join misfits as m on m.id = u.id and of_version = 0
  order by since;
-
-update durable.version set number = 48 where number = 47;
