@@ -7912,10 +7912,12 @@ class _Scene:
 
     def interrupt(self, run: _Rehearsal) -> None:
         """Raise something in the thread until it ends, for a second; user code can hold on to it for ever."""
+        throw, thread = ctypes.pythonapi.PyThreadState_SetAsyncExc, ctypes.c_ulong(run.thread)
         for _ in range(4):
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(run.thread), ctypes.py_object(_Frontier))
+            throw(thread, ctypes.py_object(_Frontier))
             if self.over.wait(0.25):
                 return
+        throw(thread, None)  # what it has not heard by now would come at a bad time
 
 
 class _RehearsingExecutor(_BareExecutor):
@@ -8111,7 +8113,7 @@ class _AdoptingExecutor(_RehearsingExecutor, _OfferingExecutor):
         self.signs: dict[str, tuple[int, int, datetime]] = {}  # of the work of the versions that it has looked at
 
     def serve(self) -> list[str]:
-        if self.config["adopt"]:
+        if self.config["adopt"] and not self.stopping.is_set():
             self.start_own_thread("durable-adopt", self._keep_adopting)
         return super().serve()
 
@@ -8265,15 +8267,18 @@ _visiting = False  # an application is imported to look at its workflows, and no
 def _application(target: str) -> Durable:
     """Import an application, up to its launch, and return its instance: `module`, or `module:attribute`."""
     global _visiting
-    name, _, attribute = target.partition(":")
+    path, _, attribute = target.partition(":")
+    name = path.removesuffix(".py").replace(os.sep, ".")
     sys.path.insert(0, os.getcwd())
     _visiting = True
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.loader is None:
-        raise DBOSException(f"there is no module {name!r} here: give it as `import` would, from the folder it is in")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     with suppress(_NotLaunched):
-        spec.loader.exec_module(module)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            raise DBOSException(f"there is no module {name!r} here: name it as `import` would, where it runs")
+        if name not in sys.modules:
+            sys.modules[name] = importlib.util.module_from_spec(spec)  # stays there, wherever the import ends
+            spec.loader.exec_module(sys.modules[name])
+    module = sys.modules[name]
     if attribute:
         return cast(Durable, functools.reduce(getattr, attribute.split("."), cast(Any, module)))
     found = {id(each): each for each in vars(module).values() if isinstance(each, Durable)}
@@ -8487,9 +8492,10 @@ def _deploy(options: argparse.Namespace) -> list[dict[str, Any]]:
         app = library._application(options.MODULE)
         if getattr(options, "url", None):
             app._config = {**app._config, "system_database_url": options.url}
-        ids = getattr(options, "ID", None) or None
+        ids, on_terminal = getattr(options, "ID", None) or None, sys.stderr.isatty()
         does = app._checked_fits if options.command == "check" else app._adopted_fits
-        fits = [vars(fit) for fit in does(ids, _tell_progress if sys.stderr.isatty() else lambda done: None)]
+        fits = [vars(fit) for fit in does(ids, _tell_progress if on_terminal else lambda done: None)]
+        print(end="\n" * (on_terminal and bool(fits)), file=sys.stderr)
     missing = set(ids or ()) - {fit["workflow_id"] for fit in fits}
     if missing:
         raise DBOSNonExistentWorkflowError(f"there is no unfinished workflow of another version {', '.join(missing)}")

@@ -7524,6 +7524,22 @@ def test_what_cannot_be_enqueued_in_sql_is_refused(dbos, witness, arguments, sai
         witness.run(f"select durable.enqueue({arguments})")
 
 
+def test_the_trigger_of_the_readme_fulfils_what_is_inserted(dbos, queue, witness):
+    """As it stands there: the row and its workflow are there together."""
+    readme = (HERE / "README.md").read_text()
+    (trigger,) = re.findall(r"```sql\n(create function fulfil_order.*?)```", readme, re.DOTALL)
+    queue = dbos.register_queue("orders")
+    dbos.workflow(name="fulfil")(lambda number, item: f"{number}: {item}")
+    witness.run("create table orders (id integer generated always as identity, item text)")
+    try:
+        witness.run(trigger)
+        witness.run("insert into orders (item) values ('lamp'), ('bulb')")
+        assert [result_of(dbos, f"order-{n}") for n in (1, 2)] == ["1: lamp", "2: bulb"]
+        assert queue.name == witness.workflow("order-1").queue
+    finally:
+        witness.run("drop table orders; drop function fulfil_order")
+
+
 def most_at_once(notes):
     return max(itertools.accumulate(1 if each.text == "start" else -1 for each in notes))
 
@@ -12512,6 +12528,16 @@ def test_check_is_not_for_workflows(dbos):
         look()
 
 
+def test_a_module_is_looked_at_once_however_it_is_imported(dbos, tmp_path, monkeypatch, command):
+    """In a package that imports it and launches, too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "__init__.py").write_text("from pack import jobs\njobs.DBOS.launch()\n1 / 0")
+    (tmp_path / "pack" / "jobs.py").write_text("from durable import DBOS\n\n@DBOS.workflow()\ndef job(): pass\n")
+    done = command("check", "pack.jobs")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "no workflow of another version is unfinished\n", "")
+
+
 # Adoption.
 
 
@@ -12786,7 +12812,7 @@ def test_an_application_is_checked_and_adopts_from_the_command_line(deploy, witn
     [
         (("check", "nowhere"), "no module 'nowhere'"),
         (("check", "shop:missing"), "missing"),
-        (("check", "broken"), "ZeroDivisionError"),
+        (("check", "broken.py"), "ZeroDivisionError"),
         (("check", "two"), "2 instances: say which, as two:ATTRIBUTE"),
         (("adopt", "shop", "nobody"), "no unfinished workflow of another version nobody"),
     ],
