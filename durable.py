@@ -7602,6 +7602,7 @@ from dataclasses import replace
 __all__ += ["Fit"]
 
 _REHEARSED_TOGETHER = 100  # workflows whose histories are read at a time
+_SWALLOWED = 1000  # calls that are refused after the end before they are held
 _STANDSTILL_S = 5.0  # a rehearsal that makes no call for so long is given up
 
 
@@ -7661,7 +7662,7 @@ class _Rehearsal(_OrderedRun):
         self.parted: _Verdict | None = None
         self.error: BaseException | None = None  # what the function raised
         self.began = self.returned = False
-        self.idle = 0  # how often nothing moved after the end
+        self.idle = self.swallowed = 0  # how often nothing moved after the end, or something still did
 
     # Recall.
 
@@ -7708,6 +7709,13 @@ class _Rehearsal(_OrderedRun):
         """Let no task go on."""
         self.halt(self.stopped or _Frontier("the rehearsal is over"))
         self.go_on()
+
+    def go_on(self) -> None:
+        if self.stopped is not None:
+            self.swallowed += 1
+            if self.swallowed > _SWALLOWED:
+                threading.Event().wait()  # it would call for ever: its thread is lost, but does not spin
+        super().go_on()
 
     async def wait_for_others(self) -> None:
         """Wait until nothing moves any more."""
