@@ -7763,11 +7763,11 @@ class _Rehearsal(_OrderedRun):
                     self.rehearse_on_loop(functools.partial(self.function.call, *args, **kwargs))
                 else:
                     self.function.call(*args, **kwargs)
-                self.returned = True
+                self.returned = self.stopped is None
         except _Stopped:
             pass
-        except BaseException as error:  # of the user's
-            self.error = error
+        except BaseException as error:  # of the user's; what it makes of the end is not meant
+            self.error = error if self.stopped is None else None
 
     def rehearse_on_loop(self, call: Callable[[], Coroutine[Any, Any, Any]]) -> None:
         """Run a coroutine function on an event loop of its own, and leave no task of it behind."""
