@@ -7921,11 +7921,13 @@ class _Scene:
     def interrupt(self, run: _Rehearsal) -> None:
         """Raise something in the thread until it ends, for a second; user code can hold on to it for ever."""
         throw, thread = ctypes.pythonapi.PyThreadState_SetAsyncExc, ctypes.c_ulong(run.thread)
-        for _ in range(4):
-            throw(thread, ctypes.py_object(_Frontier))
+        for wanted in (_Frontier, _Frontier, _Frontier, None):  # in the end, none that would come at a bad time
+            with self._lock:
+                if self.run is not run:
+                    return
+                throw(thread, wanted and ctypes.py_object(wanted))
             if self.over.wait(0.25):
                 return
-        throw(thread, None)  # what it has not heard by now would come at a bad time
 
 
 class _RehearsingExecutor(_BareExecutor):
