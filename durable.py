@@ -7619,6 +7619,7 @@ from dataclasses import replace
 __all__ += ["Fit"]
 
 _REHEARSED_TOGETHER = 100  # workflows whose histories are read at a time
+_SWALLOWED = 1000  # calls that are refused after the end before they are held
 _STANDSTILL_S = 5.0  # a rehearsal that makes no call for so long is given up
 
 
@@ -7678,7 +7679,7 @@ class _Rehearsal(_OrderedRun):
         self.parted: _Verdict | None = None
         self.error: BaseException | None = None  # what the function raised
         self.began = self.returned = False
-        self.idle = 0  # how often nothing moved after the end
+        self.idle = self.swallowed = 0  # how often nothing moved after the end, or something still did
 
     # Recall.
 
@@ -7726,6 +7727,13 @@ class _Rehearsal(_OrderedRun):
         self.halt(self.stopped or _Frontier("the rehearsal is over"))
         self.go_on()
 
+    def go_on(self) -> None:
+        if self.stopped is not None:
+            self.swallowed += 1
+            if self.swallowed > _SWALLOWED:
+                threading.Event().wait()  # it would call for ever: its thread is lost, but does not spin
+        super().go_on()
+
     async def wait_for_others(self) -> None:
         """Wait until nothing moves any more."""
         self.waits = True
@@ -7772,11 +7780,11 @@ class _Rehearsal(_OrderedRun):
                     self.rehearse_on_loop(functools.partial(self.function.call, *args, **kwargs))
                 else:
                     self.function.call(*args, **kwargs)
-                self.returned = True
+                self.returned = self.stopped is None
         except _Stopped:
             pass
-        except BaseException as error:  # of the user's
-            self.error = error
+        except BaseException as error:  # of the user's; what it makes of the end is not meant
+            self.error = error if self.stopped is None else None
 
     def rehearse_on_loop(self, call: Callable[[], Coroutine[Any, Any, Any]]) -> None:
         """Run a coroutine function on an event loop of its own, and leave no task of it behind."""
@@ -7929,8 +7937,12 @@ class _Scene:
 
     def interrupt(self, run: _Rehearsal) -> None:
         """Raise something in the thread until it ends, for a second; user code can hold on to it for ever."""
-        for _ in range(4):
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(run.thread), ctypes.py_object(_Frontier))
+        throw, thread = ctypes.pythonapi.PyThreadState_SetAsyncExc, ctypes.c_ulong(run.thread)
+        for wanted in (_Frontier, _Frontier, _Frontier, None):  # in the end, none that would come at a bad time
+            with self._lock:
+                if self.run is not run:
+                    return
+                throw(thread, wanted and ctypes.py_object(wanted))
             if self.over.wait(0.25):
                 return
 
@@ -8128,7 +8140,7 @@ class _AdoptingExecutor(_RehearsingExecutor, _OfferingExecutor):
         self.signs: dict[str, tuple[int, int, datetime]] = {}  # of the work of the versions that it has looked at
 
     def serve(self) -> list[str]:
-        if self.config["adopt"]:
+        if self.config["adopt"] and not self.stopping.is_set():
             self.start_own_thread("durable-adopt", self._keep_adopting)
         return super().serve()
 
@@ -8282,15 +8294,18 @@ _visiting = False  # an application is imported to look at its workflows, and no
 def _application(target: str) -> Durable:
     """Import an application, up to its launch, and return its instance: `module`, or `module:attribute`."""
     global _visiting
-    name, _, attribute = target.partition(":")
+    path, _, attribute = target.partition(":")
+    name = path.removesuffix(".py").replace(os.sep, ".")
     sys.path.insert(0, os.getcwd())
     _visiting = True
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.loader is None:
-        raise DBOSException(f"there is no module {name!r} here: give it as `import` would, from the folder it is in")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     with suppress(_NotLaunched):
-        spec.loader.exec_module(module)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            raise DBOSException(f"there is no module {name!r} here: name it as `import` would, where it runs")
+        if name not in sys.modules:
+            sys.modules[name] = importlib.util.module_from_spec(spec)  # stays there, wherever the import ends
+            spec.loader.exec_module(sys.modules[name])
+    module = sys.modules[name]
     if attribute:
         return cast(Durable, functools.reduce(getattr, attribute.split("."), cast(Any, module)))
     found = {id(each): each for each in vars(module).values() if isinstance(each, Durable)}
@@ -8509,9 +8524,10 @@ def _deploy(options: argparse.Namespace) -> list[dict[str, Any]]:
         app = library._application(options.MODULE)
         if getattr(options, "url", None):
             app._config = {**app._config, "system_database_url": options.url}
-        ids = getattr(options, "ID", None) or None
+        ids, on_terminal = getattr(options, "ID", None) or None, sys.stderr.isatty()
         does = app._checked_fits if options.command == "check" else app._adopted_fits
-        fits = [vars(fit) for fit in does(ids, _tell_progress if sys.stderr.isatty() else lambda done: None)]
+        fits = [vars(fit) for fit in does(ids, _tell_progress if on_terminal else lambda done: None)]
+        print(end="\n" * (on_terminal and bool(fits)), file=sys.stderr)
     missing = set(ids or ()) - {fit["workflow_id"] for fit in fits}
     if missing:
         raise DBOSNonExistentWorkflowError(f"there is no unfinished workflow of another version {', '.join(missing)}")
