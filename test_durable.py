@@ -55,6 +55,7 @@ from urllib.parse import quote, urlsplit
 
 import psycopg
 import psycopg.errors
+import psycopg.sql
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import namedtuple_row
@@ -12419,6 +12420,200 @@ def test_a_room_can_be_taken_out(room, url, witness, tmp_path):
     assert (ran.returncode, ran.stderr.count("Traceback")) == (0, 0), ran.stderr
     assert witness.column("select distinct status from durable.workflows") == ["SUCCESS"]
 
+
+# --- Proof --------------------------------------------------------------------------------------------
+#
+# What is promised, as things that a machine can look for: each a query that finds what breaks it.  They hold at any
+# instant of any database that only durable.py writes to, so they run behind every test here, and
+# `python test_durable.py invariants URL` runs them on yours, and changes nothing.
+
+
+class Invariant(NamedTuple):
+    """What always holds of the tables: a name, a sentence, and the query that finds what breaks it."""
+
+    name: str
+    sentence: str
+    query: str
+
+
+UNFINISHED = "('DELAYED', 'ENQUEUED', 'PENDING')"
+
+# What queues were declared with, by all that ever offered to serve them: of different limits, the widest counts.
+LIMITS_OF_QUEUES = """
+    select q.name as queue, max(coalesce(concurrency, 1000000000)) as concurrency,
+           max(coalesce(("rateLimit" ->> 'limit')::bigint, 1000000000)) as starts,
+           min(coalesce(("rateLimit" ->> 'period')::float8, 0)) as period
+      from durable.executors, jsonb_to_recordset(queues) as q(name text, concurrency integer, "rateLimit" jsonb)
+     group by q.name
+"""
+
+INVARIANTS = [
+    *(
+        Invariant(
+            f"no {what} without its workflow", f"Who deletes a workflow leaves no {what} behind, and none comes later.",
+            f"select workflow_id from durable.{what}s as t "
+            "where not exists (select from durable.workflows where id = t.workflow_id)",
+        )
+        for what in ("step", "message", "event", "stream")
+    ),
+    Invariant(
+        "a run has an executor", "What is PENDING is under a launch that is known by that name.",
+        """select w.id from durable.workflows as w left join durable.executors as e using (incarnation)
+            where w.status = 'PENDING' and w.executor_id is distinct from e.executor_id""",
+    ),
+    Invariant(
+        "a run is counted", "What is PENDING, or was until it ended by itself, was begun at least once under a claim.",
+        """select id from durable.workflows where status in ('PENDING', 'SUCCESS', 'ERROR')
+              and (claim < 1 or recovery_attempts < 1)""",
+    ),
+    Invariant(
+        "what waits can be taken", "What waits is in a queue, and if it is delayed, until some time.",
+        """select id from durable.workflows where status in ('DELAYED', 'ENQUEUED') and queue is null
+               or status = 'DELAYED' and delayed_until is null""",
+    ),
+    Invariant(
+        "an outcome only in final states", "SUCCESS has a result, ERROR has an error, and nothing else has either.",
+        """select id from durable.workflows where (status = 'SUCCESS') <> (output is not null)
+               or (status = 'ERROR') <> (error is not null)""",
+    ),
+    Invariant(
+        "an end has its time", "What has ended says when, not before it was created; what has not ended says nothing.",
+        """select id from durable.workflows
+            where (status in ('SUCCESS', 'ERROR', 'CANCELLED')) <> (completed_at is not null)
+               or completed_at < created_at - interval '1 s'""",
+    ),
+    Invariant(
+        "no end with a reservation", "A cancelled workflow holds no deduplication ID: with its end the ID is free.",
+        "select id from durable.workflows where status = 'CANCELLED' and deduplication_id is not null",
+    ),
+    Invariant(
+        "a deduplication ID is held once", "Of the unfinished workflows of a queue, one has a deduplication ID.",
+        f"""select min(id) from durable.workflows where deduplication_id is not null and status in {UNFINISHED}
+             group by queue, deduplication_id having count(*) > 1""",
+    ),
+    Invariant(
+        "a position is taken once", "At each position of a history, from 1, one step is on record.",
+        """select workflow_id from durable.steps group by workflow_id
+           having count(distinct position) < count(*) or min(position) < 1""",
+    ),
+    Invariant(
+        "a complete history has no gap", "Where a workflow has succeeded, each position up to its last is on record.",
+        """select s.workflow_id from durable.steps as s join durable.workflows as w on w.id = s.workflow_id
+            where w.status = 'SUCCESS' group by s.workflow_id having max(position) > count(*)""",
+    ),
+    Invariant(
+        "a step has one outcome", "A step on record returned or raised, not both, and took no time less than none.",
+        """select workflow_id from durable.steps
+            where (output is not null and error is not null) or tries < 1
+               or completed_at < started_at - interval '1 s'""",
+    ),
+    Invariant(
+        "a wait has its deadline", "Where recv ended, until when it would have waited is on record behind it.",
+        """select r.workflow_id from durable.steps as r where r.name = 'DBOS.recv' and r.output is not null
+              and not exists (select from durable.steps as d where d.workflow_id = r.workflow_id
+                                 and d.position = r.position + 1 and d.name = 'DBOS.sleep')
+              and not exists (select from durable.workflows where id = r.workflow_id and forked_from is not null)""",
+    ),
+    Invariant(
+        "a child has its start", "A child that is there, and its parent, too, is on record in the history of that.",
+        """select w.id from durable.workflows as w join durable.workflows as p on p.id = w.parent_workflow_id
+            where p.created_at <= w.created_at
+              and not exists (select from durable.steps where workflow_id = p.id and child_workflow_id = w.id)""",
+    ),
+    Invariant(
+        "a message is received once", "What was received is on record as received, once for each time it was sent.",
+        """select workflow_id from (
+               select m.workflow_id, m.message, count(*) filter (where received_at is not null) as received,
+                      (select count(*) from durable.steps as s where s.workflow_id = m.workflow_id
+                          and s.name = 'DBOS.recv' and s.output = m.message) as recorded
+                 from durable.messages as m join durable.workflows as w on w.id = m.workflow_id
+                where w.forked_from is null group by m.workflow_id, m.message) as of_it
+            where received > recorded or (received < recorded and message <> 'null')""",
+    ),
+    Invariant(
+        "an idempotency key counts once", "A workflow has one message with a key.",
+        """select workflow_id from durable.messages where idempotency_key is not null
+            group by workflow_id, idempotency_key having count(*) > 1""",
+    ),
+    Invariant(
+        "a stream has no gap", "The offsets of a stream are 0, 1, 2 and so on.",
+        """select workflow_id from durable.streams group by workflow_id, key
+           having min("offset") <> 0 or max("offset") <> count(*) - 1""",
+    ),
+    Invariant(
+        "nothing follows the end of a stream", "What closes a stream is the last of it.",
+        """select s.workflow_id from durable.streams as s where s.value is null and exists (
+               select from durable.streams as t where t.workflow_id = s.workflow_id and t.key = s.key
+                  and t."offset" > s."offset")""",
+    ),
+    Invariant(
+        "a write of a stream counts once", "What was written, whatever became of the answer, is in its stream once.",
+        """select workflow_id from durable.streams group by workflow_id, token having count(*) > 1""",
+    ),
+    Invariant(
+        "what is said is on record", "An event or a stream's value is at the position of a step on record.",
+        """select said.workflow_id from (select workflow_id, position from durable.events
+                                    union all select workflow_id, position from durable.streams) as said
+             join durable.workflows as w on w.id = said.workflow_id
+            where w.status = 'SUCCESS' and not exists (
+               select from durable.steps as s where s.workflow_id = said.workflow_id and s.position = said.position)""",
+    ),
+    Invariant(
+        "a queue's places are not exceeded", "No more are at work than its concurrency (as long as nobody lowers it).",
+        f"""select l.queue from ({LIMITS_OF_QUEUES}) as l where concurrency < (
+               select count(*) from durable.workflows as w where w.queue = l.queue and w.status = 'PENDING')""",
+    ),
+    Invariant(
+        "a queue's rate is not exceeded", "In no period have more begun than its limiter allows (likewise).",
+        f"""select w.id from ({LIMITS_OF_QUEUES}) as l join durable.workflows as w using (queue)
+            where w.dequeued_at is not null and starts < (
+               select count(*) from durable.workflows as o where o.queue = w.queue and o.dequeued_at <= w.dequeued_at
+                  and o.dequeued_at > w.dequeued_at - make_interval(secs => period))""",
+    ),
+]
+
+
+def broken(conn, invariants=INVARIANTS):
+    """What is broken, and by whom: one statement, so of one instant."""
+    each = "select {}, array(select * from ({}) as those(id) order by 1 limit 5)"
+    names = [psycopg.sql.quote(invariant.name) for invariant in invariants]
+    looks = (each.format(name, invariant.query) for name, invariant in zip(names, invariants, strict=True))
+    found = conn.execute(" union all ".join(looks), prepare=True).fetchall()
+    return {name: ids for name, ids in found if ids}
+
+
+def invariants(url):
+    """Print whether each invariant holds of a database; reads only."""
+    with psycopg.connect(url, autocommit=True, options="-c default_transaction_read_only=on") as conn:
+        wrong = broken(conn)
+    for each in INVARIANTS:
+        print(f"{'BROKEN' if each.name in wrong else 'holds':7} {each.name}: {each.sentence}")
+        if each.name in wrong:
+            print(f"        by {', '.join(map(str, wrong[each.name]))}")
+    if wrong:
+        raise SystemExit(f"{len(wrong)} of {len(INVARIANTS)} invariants are broken")
+
+
+# Tests that write rows by hand, which no executor would have written like that; and what that breaks.
+BY_HAND = {
+    "test_an_outcome_is_written_only_while_it_is_awaited": {"an outcome only in final states"},
+    "test_garbage_goes_by_the_end_and_not_by_the_beginning": {"an outcome only in final states"},
+    "test_a_replay_receives_what_the_first_run_received": {"a message is received once"},
+    "test_a_pipe_that_closes_early_is_no_error": {"an outcome only in final states", "a run is counted"},
+    "test_a_list_reads_what_it_lists": {"an outcome only in final states", "a run is counted"},
+    "test_the_views_read_no_finished_workflow": {"an outcome only in final states", "a run is counted"},
+}
+
+
+@pytest.fixture(autouse=True)
+def invariants_hold(request):
+    """Behind every test that has a database, all invariants hold of what it left there."""
+    yield
+    if "url" in request.fixturenames:
+        with psycopg.connect(request.getfixturevalue("url"), autocommit=True) as conn:
+            assert set(broken(conn)) <= BY_HAND.get(request.node.originalname, set())
+
+
 # ==== The roof =======================================================================================
 #
 # The benchmark, and the tool that cuts.
@@ -13074,7 +13269,7 @@ _PLAIN: dict[str, Callable[[str, int], float | None]] = {
 }
 
 if __name__ == "__main__":
-    commands = {"cut": cut_behind, "without": leave_out}
+    commands = {"cut": cut_behind, "without": leave_out, "invariants": invariants}
     if sys.argv[1:]:
         commands.get(sys.argv[1], functools.partial(_measure_here, sys.argv[1]))(*sys.argv[2:])
     else:
