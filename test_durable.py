@@ -8497,6 +8497,7 @@ import base64
 import contextvars
 import hashlib
 import traceback
+from queue import Empty, SimpleQueue
 
 from durable import DBOSClient, WorkflowHandle, WorkflowHandleAsync
 
@@ -12614,6 +12615,1082 @@ def invariants_hold(request):
             assert set(broken(conn)) <= BY_HAND.get(request.node.originalname, set())
 
 
+# Actors.  Two or three of them (a run and its sweeper, a dequeue and a recovery) are stepped through the interleavings
+# of their statements, on a real Postgres.  An actor is a thread, and stops before every statement, before the commit
+# behind it, wherever its executor reads its memory of what it runs, and where it waits; a scheduler lets one go on
+# at a time.  What Postgres lets wait for another's lock is noticed, and somebody else goes on.  So a schedule is a
+# list of choices; made again, they lead to the same place, and one made differently leads to the next schedule.
+# As in CHESS (Musuvathi and Qadeer) what is bounded is not the length, but how often an actor that could go on is
+# made to wait: bugs need few such places.  A choice may be a fault instead: the process dies, an answer is lost.
+
+
+class Crash(BaseException):
+    """The process of this actor is dead: nothing that its thread still does counts."""
+
+
+class Choice(NamedTuple):
+    """Who goes on at some point, and how: it goes, its process dies there, or it is cut off from its answer."""
+
+    actor: int
+    order: str = "go"
+
+
+class Actor:
+    """A thread of one of the processes, which stops at each point until the scheduler lets it go on."""
+
+    here = threading.local()
+
+    def __init__(self, name, peer, script, news):
+        self.name, self.peer, self.script, self.news = name, peer, script, news
+        self.orders = SimpleQueue()
+        self.at, self.faults, self.ready = "begin", (), None
+        self.over, self.error, self.conn = False, None, None
+        self.thread = threading.Thread(target=self.act, daemon=True)
+
+    def act(self):
+        Actor.here.actor = self
+        try:
+            self.point("begin")
+            self.script()
+            self.peer.executor.drain()
+        except BaseException as error:
+            self.error = error
+        self.over = True
+        self.news.put(self)
+
+    def is_able(self):
+        """Whether it could go on, for all that is known here."""
+        return not self.over and (self.ready is None or self.ready())
+
+    def point(self, at, faults=(), ready=None):
+        """Stop here, and return how to go on; `ready` tells whether one can, if not always."""
+        if self.peer.dead:
+            raise Crash
+        self.at, self.faults, self.ready = at, faults, ready
+        self.news.put(self)
+        order = self.orders.get()
+        if self.peer.dead:
+            raise Crash
+        return order
+
+
+def actor_here():
+    return getattr(Actor.here, "actor", None)
+
+
+def step_memory(what):
+    """What an executor remembers is about to be read or changed: others of its process may come before."""
+    actor = actor_here()
+    if actor is not None and actor.peer.shared:
+        actor.point(what)
+
+
+class Remembered(dict):
+    """What an executor remembers, `claimed` or `running`: to look at it is a step of its own."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def __contains__(self, key):
+        step_memory(f"look for {key} in {self.name}")
+        return super().__contains__(key)
+
+    def __iter__(self):
+        step_memory(f"read {self.name}")
+        return super().__iter__()
+
+    def values(self):
+        step_memory(f"read {self.name}")
+        return super().values()
+
+    def get(self, key, default=None):
+        step_memory(f"look for {key} in {self.name}")
+        return super().get(key, default)
+
+    def __setitem__(self, key, value):
+        step_memory(f"put {key} into {self.name}")
+        super().__setitem__(key, value)
+
+
+class SteppedLock:
+    """A lock between threads of a process; one that is held keeps an actor at its point."""
+
+    def __init__(self):
+        self.holder = None
+
+    def __enter__(self):
+        actor = actor_here()
+        if actor is not None and (actor.peer.shared or self.holder is not None):
+            actor.point("lock", ready=lambda: self.holder is None)
+        assert self.holder is None, "a lock is taken twice"
+        self.holder = actor or True
+
+    def __exit__(self, *_):
+        self.holder = None
+
+    def locked(self):
+        return self.holder is not None
+
+
+WRITES = re.compile(r"\b(insert|update|delete|for share|for key share|pg_advisory)\b")
+
+plain_execute = psycopg.Cursor.execute
+
+
+def stepped_execute(self, query, params=None, **options):
+    """Make a statement in two steps, it and its commit, with everything else that may happen there in between."""
+    conn = getattr(self.connection, "owner", self.connection)
+    actor = actor_here()
+    if actor is None or not isinstance(conn, SteppedSession):
+        return plain_execute(self, query, params, **options)
+    if actor.peer.dead:
+        raise Crash
+    try:
+        actor.conn = conn
+        return step_statement(self, conn, actor, query, params, options)
+    finally:
+        actor.conn = None  # it may soon be another's
+
+
+def step_statement(self, conn, actor, query, params, options):
+    text = query.decode() if isinstance(query, bytes) else query
+    what = " ".join(text.split())
+    statement, commit, behind = text.partition("; commit; ")  # a transaction's record comes in one message with it
+    if conn.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
+        if what.startswith("rollback"):
+            return plain_execute(self, query, params, **options)
+        actor.peer.cut_at(actor, what, "commit" if what == "commit" else "statement")
+        if what == "commit":
+            return actor.peer.commit(actor, conn, "commit")
+        done = plain_execute(self, statement, params, **options)
+        if commit:
+            actor.peer.cut_at(actor, "commit", "commit")
+            actor.peer.commit(actor, conn, f"commit; {behind}")
+        return done
+    if what.startswith("begin") or not WRITES.search(what):
+        if what != "begin":
+            actor.peer.cut_at(actor, what, "statement")
+        return plain_execute(self, query, params, **options)
+    actor.peer.cut_at(actor, what, "statement")
+    plain_execute(psycopg.Cursor(conn), "begin")
+    try:
+        done = plain_execute(self, query, params, **options)
+        actor.peer.cut_at(actor, "commit", "commit")
+    except BaseException:
+        if not (conn.closed or actor.peer.dead):
+            plain_execute(psycopg.Cursor(conn), "rollback")
+        raise
+    actor.peer.commit(actor, conn, "commit")
+    return done
+
+
+class SteppedSession(durable._Session):
+    """A session of an actor's process."""
+
+    @contextlib.contextmanager
+    def pipeline(self):
+        """Several statements in one message are one transaction, and each is a step."""
+        self.execute("begin")
+        try:
+            yield
+        except BaseException:
+            if not self.closed:
+                self.execute("rollback")
+            raise
+        self.execute("commit")
+
+
+class SteppedPool:
+    """Connections of a process; what it leaves behind in good order serves the next schedule."""
+
+    def __init__(self, peer):
+        self.peer, self.lent = peer, []
+
+    def getconn(self):
+        idle = self.peer.stage.idle
+        conn = idle.pop() if idle else self.peer.stage.connect(SteppedSession)
+        self.lent.append(conn)
+        return conn
+
+    def putconn(self, conn):
+        if conn not in self.lent:  # the process died, and it was taken back
+            return
+        self.lent.remove(conn)
+        if not conn.closed:
+            if conn.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
+                plain_execute(psycopg.Cursor(conn), "rollback")
+            self.peer.stage.idle.append(conn)
+
+    @contextlib.contextmanager
+    def connection(self, timeout=None):
+        conn = self.getconn()
+        try:
+            yield conn
+        finally:
+            self.putconn(conn)
+
+    def close(self, timeout=None):
+        for conn in list(self.lent):
+            self.putconn(conn)
+
+
+class SteppedExecutor(durable._Executor):
+    """An executor without threads of its own: what it hands to one, its actor does when it waits, or at the end."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.tells, self.jobs = False, []
+        self.claimed, self.running = Remembered("claimed"), Remembered("running")
+        self.claiming, self.turns = SteppedLock(), collections.defaultdict(SteppedLock)
+
+    def start_thread(self, job, name="durable-workflow"):
+        self.jobs.append(job)
+
+    def start_own_thread(self, name, target):
+        pass
+
+    def drain(self):
+        """Do what was handed to threads."""
+        while self.jobs:
+            contextvars.Context().run(self.jobs.pop(0))
+
+    def connect(self):
+        return self.peer.stage.connect(SteppedSession)
+
+    def new_pool(self):
+        return self.pool
+
+
+def stepped_wait(*signals, timeout=None):
+    """Wait in a schedule: until a signal, or until others have done something, or (as time-outs do) for nothing."""
+    actor, stage = actor_here(), Stage.now
+    if stage is None or (actor is None and threading.current_thread() is not stage.thread):
+        return plain_wait(*signals, timeout=timeout)
+
+    def block():
+        executors = [peer.executor for peer in stage.peers if actor is None or peer is actor.peer]
+        for executor in executors:
+            if executor.jobs:
+                contextvars.Context().run(executor.jobs.pop(0))
+                return
+        if any(signal.is_set for signal in signals):
+            return
+        if actor is None:
+            stage.idled()
+        else:
+            began = stage.moves
+            actor.point("wait", ready=lambda: stage.moves > began or any(signal.is_set for signal in signals))
+
+    return durable._Wait(block, plain_wait(*signals, timeout=timeout).on_loop)
+
+
+plain_wait = durable._for_any
+
+
+
+
+class Peer:
+    """A process of a schedule: an executor of its own, which may die."""
+
+    def __init__(self, stage, name, **config):
+        self.stage, self.name, self.dead, self.shared = stage, name, False, False
+        self.dbos = Durable({**stage.settings, "executor_id": name, **config})
+        self.executor = SteppedExecutor(self.dbos, {**self.dbos._settings(), "system_database_url": stage.url})
+        self.executor.peer, self.executor.clock_ahead, self.executor.pool = self, stage.clock_ahead, SteppedPool(self)
+        self.dbos._executor = self.executor
+        stage.declare(self)
+
+    def enlist(self):
+        """Enter as a new incarnation, and hold the lock that says so."""
+        stage, executor = self.stage, self.executor
+        me = {"executor_id": self.name, "version": "v1", "known": json.dumps(self.dbos._known())}
+        queues = json.dumps([queue._describe() for queue in self.dbos._queues.values()])
+        executor.conn = stage.keepers.pop() if stage.keepers else stage.connect(SteppedSession)
+        row = plain_execute(
+            psycopg.Cursor(executor.conn),
+            """insert into durable.executors (executor_id, application, application_version, workflows, hostname, pid,
+                                              known, queues)
+               values (%s, 'proof', 'v1', '{}', 'here', 0, %s, %s)
+               returning incarnation, pg_try_advisory_lock(%s, incarnation)""",
+            (self.name, me["known"], queues, durable._LOCKS),
+        ).fetchone()
+        executor.me = {**me, "incarnation": row[0]}
+        return self
+
+    def cut_at(self, actor, what, kind):
+        """A point where the process may die, or the actor lose its connection."""
+        order = actor.point(what, ("crash", "lose" if kind == "commit" else "cut"))
+        if order == "cut":
+            raise self.lost(actor.conn)
+        actor.loses = order == "lose"
+
+    def commit(self, actor, conn, text):
+        done = plain_execute(psycopg.Cursor(conn), text)
+        if actor.loses:
+            raise self.lost(conn)
+        return done
+
+    def lost(self, conn):
+        conn.close()
+        return psycopg.OperationalError("the connection was lost")
+
+    def die(self):
+        """Let nothing that this process still does count; Postgres undoes what it had not committed."""
+        self.dead = True
+        for conn in list(self.executor.pool.lent):
+            if conn.info.transaction_status == psycopg.pq.TransactionStatus.ACTIVE:  # another thread waits in it
+                self.executor.pool.lent.remove(conn)
+                self.stage.watch.execute("select pg_terminate_backend(%s)", (conn.info.backend_pid,))
+            else:
+                self.executor.pool.putconn(conn)
+        self.leave()
+
+    def leave(self):
+        """The lock is free."""
+        conn, self.executor.conn = self.executor.conn, None
+        if conn is not None:
+            plain_execute(psycopg.Cursor(conn), "select pg_advisory_unlock_all()")
+            self.stage.keepers.append(conn)
+
+
+class Broken(AssertionError):
+    """A schedule that ended in a state where not everything holds."""
+
+
+class Stage:
+    """Where schedules are played: a database, connections to it, and the peers of the schedule that is played now."""
+
+    now = None
+
+    def __init__(self, url):
+        self.url, self.idle, self.keepers, self.peers = url, [], [], []
+        self.thread = threading.current_thread()
+        self.settings = settings(
+            system_database_url=url, application_version="v1", run_admin_server=False, log_level="CRITICAL"
+        )
+        self.patches = pytest.MonkeyPatch()
+        maker = Durable(self.settings)
+        maker.launch()
+        self.clock_ahead, self.maker = maker._executor.clock_ahead, maker._executor
+        maker.destroy()
+        self.watch = psycopg.connect(url, autocommit=True)
+        self.watch.execute(WITNESS)
+        time.sleep(durable._RESTART_GRACE_S)  # of a server that has just started, nobody is taken for lost
+
+    def __enter__(self):
+        Stage.now = self
+        self.patches.setattr(psycopg.Cursor, "execute", stepped_execute)
+        self.patches.setattr(durable, "_for_any", stepped_wait)
+        self.patches.setattr(durable, "_LANES", 3)
+        return self
+
+    def __exit__(self, *_):
+        self.patches.undo()
+        Stage.now = None
+        for conn in [*self.idle, *self.keepers, self.watch]:
+            conn.close()
+
+    def connect(self, kind):
+        actor, Actor.here.actor = actor_here(), None  # this takes no step
+        conn = kind.connect(self.url, **self.maker.connection_options())
+        self.maker._configure(conn)
+        Actor.here.actor = actor
+        plain_execute(psycopg.Cursor(conn), "set synchronous_commit = off; set deadlock_timeout = '20ms'")
+        return conn
+
+    def reset(self):
+        """Empty the tables, and let everybody of the last schedule go."""
+        for peer in self.peers:
+            if not peer.dead:
+                peer.executor.pool.close()
+                peer.leave()
+        self.peers, self.notes, self.moves, self.idle_waits = [], collections.Counter(), 0, 0
+        self.watch.execute("; ".join(f"delete from {table}" for table in self.tables()))
+
+    @functools.cache  # noqa: B019
+    def tables(self):
+        query = """select format('%I.%I', schemaname, tablename) from pg_tables
+                    where schemaname in ('durable', 'witness') and tablename <> 'version' or tablename = 'ledger'"""
+        return [table for (table,) in self.watch.execute(query)]
+
+    def peer(self, name="local", launched=True, **config):
+        """Another process."""
+        self.peers.append(Peer(self, name, **config))
+        return self.peers[-1].enlist() if launched else self.peers[-1]
+
+    def idled(self):
+        self.idle_waits += 1
+        time.sleep(0.001)
+        if self.idle_waits > 300:
+            raise Broken("a survivor waits for ever")
+
+    def one(self, query, *parameters):
+        return self.watch.execute(query, parameters).fetchone()[0]
+
+    def status(self, id):
+        return self.one("select (select status from durable.workflows where id = %s)", id)
+
+    # What the workflows of the schedules do.
+
+    def declare(self, peer):
+        """Register the workflows; each step returns the claim of its run, which the witness compares."""
+        dbos, notes = peer.dbos, self
+
+        def claim():
+            return durable._frame.get().run.claim
+
+        @dbos.step(name="stamp")
+        def stamp():
+            notes.notes[dbos.workflow_id, dbos.step_id] += 1
+            return claim()
+
+        @dbos.transaction(name="write")
+        def write():
+            dbos.connection.execute("insert into ledger values (%s)", [dbos.step_key])
+
+        @dbos.workflow(name="work")
+        def work():
+            stamp()
+            stamp()
+            return claim()
+
+        @dbos.workflow(name="book")
+        def book():
+            stamp()
+            write()
+            return claim()
+
+        @dbos.workflow(name="parent")
+        def parent():
+            work()
+            stamp()
+            return claim()
+
+        @dbos.workflow(name="hear")
+        def hear():
+            heard = [dbos.recv("t", timeout_seconds=1000), dbos.recv("t", timeout_seconds=1000)]
+            notes.heard = heard
+            stamp()
+            return claim()
+
+        @dbos.workflow(name="say")
+        def say():
+            dbos.send("w", 1, "t")
+            dbos.send("w", 2, "t")
+            return claim()
+
+        @dbos.workflow(name="stream")
+        def stream():
+            dbos.write_stream("s", "a")
+            dbos.set_event("e", "a")
+            dbos.write_stream("s", "b")
+            dbos.close_stream("s")
+            return claim()
+
+        queue = Queue("q", concurrency=1, durable=dbos)
+        peer.__dict__ |= {
+            "work": work, "book": book, "parent": parent, "hear": hear, "say": say, "stream": stream, "queue": queue
+        }
+
+    # A schedule.
+
+    def play(self, pair, prefix):
+        """Play the schedule that begins with these choices and goes on without need; return what else was possible."""
+        self.reset()
+        story = pair.story(self)
+        news, trace, spent, last = SimpleQueue(), [], 0, None
+        actors = [Actor(name, peer, script, news) for name, (peer, script) in next(story).items()]
+        for actor in actors:
+            actor.peer.shared = sum(each.peer is actor.peer for each in actors) > 1
+            actor.thread.start()
+        moving, blocked = set(actors), set()
+        try:
+            while True:
+                blocked = self.settle(news, moving | blocked, {actor for actor in actors if not actor.over})
+                if all(actor.over for actor in actors):
+                    break
+                options = self.options(actors, blocked, last)
+                if not options:
+                    if spent > 20:
+                        if not any(actor.peer.dead for actor in actors):
+                            raise Broken("nobody can go on")
+                        for actor in actors:  # who waits for what only a successor will do
+                            actor.peer.executor.closed.set()
+                    spent, moving = spent + 1, set()
+                    self.moves += 1
+                    continue
+                number = len(trace)
+                choice = prefix[number] if number < len(prefix) else options[0][0]
+                trace.append((choice, options, actors[choice.actor].at))
+                if choice not in [option for option, *_ in options]:
+                    raise Broken("the same choices led to another place")
+                last = actor = actors[choice.actor]
+                self.moves += actor.at != "wait"
+                if len(trace) > 1500:
+                    raise Broken("it goes on without end")
+                moving = {actor}
+                if choice.order == "crash":
+                    actor.peer.die()
+                    moving = {each for each in actors if each.peer is actor.peer and not each.over}
+                for each in moving - blocked:
+                    each.orders.put(choice.order)
+            self.judge(pair, story, actors, trace)
+        except Broken as wrong:
+            wrong.add_note(self.told(pair, actors, trace))
+            raise
+        finally:
+            for actor in actors:
+                actor.peer.dead = actor.peer.dead or not actor.over
+                while not actor.over and actor.thread.is_alive():
+                    actor.orders.put("crash")
+                    actor.thread.join(0.01)
+        return trace
+
+    def settle(self, news, moving, everybody):
+        """Wait until everybody who moves has come to a point, or is over, or waits for a lock; return those."""
+        moving = {actor for actor in moving if not actor.over}
+        patience = time.monotonic() + PATIENCE_S
+        while moving:
+            try:
+                moving.discard(news.get(timeout=0.002))
+            except Empty:
+                pids = {actor.conn.info.backend_pid: actor for actor in moving if actor.conn and not actor.conn.closed}
+                query = "select distinct pid from pg_locks where not granted and pid = any(%s)"
+                waiting = {pids[pid] for (pid,) in self.watch.execute(query, (list(pids),))}
+                if moving <= waiting and moving < everybody:  # else Postgres must end a deadlock
+                    return moving
+                assert time.monotonic() < patience, [(actor.name, actor.at) for actor in moving]
+        return set()
+
+    def options(self, actors, blocked, last):
+        """Who could go on and how, what comes without need first; and what each costs: preemptions, faults."""
+        able = [actor for actor in actors if actor.is_able() and actor not in blocked]
+        if last in able:
+            able.remove(last)
+            able.insert(0, last)
+        options = []
+        for actor in able:
+            cost = int(able[0] is last and actor is not last)
+            options.append((Choice(actors.index(actor)), cost, 0))
+            options += [(Choice(actors.index(actor), fault), cost, 1) for fault in actor.faults]
+        return options
+
+    def judge(self, pair, story, actors, trace):
+        """Let a successor end what is left, and see whether everything holds."""
+        faults = {choice.order for choice, *_ in trace} - {"go"}
+        for actor in actors:
+            if actor.error is not None and not isinstance(actor.error, (Crash, durable._Stopped, DBOSException)):
+                raise Broken(f"{actor.name} failed: {actor.error!r}") from actor.error
+        self.calm = not faults
+        self.errors = {actor.name: actor.error for actor in actors}
+        self.survive()
+        wrong = {**broken(self.watch), **broken(self.watch, WITNESSED)}
+        if wrong:
+            raise Broken("; ".join(f"{name}: {ids}" for name, ids in wrong.items()))
+        try:
+            next(story, None)
+        except AssertionError as error:
+            raise Broken(f"{pair.name}: {error}") from error
+
+    def survive(self):
+        """Launch a successor, and let it end everything that is not ended."""
+        unfinished = f"select count(*) from durable.workflows where status in {UNFINISHED}"
+        if not self.one(unfinished):
+            return
+        names = list({peer.name for peer in self.peers})
+        successor = self.peer("successor")
+        for _ in range(20):
+            successor.executor.recover(names)
+            successor.executor.now(durable._release_delayed)
+            for each in successor.dbos._queues.values():
+                successor.executor._dequeue(each)
+            successor.executor.drain()
+            if not self.one(unfinished):
+                return
+        raise Broken("a successor does not come to an end")
+
+    def told(self, pair, actors, trace):
+        lines = [
+            f"  {actors[choice.actor].name:12} {'' if choice.order == 'go' else choice.order.upper() + ': '}{at[:150]}"
+            for choice, _, at in trace
+        ]
+        return "\n".join([f"the schedule of {pair.name!r}:", *lines])
+
+
+def explore(stage, pair, preemptions, faults, most=None):
+    """Play every schedule of a pair within the bounds; return how many there were, and how many steps they had."""
+    schedules = steps = 0
+    prefixes = [[]]
+    while prefixes and (most is None or schedules < most):
+        prefix = prefixes.pop()
+        trace = stage.play(pair, prefix)
+        schedules, steps = schedules + 1, steps + len(trace)
+        taken, cost, failed = [], 0, 0
+        for number, (choice, options, _) in enumerate(trace):
+            here = {option: (c, f) for option, c, f in options}
+            for option, (c, f) in here.items():
+                within = cost + c <= preemptions and failed + f <= faults
+                if number >= len(prefix) and option != choice and within:
+                    prefixes.append([*taken, option])
+            taken.append(choice)
+            cost, failed = cost + here[choice][0], failed + here[choice][1]
+    return schedules, steps
+
+
+# A witness notes what changed, as it changes, in triggers: what the rows alone no longer tell.
+WITNESS = """
+    create table if not exists ledger (entry text not null);
+    create schema if not exists witness;
+    create table witness.changes (
+        number bigint generated always as identity, id text, was text, status text, old_claim bigint, claim bigint,
+        output text, places bigint, queue text);
+    create table witness.records (
+        number bigint generated always as identity, id text, position integer, name text, output text, claim bigint,
+        status text, change text);
+
+    create function witness.change() returns trigger language plpgsql as $$
+    begin
+        insert into witness.changes (id, was, status, old_claim, claim, output, queue, places)
+        values (new.id, old.status, new.status, old.claim, new.claim, new.output, new.queue,
+                (select count(*) from durable.workflows where queue = new.queue and status = 'PENDING'));
+        return null;
+    end $$;
+    create trigger witness after insert or update on durable.workflows for each row execute function witness.change();
+
+    create function witness.record() returns trigger language plpgsql as $$
+    begin
+        insert into witness.records (id, position, name, output, claim, status, change)
+        select new.workflow_id, new.position, new.name, new.output, w.claim, w.status, tg_op
+          from (select) as this left join durable.workflows as w on w.id = new.workflow_id;
+        return null;
+    end $$;
+    create trigger witness after insert or update on durable.steps for each row execute function witness.record();
+"""
+
+WITNESSED = [
+    Invariant(
+        "no claim shrinks", "Nobody gives a workflow back to an earlier run.",
+        "select id from witness.changes where claim < old_claim",
+    ),
+    Invariant(
+        "a run has a claim of its own", "Whoever takes up a workflow raises its claim.",
+        """select id from witness.changes where status = 'PENDING' and claim = old_claim""",
+    ),
+    Invariant(
+        "an end is an end", "What has succeeded or failed never changes.",
+        "select id from witness.changes where was in ('SUCCESS', 'ERROR')",
+    ),
+    Invariant(
+        "an outcome is written by a run", "It ends what is PENDING, under the claim of the run that did it.",
+        """select id from witness.changes where status in ('SUCCESS', 'ERROR')
+              and (was <> 'PENDING' or claim <> old_claim or (status = 'SUCCESS' and output <> claim::text))""",
+    ),
+    Invariant(
+        "a step is recorded at work", "No step is added to the history of a workflow that nobody runs.",
+        """select id from witness.records where status is distinct from 'PENDING'""",
+    ),
+    Invariant(
+        "a step is recorded by the run", "Whoever adds a step to a history has the claim of its workflow.",
+        "select id from witness.records where name = 'stamp' and output <> claim::text",
+    ),
+    Invariant(
+        "a record never changes", "What is on record stays what it is.",
+        "select id from witness.records where change = 'UPDATE'",
+    ),
+    Invariant(
+        "places are never exceeded", "At no instant are more of a queue at work than its concurrency.",
+        "select id from witness.changes where queue = 'q' and status = 'PENDING' and places > 1",
+    ),
+    Invariant(
+        "a transaction happens once", "Its work is there once, and with it the record.",
+        """select entry from ledger group by entry having count(*) > 1
+            union all select entry from ledger where not exists (
+               select from durable.steps where workflow_id || ':' || position = entry)
+              and exists (select from durable.workflows where id = split_part(entry, ':', 1))
+            union all select workflow_id from durable.steps where name = 'write' and error is null
+              and not exists (select from ledger where entry = workflow_id || ':' || position)""",
+    ),
+]
+
+
+class Pair(NamedTuple):
+    """Actors that meet, and what is to hold when all is over."""
+
+    name: str
+    story: object
+
+
+PAIRS = []
+
+
+def pair(name):
+    """Make a story one of the pairs: a generator that sets the stage, yields the actors, and judges the end."""
+    return lambda story: PAIRS.append(Pair(name, story)) or story
+
+
+def call(function, id):
+    """Call a workflow under an ID; how it ends is for the tables to say."""
+
+    def script():
+        with SetWorkflowID(id), contextlib.suppress(DBOSException):
+            function()
+
+    return script
+
+
+def abandon(stage, function, id, queue=None):
+    """Leave a workflow behind, as a process does that dies as soon as it has begun it."""
+    former = stage.peer("local")
+    work = getattr(former, function)
+    if queue is None:
+        row = durable._prepare_start(former.executor, work._durable_function, (), {}).row | {"id": id}
+        former.executor.write(durable._insertion(False), row).block()
+    else:
+        with SetWorkflowID(id):
+            former.queue.enqueue(work)
+        former.executor._dequeue(former.queue)
+        former.executor.jobs.clear()
+        former.executor.claimed.clear()
+    former.die()
+    return former
+
+
+def once(stage, id, steps, most=1):
+    """Each step of a workflow ran; without a fault, `most` times at most.  (A death may come before its begin.)"""
+    if stage.status(id) is None and not stage.calm:
+        return
+    counts = {position: count for (of, position), count in stage.notes.items() if of == id}
+    assert set(counts) == set(steps), f"the steps of {id} that ran are {sorted(counts)}"
+    assert not stage.calm or max(counts.values()) <= most, f"steps of {id} ran more than {most} times: {counts}"
+    assert stage.status(id) == "SUCCESS", f"{id} is {stage.status(id)}"
+
+
+@pair("a run and its sweeper")
+def run_and_sweeper(stage):
+    local = stage.peer("local")
+    yield {"run": (local, call(local.work, "w")), "sweeper": (local, local.executor.recover)}
+    once(stage, "w", (1, 2))
+
+
+@pair("two sweepers")
+def two_sweepers(stage):
+    abandon(stage, "work", "w")
+    one, two = stage.peer("local"), stage.peer("local")
+    yield {"one": (one, one.executor.recover), "two": (two, two.executor.recover)}
+    once(stage, "w", (1, 2))
+
+
+@pair("a run and a cancel")
+def run_and_cancel(stage):
+    local, other = stage.peer("local"), stage.peer("other")
+    yield {"run": (local, call(local.work, "w")), "cancel": (other, lambda: other.dbos.cancel_workflow("w"))}
+    assert stage.status("w") in ("SUCCESS", "CANCELLED") or not stage.calm
+
+
+@pair("a dequeue and a recovery")
+def dequeue_and_recovery(stage):
+    abandon(stage, "work", "w1", queue="q")
+    one, two = stage.peer("local"), stage.peer("local")
+    with SetWorkflowID("w2"):
+        one.queue.enqueue(one.work)
+
+    def recover():
+        two.executor.recover()
+        two.executor._dequeue(two.queue)
+
+    yield {"dequeue": (one, lambda: one.executor._dequeue(one.queue)), "recovery": (two, recover)}
+    for id in ("w1", "w2"):
+        once(stage, id, (1, 2))
+
+
+@pair("two starts of one workflow")
+def two_starts(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    yield {"one": (one, call(one.work, "w")), "two": (two, call(two.work, "w"))}
+    once(stage, "w", (1, 2))
+
+
+@pair("two launches")
+def two_launches(stage):
+    abandon(stage, "book", "w")
+    one, two = stage.peer("local", launched=False), stage.peer("local", launched=False)
+    yield {"one": (one, one.executor.launch), "two": (two, two.executor.launch)}
+    once(stage, "w", (1,))
+
+
+@pair("two dequeues")
+def two_dequeues(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    for id in ("w1", "w2"):
+        with SetWorkflowID(id):
+            one.queue.enqueue(one.work)
+    yield {each.name: (each, lambda each=each: each.executor._dequeue(each.queue)) for each in (one, two)}
+    for id in ("w1", "w2"):
+        once(stage, id, (1, 2))
+
+
+@pair("a dequeue and a cancel")
+def dequeue_and_cancel(stage):
+    one, other = stage.peer("local"), stage.peer("other")
+    with SetWorkflowID("w"):
+        one.queue.enqueue(one.work)
+    yield {
+        "dequeue": (one, lambda: one.executor._dequeue(one.queue)),
+        "cancel": (other, lambda: other.dbos.cancel_workflow("w")),
+    }
+    assert stage.status("w") in ("SUCCESS", "CANCELLED")
+
+
+@pair("two enqueues with one deduplication ID")
+def two_deduplicated(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+
+    def enqueue(peer, id):
+        def script():
+            with SetWorkflowID(id), durable.SetEnqueueOptions(deduplication_id="d"), contextlib.suppress(DBOSException):
+                peer.queue.enqueue(peer.work)
+            peer.executor._dequeue(peer.queue)
+
+        return script
+
+    yield {"one": (one, enqueue(one, "w1")), "two": (two, enqueue(two, "w2"))}
+    assert {stage.status("w1"), stage.status("w2")} <= {"SUCCESS", None}
+    assert not stage.calm or stage.status("w1") or stage.status("w2")
+
+
+@pair("a sender and a receiver")
+def sender_and_receiver(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    with SetWorkflowID("w"):
+        one.queue.enqueue(one.hear)
+    yield {"receiver": (one, lambda: one.executor._dequeue(one.queue)), "sender": (two, call(two.say, "s"))}
+    if stage.status("s") is None:
+        return
+    once(stage, "w", (5,))
+    heard = stage.one("select array_agg(output order by position) from durable.steps where name = 'DBOS.recv'")
+    assert heard == ["1", "2"], f"received was {heard}"
+
+
+@pair("two senders with one idempotency key")
+def two_senders(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    with SetWorkflowID("w"):
+        one.queue.enqueue(one.work)
+    yield {each.name: (each, lambda each=each: each.dbos.send("w", 1, "t", "k")) for each in (one, two)}
+    assert stage.one("select count(*) from durable.messages") == 1 or not stage.calm
+
+
+@pair("a sender and a delete")
+def sender_and_delete(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    with SetWorkflowID("w"):
+        two.queue.enqueue(two.work)
+    yield {"sender": (one, call(one.say, "s")), "delete": (two, lambda: two.dbos.delete_workflow("w"))}
+    assert stage.status("w") is None or not stage.calm
+
+
+@pair("a letter and a delete")
+def letter_and_delete(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    with SetWorkflowID("w"):
+        two.queue.enqueue(two.work)
+
+    def send():
+        with contextlib.suppress(DBOSNonExistentWorkflowError):
+            one.dbos.send("w", 1, "t")
+
+    yield {"sender": (one, send), "delete": (two, lambda: two.dbos.delete_workflow("w"))}
+
+
+@pair("a parent and its deleted child")
+def parent_and_deleted_child(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    yield {"parent": (one, call(one.parent, "p")), "delete": (two, lambda: two.dbos.delete_workflow("p-1"))}
+    assert stage.status("p") in ("SUCCESS", "ERROR") or not stage.calm
+
+
+@pair("a child and its deleted parent")
+def child_and_deleted_parent(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    delete = functools.partial(two.dbos.delete_workflow, "p", delete_children=True)
+    yield {"parent": (one, call(one.parent, "p")), "delete": (two, delete)}
+    assert (stage.status("p") is None) <= (stage.status("p-1") is None) or not stage.calm, "a child was left behind"
+
+
+@pair("a run and a delete")
+def run_and_delete(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    yield {"run": (one, call(one.book, "w")), "delete": (two, lambda: two.dbos.delete_workflow("w"))}
+    assert stage.status("w") in (None, "SUCCESS")
+
+
+@pair("what a run says and a delete")
+def words_and_delete(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    yield {"run": (one, call(one.stream, "w")), "delete": (two, lambda: two.dbos.delete_workflow("w"))}
+
+
+@pair("a run and a delete, and the next of its ID")
+def run_and_next(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+
+    def anew():
+        two.dbos.delete_workflow("w")
+        call(two.work, "w")()
+
+    yield {"run": (one, call(one.work, "w")), "next": (two, anew)}
+    assert stage.status("w") == "SUCCESS" or not stage.calm
+
+
+@pair("a run and an operator who takes it")
+def run_and_operator(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    yield {"run": (one, call(one.book, "w")), "operator": (two, lambda: two.executor.recover(["local"]))}
+    once(stage, "w", (1,), most=2)
+
+
+@pair("what a run says and an operator who takes it")
+def words_and_operator(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    yield {"run": (one, call(one.stream, "w")), "operator": (two, lambda: two.executor.recover(["local"]))}
+    said = stage.one("""select array_agg(coalesce(value, 'end') order by "offset") from durable.streams""")
+    assert said == ['"a"', '"b"', "end"] or stage.status("w") is None, f"the stream is {said}"
+
+
+@pair("a receiver and an operator who takes it")
+def receiver_and_operator(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    with SetWorkflowID("w"):
+        one.queue.enqueue(one.hear)
+    for message in (1, 2):
+        one.dbos.send("w", message, "t")
+
+    def take():
+        two.executor.recover(["local"])
+        two.executor._dequeue(two.queue)
+
+    yield {"run": (one, lambda: one.executor._dequeue(one.queue)), "operator": (two, take)}
+    once(stage, "w", (5,), most=2)
+    heard = stage.one("select array_agg(output order by position) from durable.steps where name = 'DBOS.recv'")
+    assert heard == ["1", "2"], f"received was {heard}"
+
+
+@pair("a run and a resume")
+def run_and_resume(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+
+    def resume():
+        with contextlib.suppress(DBOSNonExistentWorkflowError):
+            two.dbos.resume_workflow("w")
+        two.executor._dequeue(two.dbos._queues[durable._INTERNAL_QUEUE])
+
+    yield {"run": (one, call(one.book, "w")), "resume": (two, resume)}
+    once(stage, "w", (1,), most=2)
+
+
+@pair("a run and a fork")
+def run_and_fork(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+
+    def fork():
+        with SetWorkflowID("f"), contextlib.suppress(DBOSNonExistentWorkflowError):
+            two.dbos.fork_workflow("w", 2)
+        two.executor._dequeue(two.dbos._queues[durable._INTERNAL_QUEUE])
+
+    yield {"run": (one, call(one.book, "w")), "fork": (two, fork)}
+    once(stage, "w", (1,))
+    assert stage.status("f") in ("SUCCESS", None)
+
+
+@pair("a run and its deadline")
+def run_and_deadline(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+
+    def expire():
+        late = "update durable.workflows set deadline_at = now() - interval '1 s' where id = 'w'"
+        two.executor.now(lambda conn: conn.execute(late))
+        two.executor.now(durable._expire)
+
+    yield {"run": (one, call(one.work, "w")), "deadline": (two, expire)}
+    assert stage.status("w") in ("SUCCESS", "CANCELLED", None)
+
+
+@pair("an end and a collection of garbage")
+def end_and_garbage(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    collect = functools.partial(two.dbos.garbage_collect, cutoff_epoch_timestamp_ms=(time.time() + 60) * 1000)
+    yield {"run": (one, call(one.work, "w")), "garbage": (two, collect)}
+    assert stage.status("w") in ("SUCCESS", None)
+
+
+@pair("a run, its sweeper and an operator")
+def run_sweeper_and_operator(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    yield {
+        "run": (one, call(one.work, "w")), "sweeper": (one, one.executor.recover),
+        "operator": (two, lambda: two.executor.recover(["local"])),
+    }
+    once(stage, "w", (1, 2), most=2)
+
+
+@pair("a run, a cancel and a resume")
+def run_cancel_and_resume(stage):
+    one, two, three = stage.peer("local"), stage.peer("other"), stage.peer("third")
+
+    def resume():
+        with contextlib.suppress(DBOSNonExistentWorkflowError):
+            three.dbos.resume_workflow("w")
+        three.executor._dequeue(three.dbos._queues[durable._INTERNAL_QUEUE])
+
+    yield {
+        "run": (one, call(one.work, "w")), "cancel": (two, lambda: two.dbos.cancel_workflow("w")),
+        "resume": (three, resume),
+    }
+    assert stage.status("w") in ("SUCCESS", "CANCELLED") or not stage.calm
+
+
+@pair("two dequeues and a recovery")
+def two_dequeues_and_recovery(stage):
+    abandon(stage, "work", "w1", queue="q")
+    one, two, three = stage.peer("local"), stage.peer("other"), stage.peer("local")
+    with SetWorkflowID("w2"):
+        one.queue.enqueue(one.work)
+    yield {
+        "one": (one, lambda: one.executor._dequeue(one.queue)), "two": (two, lambda: two.executor._dequeue(two.queue)),
+        "recovery": (three, three.executor.recover),
+    }
+    for id in ("w1", "w2"):
+        once(stage, id, (1, 2))
+
+
+def proof(*arguments):
+    """Print the evidence."""
+    with proving_ground() as url, Stage(url) as stage:
+        for each in PAIRS:
+            if arguments and not any(a in each.name for a in arguments):
+                continue
+            for preemptions, faults in ((1, 0), (2, 0), (0, 1)):
+                began = time.monotonic()
+                try:
+                    schedules, steps = explore(stage, each, preemptions, faults)
+                except Exception:
+                    traceback.print_exc()
+                    break
+                took = time.monotonic() - began
+                print(f"{each.name:40} {preemptions} {faults} {schedules:6} {steps:8} {took:6.1f} s", flush=True)
+
+
+@contextlib.contextmanager
+def proving_ground():
+    """A database for the proof: of the server that the tests would use."""
+    with contextlib.ExitStack() as stack:
+        server = os.environ.get("DURABLE_TEST_DATABASE_URL")
+        if server is None:
+            server = stack.enter_context(embedded_postgres()).get_uri()
+        yield stack.enter_context(new_database(server, f"durable_proof_{os.getpid()}"))
+
+
 # ==== The roof =======================================================================================
 #
 # The benchmark, and the tool that cuts.
@@ -13269,7 +14346,7 @@ _PLAIN: dict[str, Callable[[str, int], float | None]] = {
 }
 
 if __name__ == "__main__":
-    commands = {"cut": cut_behind, "without": leave_out, "invariants": invariants}
+    commands = {"cut": cut_behind, "without": leave_out, "invariants": invariants, "proof": proof}
     if sys.argv[1:]:
         commands.get(sys.argv[1], functools.partial(_measure_here, sys.argv[1]))(*sys.argv[2:])
     else:
