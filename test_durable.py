@@ -8492,11 +8492,14 @@ def test_terminated_sessions_lose_no_message(dbos, mailbox, witness):
 #
 # Management, clients, the admin API, metrics, the page, the command line, the example; and the cuts.
 
+import argparse
 import ast
 import base64
 import contextvars
 import hashlib
+import multiprocessing
 import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from queue import Empty, SimpleQueue
 
 from durable import DBOSClient, WorkflowHandle, WorkflowHandleAsync
@@ -12842,7 +12845,16 @@ class SteppedExecutor(durable._Executor):
         super().__init__(*args)
         self.tells, self.jobs = False, []
         self.claimed, self.running = Remembered("claimed"), Remembered("running")
+        self.alone, self.journal.write_one = self.journal.write_one, self.write_one
         self.claiming, self.turns = SteppedLock(), collections.defaultdict(SteppedLock)
+
+    def write_one(self, write, row):
+        """Write a row; on a stage where rows are written together, beside one that will not be taken."""
+        if not self.peer.stage.together:
+            return self.alone(write, row)
+        other = row if write.name.startswith("start") else {**row, "id": "nobody"}
+        wait = self.journal.write(write, row, other)
+        return durable._Wait(lambda: wait.block()[0], None)
 
     def start_thread(self, job, name="durable-workflow"):
         self.jobs.append(job)
@@ -12902,10 +12914,10 @@ class Peer:
         self.dbos._executor = self.executor
         stage.declare(self)
 
-    def enlist(self):
+    def enlist(self, version):
         """Enter as a new incarnation, and hold the lock that says so."""
-        stage, executor = self.stage, self.executor
-        me = {"executor_id": self.name, "version": "v1", "known": json.dumps(self.dbos._known())}
+        executor = self.executor
+        me = {"executor_id": self.name, "version": version, "known": json.dumps(self.dbos._known())}
         queues = json.dumps([queue._describe() for queue in self.dbos._queues.values()])
         executor.conn = executor.connect()
         row = plain_execute(
@@ -12976,8 +12988,11 @@ class Stage:
         self.clock_ahead, self.maker = maker._executor.clock_ahead, maker._executor
         maker.destroy()
         self.watch = psycopg.connect(url, autocommit=True)
-        self.watch.execute(WITNESS)
-        time.sleep(durable._RESTART_GRACE_S)  # of a server that has just started, nobody is taken for lost
+        if self.one("select to_regnamespace('witness')") is None:
+            self.watch.execute(WITNESS)
+        self.together = False  # whether rows are written as if many were
+        while not self.one("select pg_postmaster_start_time() < now() - interval '1 s' * %s", durable._RESTART_GRACE_S):
+            time.sleep(0.1)  # of a server that has just started, nobody is taken for lost
 
     def __enter__(self):
         Stage.now = self
@@ -13017,10 +13032,10 @@ class Stage:
                     where schemaname in ('durable', 'witness') and tablename <> 'version' or tablename = 'ledger'"""
         return [table for (table,) in self.watch.execute(query)]
 
-    def peer(self, name="local", launched=True, **config):
+    def peer(self, name="local", launched=True, version="v1", **config):
         """Another process."""
         self.peers.append(Peer(self, name, **config))
-        return self.peers[-1].enlist() if launched else self.peers[-1]
+        return self.peers[-1].enlist(version) if launched else self.peers[-1]
 
     def idled(self):
         self.idle_waits += 1
@@ -13091,9 +13106,21 @@ class Stage:
             dbos.close_stream("s")
             return claim()
 
+        @dbos.step(name="speak")
+        def speak():
+            dbos.set_event("e", "a")
+            dbos.write_stream("s", "a")
+            dbos.set_event("e", "b")
+
+        @dbos.workflow(name="speech")
+        def speech():
+            speak()
+            return claim()
+
         queue = Queue("q", concurrency=1, durable=dbos)
         peer.__dict__ |= {
-            "work": work, "book": book, "parent": parent, "hear": hear, "say": say, "stream": stream, "queue": queue
+            "work": work, "book": book, "parent": parent, "hear": hear, "say": say, "stream": stream, "speech": speech,
+            "queue": queue,
         }
 
     # A schedule.
@@ -13138,8 +13165,7 @@ class Stage:
                     each.orders.put(choice.order)
             self.judge(pair, story, actors, trace)
         except Broken as wrong:
-            wrong.add_note(self.told(pair, actors, trace))
-            raise
+            raise Broken(f"{wrong}\n{self.told(pair, actors, trace)}") from wrong
         finally:
             for actor in actors:
                 actor.peer.dead = actor.peer.dead or not actor.over
@@ -13323,19 +13349,56 @@ WITNESSED = [
 ]
 
 
-class Pair(NamedTuple):
-    """Actors that meet, and what is to hold when all is over."""
+class Effort(NamedTuple):
+    """How much is tried: quick, or full; from which seed."""
+
+    full: bool = False
+    seed: int = 0
+
+
+def check_pair(each, url, effort):
+    """Every schedule of a pair: without faults, and with one; rows written one by one, and together."""
+    bounds = [(2, 0, False), (0, 1, False), (1, 0, True)]
+    if effort.full:
+        bounds = [(3, 0, False), (2, 1, False), (2, 0, True)]
+    if each.heavy:
+        bounds = [(preemptions - 1, faults, together) for preemptions, faults, together in bounds if preemptions]
+    told = []
+    with Stage(url) as stage:
+        for preemptions, faults, stage.together in bounds:
+            schedules, steps = explore(stage, each, preemptions, faults)
+            told.append(f"{schedules:,}")
+            COUNTS.update(schedules=schedules, steps=steps)
+    return " + ".join(told) + " schedules"
+
+
+COUNTS = collections.Counter()
+
+
+CHECKS = {}  # by name: what gets the URL of an empty database and an effort, and returns its figures in words
+
+
+def check(name):
+    """Make a function one of the checks."""
+    return lambda function: CHECKS.setdefault(name, function)
+
+
+class Meeting(NamedTuple):
+    """Actors that meet, and what is to hold when all is over; `heavy` ones have so many steps that bounds are lower."""
 
     name: str
     story: object
+    heavy: bool = False
 
 
-PAIRS = []
+def pair(name, heavy=False):
+    """Make a story a check: a generator that sets the stage, yields the actors, and judges the end."""
 
+    def enter(story):
+        CHECKS[name] = functools.partial(check_pair, Meeting(name, story, heavy))
+        return story
 
-def pair(name):
-    """Make a story one of the pairs: a generator that sets the stage, yields the actors, and judges the end."""
-    return lambda story: PAIRS.append(Pair(name, story)) or story
+    return enter
 
 
 def call(function, id):
@@ -13420,7 +13483,7 @@ def two_starts(stage):
     once(stage, "w", (1, 2))
 
 
-@pair("two launches")
+@pair("two launches", heavy=True)
 def two_launches(stage):
     abandon(stage, "book", "w")
     one, two = stage.peer("local", launched=False), stage.peer("local", launched=False)
@@ -13633,7 +13696,7 @@ def end_and_garbage(stage):
     assert stage.status("w") in ("SUCCESS", None)
 
 
-@pair("a run, its sweeper and an operator")
+@pair("a run, its sweeper and an operator", heavy=True)
 def run_sweeper_and_operator(stage):
     one, two = stage.peer("local"), stage.peer("other")
     yield {
@@ -13643,7 +13706,7 @@ def run_sweeper_and_operator(stage):
     once(stage, "w", (1, 2), most=2)
 
 
-@pair("a run, a cancel and a resume")
+@pair("a run, a cancel and a resume", heavy=True)
 def run_cancel_and_resume(stage):
     one, two, three = stage.peer("local"), stage.peer("other"), stage.peer("third")
 
@@ -13659,7 +13722,7 @@ def run_cancel_and_resume(stage):
     assert stage.status("w") in ("SUCCESS", "CANCELLED") or not stage.calm
 
 
-@pair("two dequeues and a recovery")
+@pair("two dequeues and a recovery", heavy=True)
 def two_dequeues_and_recovery(stage):
     abandon(stage, "work", "w1", queue="q")
     one, two, three = stage.peer("local"), stage.peer("other"), stage.peer("local")
@@ -13673,31 +13736,419 @@ def two_dequeues_and_recovery(stage):
         once(stage, id, (1, 2))
 
 
+@pair("a run and a namesake")
+def run_and_namesake(stage):
+    one, two = stage.peer("local"), stage.peer("local")
+    yield {"run": (one, call(one.book, "w")), "namesake": (two, two.executor.recover)}
+    once(stage, "w", (1,))
+
+
+@pair("a sweeper of another version")
+def sweeper_of_another_version(stage):
+    abandon(stage, "work", "w")
+    other = stage.peer("local", version="v2")
+    yield {"sweeper": (other, other.executor.recover)}
+    assert stage.one("select executor_id from durable.workflows") == "successor", "v2 took a workflow of v1"
+
+
+@pair("a dequeue and its sweeper")
+def dequeue_and_its_sweeper(stage):
+    local = stage.peer("local")
+    with SetWorkflowID("w"):
+        local.queue.enqueue(local.work)
+    yield {
+        "dequeue": (local, lambda: local.executor._dequeue(local.queue)),
+        "sweeper": (local, local.executor.recover),
+    }
+    once(stage, "w", (1, 2))
+
+
+@pair("a parent and an operator who takes it")
+def parent_and_operator(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    yield {"parent": (one, call(one.parent, "p")), "operator": (two, lambda: two.executor.recover(["local"]))}
+    once(stage, "p", (3,), most=2)
+
+
+@pair("a parent and a cancel")
+def parent_and_cancel(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    cancel = functools.partial(two.dbos.cancel_workflow, "p", cancel_children=True)
+    yield {"parent": (one, call(one.parent, "p")), "cancel": (two, cancel)}
+    ends = stage.status("p"), stage.status("p-1")
+    assert ends[0] != "CANCELLED" or ends[1] in ("SUCCESS", "CANCELLED", None), f"they ended as {ends}"
+
+
+@pair("a book and a cancel")
+def book_and_cancel(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    yield {"run": (one, call(one.book, "w")), "cancel": (two, lambda: two.dbos.cancel_workflow("w"))}
+    assert stage.status("w") in ("SUCCESS", "CANCELLED") or not stage.calm
+
+
+@pair("what a run says and a cancel")
+def words_and_cancel(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    yield {"run": (one, call(one.stream, "w")), "cancel": (two, lambda: two.dbos.cancel_workflow("w"))}
+
+
+@pair("a step that speaks and an operator")
+def speech_and_operator(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    yield {"run": (one, call(one.speech, "w")), "operator": (two, lambda: two.executor.recover(["local"]))}
+    assert stage.status("w") in ("SUCCESS", None), f"it is {stage.status('w')}"
+
+
+@pair("a letter")
+def letter(stage):
+    one = stage.peer("local")
+    with SetWorkflowID("w"):
+        one.queue.enqueue(one.work)
+    yield {"sender": (one, lambda: one.dbos.send("w", 1, "t"))}
+    count = stage.one("select count(*) from durable.messages")
+    assert count == 1 or (count == 0 and not stage.calm), f"there are {count} of a message that was sent once"
+
+
+@pair("a receiver and a cancel")
+def receiver_and_cancel(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    with SetWorkflowID("w"):
+        one.queue.enqueue(one.hear)
+    for message in (1, 2):
+        one.dbos.send("w", message, "t")
+    yield {
+        "receiver": (one, lambda: one.executor._dequeue(one.queue)),
+        "cancel": (two, lambda: two.dbos.cancel_workflow("w")),
+    }
+
+
+@pair("a receiver and a delete")
+def receiver_and_delete(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    with SetWorkflowID("w"):
+        one.queue.enqueue(one.hear)
+    for message in (1, 2):
+        one.dbos.send("w", message, "t")
+    yield {
+        "receiver": (one, lambda: one.executor._dequeue(one.queue)),
+        "delete": (two, lambda: two.dbos.delete_workflow("w")),
+    }
+
+
+@pair("two forks under one ID")
+def two_forks(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    with SetWorkflowID("w"):
+        one.queue.enqueue(one.work)
+
+    def fork(peer):
+        def script():
+            with SetWorkflowID("f"):
+                peer.dbos.fork_workflow("w", 1)
+
+        return script
+
+    yield {"one": (one, fork(one)), "two": (two, fork(two))}
+    assert not stage.calm or stage.errors == {"one": None, "two": None}, stage.errors
+
+
+# The checks: each pair within its bounds, every crash point, the model, the resources.  `proof` runs them side by side,
+# each on a database of its own, and prints what it counted.
+
+def run_check(server_url, name, effort):
+    """Run one check, in a process of its own; return its name, what broke, its figures, counts and seconds."""
+    began, told, wrong = time.monotonic(), "", ""
+    COUNTS.clear()
+    try:
+        with new_database(server_url, f"durable_proof_{os.getpid()}") as url:
+            told = CHECKS[name](url, effort)
+    except Exception as error:
+        wrong = str(error) or repr(error)
+        if not isinstance(error, AssertionError):
+            wrong += "\n" + traceback.format_exc()
+    return name, wrong, told, dict(COUNTS), time.monotonic() - began
+
+
 def proof(*arguments):
-    """Print the evidence."""
-    with proving_ground() as url, Stage(url) as stage:
-        for each in PAIRS:
-            if arguments and not any(a in each.name for a in arguments):
-                continue
-            for preemptions, faults in ((1, 0), (0, 1)):
-                began = time.monotonic()
-                try:
-                    schedules, steps = explore(stage, each, preemptions, faults)
-                except Exception:
-                    traceback.print_exc()
+    """Print the evidence that the promises hold, or the first schedule, point or operation where one does not."""
+    parser = argparse.ArgumentParser(prog="test_durable.py proof", description=proof.__doc__)
+    parser.add_argument("--full", action="store_true", help="deeper schedules, more operations: half an hour")
+    parser.add_argument("--seed", type=int, default=0, help="of the operations that the model is compared by")
+    parser.add_argument("--only", nargs="*", default=[], metavar="WORDS", help="checks with these words in their names")
+    parser.add_argument("--until-broken", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--mutants", nargs="*", metavar="WORDS", help="take out each fence: some check must fail")
+    parser.add_argument("--minutes", type=float, help="shake several processes for so long")
+    options = parser.parse_args(arguments)
+    with a_server() as server_url:
+        if options.mutants is not None:
+            return try_mutants(server_url, options.mutants)
+        if options.minutes is not None:
+            return soak(server_url, options.minutes, options.seed)
+        return run_checks(server_url, options)
+
+
+def run_checks(server_url, options):
+    """Run the checks on all cores, print each as it ends, and fail if one does."""
+    names = [name for name in CHECKS if not options.only or any(word in name for word in options.only)]
+    if options.until_broken:  # the likely ones are named first, and then all
+        names += [name for name in CHECKS if name not in names]
+    effort, total, began, failed = Effort(options.full, options.seed), collections.Counter(), time.monotonic(), []
+    jobs = 1 if options.until_broken else os.cpu_count() or 1
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
+        pending = [pool.submit(run_check, server_url, name, effort) for name in names]
+        for future in pending if options.until_broken else as_completed(pending):
+            name, wrong, told, counts, seconds = future.result()
+            total.update(counts)
+            print(f"{'BROKEN' if wrong else 'holds':7} {name:48} {told}, {seconds:.1f} s", flush=True)
+            if wrong:
+                failed.append(name)
+                print(textwrap.indent(wrong, "        "), flush=True)
+                if options.until_broken:
                     break
-                took = time.monotonic() - began
-                print(f"{each.name:40} {preemptions} {faults} {schedules:6} {steps:8} {took:6.1f} s", flush=True)
+        for future in pending:
+            future.cancel()
+    counted = ", ".join(f"{count:,} {what}" for what, count in sorted(total.items()))
+    print(f"{len(names)} checks, {counted}, {time.monotonic() - began:.0f} s")
+    if failed:
+        raise SystemExit(f"broken: {', '.join(failed)}")
 
 
 @contextlib.contextmanager
-def proving_ground():
-    """A database for the proof: of the server that the tests would use."""
-    with contextlib.ExitStack() as stack:
-        server = os.environ.get("DURABLE_TEST_DATABASE_URL")
-        if server is None:
-            server = stack.enter_context(embedded_postgres()).get_uri()
-        yield stack.enter_context(new_database(server, f"durable_proof_{os.getpid()}"))
+def a_server():
+    """The server that the tests would use."""
+    if given := os.environ.get("DURABLE_TEST_DATABASE_URL"):
+        yield given
+    else:
+        with embedded_postgres() as server:
+            yield server.get_uri()
+
+
+# Nothing vacuous: a fence that no check misses when it is taken out is not checked.  Each mutant is durable.py with one
+# text replaced behind an anchor, and runs the checks in a folder of its own until one fails.
+
+
+class Mutant(NamedTuple):
+    """One fence taken out: behind `anchor`, the first `old` becomes `new`."""
+
+    name: str
+    anchor: str
+    old: str
+    new: str
+    likely: str = ""  # which check should see it
+
+    def of(self, text):
+        head, anchor, rest = text.partition(self.anchor)
+        assert anchor and self.old in rest, f"the mutant {self.name!r} has no place in durable.py: bring it up to date"
+        return head + anchor + rest.replace(self.old, self.new, 1)
+
+
+SHARE = " for share"
+OURS = "claim = %(claim)s and "
+AT_WORK = " and status = 'PENDING'"
+
+MUTANTS = [
+    Mutant("a record under any claim", "_RECORD = ", OURS, "", "a run and an operator"),
+    Mutant("a record in any status", "_RECORD = ", AT_WORK, "", "a run and a cancel"),
+    Mutant("a record without a lock", "_RECORD = ", SHARE, "", "a run and a delete"),
+    Mutant("a record that collides", "_RECORD = ", "on conflict do nothing", "", "a run and an operator"),
+    Mutant("an outcome under any claim", "_FINISH = ", OURS, "", "a run and an operator"),
+    Mutant("an outcome in any status", "_FINISH = ", AT_WORK, "", "a run and a cancel"),
+    Mutant("a begin that collides", "def _insertion", "{born} on conflict do nothing", "{born}", "two starts"),
+    Mutant("a child of any claim", "def _insertion", " and claim = %(parent_claim)s", "", "a parent and an operator"),
+    Mutant("a child of an ended parent", "def _insertion", AT_WORK, "", "a parent and a cancel"),
+    Mutant("a child without a lock", "def _insertion", SHARE, "", "a child and its deleted parent"),
+    Mutant(
+        "a child that collides", "def _insertion",
+        "from parent on conflict do nothing", "from parent", "a parent and an operator",
+    ),
+    Mutant("a takeover of any claim", "def _take(", "w.claim = found.claim and ", "", "two sweepers"),
+    Mutant("a takeover that raises no claim", "def _take(", "claim = w.claim + 1", "claim = w.claim", "two sweepers"),
+    Mutant("a takeover in any status", "def _take(", "and w.status = 'PENDING'\n", "\n", "a run and an operator"),
+    Mutant(
+        "a sweep of any version", "def _left_alone(",
+        "and w.application_version = %(version)s", "", "a sweeper of another version",
+    ),
+    Mutant(
+        "a sweep that believes nobody alive", "_ALIVE = ",
+        "select incarnation from durable.living", "select 0", "a run and a namesake",
+    ),
+    Mutant("a transaction under any claim", "_RECORD_OR_FAIL = ", OURS, "", "a run and an operator"),
+    Mutant("a transaction in any status", "_RECORD_OR_FAIL = ", AT_WORK, "", "a run and a cancel"),
+    Mutant("a transaction without a lock", "_RECORD_OR_FAIL = ", SHARE, "", "a run and a delete"),
+    Mutant("a receipt under any claim", "def _receive(", OURS, "", "a receiver and an operator"),
+    Mutant("a receipt in any status", "def _receive(", AT_WORK, "", "a receiver and a cancel"),
+    Mutant("a receipt without a lock", "def _receive(", SHARE, "", "a receiver and a delete"),
+    Mutant("a receipt that collides", "def _receive(", "on conflict do nothing", "", "a receiver and an operator"),
+    Mutant(
+        "a receipt without its record", "def _receive(",
+        " and exists (select from noted)", "", "a receiver and an operator",
+    ),
+    Mutant(
+        "an effect under any claim", "def _effect(",
+        "w.id = new.id and w.claim = new.claim", "w.id = new.id", "what a run says and an operator",
+    ),
+    Mutant("an effect in any status", "def _effect(", "w.status = 'PENDING'", "true", "what a run says and a cancel"),
+    Mutant("an effect without a lock", "def _effect(", " for share of w", "", "what a run says and a delete"),
+    Mutant(
+        "an effect that collides", "def _effect(",
+        "on conflict do nothing returning", "returning", "what a run says and an operator",
+    ),
+    Mutant(
+        "an effect without its record", "def _effect(",
+        " or (id, position) in (select * from {name}_noted)", " or true", "what a run says and an operator",
+    ),
+    Mutant("a message to a workflow that goes", "_SEND = ", " for key share", "", "a sender and a delete"),
+    Mutant("a letter to a workflow that goes", "def _post(", " for key share", "", "a letter and a delete"),
+    Mutant(
+        "a letter that collides", "def _post(",
+        "from destination on conflict do nothing", "from destination", "a letter",
+    ),
+    Mutant(
+        "a letter without a key", "async def _send_message",
+        "idempotency_key or _generated_id(run, position)", "idempotency_key", "a letter",
+    ),
+    Mutant(
+        "a stream that collides", "_WRITE_STREAM = ",
+        "on conflict (workflow_id, token) do nothing", "", "a step that speaks",
+    ),
+    Mutant(
+        "an event that collides", "_SET_EVENT = ",
+        "on conflict (workflow_id, key, position) do update set value = excluded.value", "", "a step that speaks",
+    ),
+    Mutant("a dequeue without a lock on rows", "def _dequeue(conn", " for update of w skip locked", "", "two dequeues"),
+    Mutant(
+        "a dequeue without turns", "def _dequeue(conn",
+        'conn.execute("select pg_advisory_xact_lock(%s, hashtext(%s))"',
+        'conn.execute("select %s, %s::text"',
+        "two dequeues",
+    ),
+    Mutant(
+        "a dequeue that raises no claim", "def _dequeue(conn",
+        "claim = w.claim + 1", "claim = w.claim", "two dequeues",
+    ),
+    Mutant(
+        "a dequeue that counts nobody", "def _dequeue(conn",
+        "and status = 'PENDING' and incarnation is not null", "and false", "two dequeues",
+    ),
+    Mutant("a cancel without a lock", "_IN_ORDER = ", " for update", "", "a run and a cancel"),
+    Mutant(
+        "a cancel of what has ended", "def _cancel(",
+        " and w.status not in ('SUCCESS', 'ERROR', 'CANCELLED')", "", "a run and a cancel",
+    ),
+    Mutant(
+        "a resume of what has ended", "def _resume(",
+        " and w.status not in ('SUCCESS', 'ERROR')", "", "a run and a resume",
+    ),
+    Mutant(
+        "a delete without a lock", "def _delete(",
+        'conn.execute(_IN_ORDER, {"ids": ids})', "pass", "a run and a delete",
+    ),
+    Mutant("a deadline without a lock", "def _expire(conn", " for update skip locked", "", "a run and its deadline"),
+    Mutant("a fork that collides", "def _fork(", "from original on conflict do nothing", "from original", "two forks"),
+    Mutant("many records under any claim", "_RECORDS = ", " and w.claim = new.claim", "", "a run and an operator"),
+    Mutant("many records in any status", "_RECORDS = ", "w.status = 'PENDING'", "true", "a run and a cancel"),
+    Mutant("many records without a lock", "_RECORDS = ", " for share of w", "", "a run and a delete"),
+    Mutant("many records that collide", "_RECORDS = ", "on conflict do nothing", "", "a run and an operator"),
+    Mutant("many outcomes under any claim", "_FINISHES = ", " and w.claim = new.claim", "", "a run and an operator"),
+    Mutant("many outcomes in any status", "_FINISHES = ", " and w.status = 'PENDING'", "", "a run and a cancel"),
+    Mutant(
+        "many begins that collide", "def _grouped",
+        "from {{rows}} on conflict do nothing", "from {{rows}}", "two starts",
+    ),
+    Mutant(
+        "many children of any claim", "def _grouped",
+        " and w.claim = new.parent_claim", "", "a parent and an operator",
+    ),
+    Mutant("many children of an ended parent", "def _grouped", "w.status = 'PENDING'", "true", "a parent and a cancel"),
+    Mutant("many children without a lock", "def _grouped", " for share of w", "", "a child and its deleted parent"),
+    Mutant(  # this was a fault once, and was found by luck
+        "compare, then look", "newcomer = time.monotonic() <",
+        """
+            left = _left_alone(conn, self.me, self.config["failover"], newcomer, list(listed))
+            lost = [row for row in left if not self._at_hand(row["id"], row["claim"], listed)]
+""",
+        """
+            before = set(self.claimed)
+            left = _left_alone(conn, self.me, self.config["failover"], newcomer, list(listed))
+            lost = [row for row in left if (row["id"], row["claim"]) not in before]
+""",
+        "a run and its sweeper",
+    ),
+    Mutant(
+        "a begin that nobody remembers", "async def _begin",
+        "executor.claimed[run.id, run.claim] = run  #", "#", "a run and its sweeper",
+    ),
+    Mutant(
+        "a dequeue that a sweep overtakes", "    def _dequeue(self, queue",
+        "with self.claiming:", "with nullcontext():", "a dequeue and its sweeper",
+    ),
+    Mutant(
+        "a sweep that overtakes a dequeue", "lost, self.seize(conn, lost)",
+        "with self.claiming:", "with nullcontext():", "a dequeue and its sweeper",
+    ),
+    Mutant(
+        "a claim that begins at 1", "def _first_claim",
+        "return secrets.randbits(48) + 1", "return 1", "the next of its ID",
+    ),
+    Mutant(
+        "a record that is not looked for", "async def settle",
+        "if not there or there[0].position != position:", "if True:", "a run and an operator",
+    ),
+    Mutant(
+        "a record that does not win", "async def record(",
+        "return self.outcome(past)", "return value", "a receiver and an operator",
+    ),
+    Mutant(
+        "a transaction that is not looked for", "def _transact_at",
+        "standing = _block(run.settle(position, name))", "standing = None", "a run and an operator",
+    ),
+    Mutant(
+        "a run that nothing stops", "    def check(self, claim",
+        "if (claim, status) != (self.claim, \"PENDING\"):", "if False:", "a run and a cancel",
+    ),
+    Mutant(
+        "a history that is not read", "async def remember",
+        "self._history.update(", "dict().update(", "every crash point",
+    ),
+    Mutant(
+        "children that begin meanwhile", "async def _end(",
+        "                if not left:\n", "                if over:\n", "a child and its deleted parent",
+    ),
+]
+
+
+def try_mutants(server_url, words):
+    """Take out each fence in turn, and print which check saw it; fail if one was seen by none."""
+    chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        seen = []
+        for mutant, (by, what) in zip(chosen, pool.map(lambda each: see_mutant(server_url, each), chosen), strict=True):
+            seen.append(by)
+            print(f"{mutant.name:40} {by or 'SURVIVES':45} {what}", flush=True)
+    print(f"{len(chosen)} mutants, {seen.count('')} survive")
+    if "" in seen:
+        raise SystemExit(1)
+
+
+def see_mutant(server_url, mutant):
+    """Which check sees a mutant, and what that said."""
+    with temporary_folder() as folder:
+        for name in HOUSE:
+            text = (HERE / name).read_text()
+            Path(folder, name).write_text(mutant.of(text) if name == "durable.py" else text)
+        ran = subprocess.run(
+            [sys.executable, "test_durable.py", "proof", "--until-broken", "--only", mutant.likely],
+            cwd=folder, env={**os.environ, "DURABLE_TEST_DATABASE_URL": server_url}, capture_output=True, text=True,
+            check=False,
+        )
+    found = re.search(r"^BROKEN +(.*?)  .*\n +(.*)", ran.stdout, flags=re.MULTILINE)
+    if ran.returncode and not found:
+        return "nothing runs", (ran.stderr or ran.stdout)[-300:].replace("\n", " ")
+    return (found[1], found[2][:100]) if found else ("", "")
+
+
+def soak(server_url, minutes, seed):
+    raise SystemExit("not yet")
 
 
 # ==== The roof =======================================================================================
