@@ -6901,18 +6901,17 @@ def _delete(conn: Conn, ids: list[str], even_unfinished: bool = True) -> list[tu
     """Delete workflows with all that belongs to them; return the IDs, queues and claims of those that there were.
 
     Locked first, in a statement of its own: what others write under a lock on the workflow's row is
-    there to be seen, and deleted, when the second statement begins.
+    there to be seen, and deleted, when the second statement begins.  That deletes what was locked and no other: a
+    workflow that began in between may be writing a record right now, which would be left behind.
     """
     query = f"""
         with gone as (delete from durable.workflows
                        where id = any(%s) and (%s or status not in {_UNFINISHED}) returning id, queue, claim),
         {_REMOVE} select id, queue, claim from gone
     """
-    cur = conn.cursor()
-    with conn.pipeline():
-        conn.execute(_IN_ORDER, {"ids": ids})
-        cur.execute(query, (ids, even_unfinished))
-    return cur.fetchall()
+    with conn.transaction():
+        locked = [id for id, *_ in conn.execute(_IN_ORDER, {"ids": ids})]
+        return conn.execute(query, (locked, even_unfinished)).fetchall()
 
 
 def _begun_until(conn: Conn, cutoff_s: float) -> list[str]:
