@@ -12969,8 +12969,10 @@ class Peer:
     def leave(self):
         """The lock is free."""
         conn, self.executor.conn = self.executor.conn, None
+        if conn is not None:
+            conn.cut = False
         if conn is not None and not conn.closed:
-            plain_execute(psycopg.Cursor(conn), "select pg_advisory_unlock_all()")
+            plain_execute(psycopg.Cursor(conn), "rollback; select pg_advisory_unlock_all()")
             self.stage.keepers.append(conn)
 
 
@@ -13881,6 +13883,178 @@ def two_forks(stage):
 # The checks: each pair within its bounds, every crash point, the model, the resources.  `proof` runs them side by side,
 # each on a database of its own, and prints what it counted.
 
+# Every crash point, every lost answer.  A workflow that uses every durable operation is killed, in a process of its
+# own, before and behind each statement that it makes; and in another, the answer of each is lost.  A successor ends
+# what the dead have left.  What they have done, and have on record, is then what it would have been.
+
+
+def journey():
+    """Declare a workflow that uses every durable operation."""
+    queue = Queue("journey")
+
+    def tell(what):
+        note(what, DBOS.workflow_id)
+
+    @DBOS.step(name="pack")
+    def pack(n):
+        tell(f"pack-{n}")
+        return n
+
+    @DBOS.step(name="stumble", retries_allowed=True, interval_seconds=0.001)
+    def stumble():
+        if DBOS.step_status.current_attempt == 0:
+            raise ValueError("once")
+        return "up again"
+
+    @DBOS.step(name="fall")
+    def fall():
+        raise KeyError("down")
+
+    @DBOS.transaction(name="pay")
+    def pay():
+        DBOS.connection.execute("insert into ledger values (%s)", [DBOS.step_key])
+
+    @DBOS.step(name="speak")
+    def speak():
+        DBOS.set_event("mood", "in a step")
+
+    @DBOS.workflow(name="leg")
+    def leg(n):
+        return pack(n)
+
+    @DBOS.workflow(name="journey")
+    def travel():
+        me, seen = DBOS.workflow_id, []
+        seen.append(pack(1))
+        pay()
+        seen.append(stumble())
+        with contextlib.suppress(KeyError):
+            fall()
+        seen.append(leg(2))
+        seen.append(DBOS.start_workflow(leg, 3).get_result())
+        with SetWorkflowID(f"{me}-queued"):
+            handle = queue.enqueue(leg, 4)
+        seen.append(handle.get_result())
+        for n in range(2):
+            DBOS.send(me, n, "post")
+        seen.append([DBOS.recv("post"), DBOS.recv("post"), DBOS.recv("post", timeout_seconds=0)])
+        DBOS.set_event("mood", "fine")
+        speak()
+        seen.append(DBOS.get_event(me, "mood"))
+        DBOS.write_stream("diary", "a line")
+        DBOS.close_stream("diary")
+        seen.append(list(DBOS.read_stream(me, "diary")))
+        DBOS.sleep(0.001)
+        seen.append(DBOS.run_step(None, lambda: "anything"))
+        DBOS.cancel_workflow(f"{me}-queued")
+        seen.append(DBOS.get_workflow_status(me).workflow_id == me)
+        pay()
+        return seen
+
+    return travel
+
+
+def meet_fate(number, fate):
+    """At the statement of this number that this thread makes, die before it, or behind it, or lose its answer."""
+    left, me, execute, pid = [number], threading.get_ident(), psycopg.Cursor.execute, os.getpid()
+
+    def fated(self, *args, **kwargs):
+        if threading.get_ident() != me:
+            return execute(self, *args, **kwargs)
+        left[0] -= 1
+        if left[0] == 0 and fate == "before":
+            os.kill(pid, signal.SIGKILL)
+        result = execute(self, *args, **kwargs)
+        if left[0] == 0 and fate == "behind":
+            os.kill(pid, signal.SIGKILL)
+        if left[0] == 0 and fate == "answer":
+            getattr(self.connection, "owner", self.connection).close()
+            raise psycopg.OperationalError("the answer was lost")
+        return result
+
+    psycopg.Cursor.execute = fated
+    return left
+
+
+def travellers(first, stride, most):
+    """Begin many journeys, each in a child, and note how each of them ended; every `stride`th, from `first`."""
+    fates = itertools.product(("before", "behind", "answer"), range(1, most + 1))
+    for fate, number in itertools.islice(fates, first, None, stride):
+        if os.fork() == 0:
+            DBOS(config=settings(executor_id="traveller", run_admin_server=False, log_level="CRITICAL"))
+            travel = journey()
+            DBOS.launch()
+            left = meet_fate(number, fate)
+            with SetWorkflowID(f"{fate}-{number}"):
+                travel()
+            note("ended", fate, number, left[0])
+            os._exit(0)
+        _, status = os.wait()
+        assert os.WIFSIGNALED(status) or status == 0, status
+
+
+def inheritor():
+    """Take over what the travellers left, and stay until all of it has ended."""
+    DBOS(config=settings(executor_id="traveller", run_admin_server=False, log_level="CRITICAL"))
+    journey()
+    DBOS.launch()
+    with psycopg.connect(DBOS.database_url, autocommit=True) as conn:
+        unfinished = f"select count(*) from durable.workflows where status in {UNFINISHED}"
+        eventually(lambda: conn.execute(unfinished).fetchone() == (0,))
+    DBOS.destroy()
+
+
+@check("every crash point and every lost answer")
+def check_points(url, effort):
+    """Journeys with each fate end like one that met none."""
+    most, stride = 60, 8 if effort.name == "glance" else 1
+    with temporary_folder() as folder, psycopg.connect(url, autocommit=True) as conn:
+        Durable(settings(system_database_url=url, run_admin_server=False, log_level="CRITICAL")).launch()
+        conn.execute("create table if not exists ledger (entry text not null)")
+        programs = Programs(url, Path(folder))
+        try:
+            started = [programs.start(travellers, first * stride, 4 * stride, most) for first in range(4)]
+            for process in started:
+                assert process.popen.wait(500) == 0, process.errors()
+            begun = {id for (id,) in conn.execute("select id from durable.workflows where name = 'journey'")}
+            assert programs.start(inheritor).wait() == 0
+            return judge_points(conn, programs, begun, most)
+        finally:
+            programs.end()
+
+
+def judge_points(conn, programs, begun, most):
+    """Compare every journey with the one that was through before its statement came."""
+    ended = [note.text.split() for note in programs.notes("ended")]
+    points = {fate: [int(n) for _, f, n, left in ended if f == fate and int(left) > 0] for fate in ("before", "answer")}
+    assert points["before"], f"the journey takes more than {most} statements"
+    whole = f"before-{min(points['before'])}"
+    history = "select array_agg(position || ' ' || name || ' ' || coalesce(error, '') order by position) " \
+              "from durable.steps where workflow_id = %s"
+    outcome = "select status, replace(output, id, 'me') from durable.workflows where id = %s"
+    expected = [conn.execute(query, (whole,)).fetchone() for query in (history, outcome)]
+    assert expected[1][0] == "SUCCESS", expected
+    counts = programs.count("pack")
+    for id in sorted(begun):
+        found = [conn.execute(query, (id,)).fetchone() for query in (history, outcome)]
+        if found != expected:
+            raise Broken(f"journey {id} is {found}, and without a fault it is {expected}")
+        paid = [entry for (entry,) in conn.execute("select entry from ledger where entry like %s", (f"{id}:%",))]
+        assert len(paid) == len(set(paid)) == 2, f"journey {id} paid {paid}"
+        packed = [sum(counts[f"pack-{n} {each}"] for each in packers(id, n)) for n in (1, 2, 3, 4)]
+        more = 0 if id.startswith("answer") else 1  # the step that was under way
+        assert min(packed) == 1 and sum(packed) <= 4 + more, f"journey {id} packed {packed} times"
+    wrong = broken(conn)
+    assert not wrong, wrong
+    COUNTS.update({"crash points": 2 * min(points["before"]) - 2, "lost answers": min(points["answer"]) - 1})
+    return f"{2 * min(points['before']) - 2} crash points and {min(points['answer']) - 1} lost answers"
+
+
+def packers(id, n):
+    """Which workflow packs the nth: the journey itself, or the child that it began."""
+    return {1: [id], 4: [f"{id}-queued"]}.get(n) or [f"{id}-{position}" for position in range(2, 12)]
+
+
 def run_check(server_url, name, effort):
     """Run one check, in a process of its own; return its name, what broke, its figures, counts and seconds."""
     began, told, wrong = time.monotonic(), "", ""
@@ -13918,7 +14092,8 @@ def run_checks(server_url, options):
     names = [name for name in CHECKS if not options.only or any(word in name for word in options.only)]
     if options.until_broken:  # the likely ones are named first, and then all
         names += [name for name in CHECKS if name not in names]
-    effort, total, began, failed = Effort("full" if options.full else "quick", options.seed), collections.Counter(), time.monotonic(), []
+    effort = Effort("full" if options.full else "quick", options.seed)
+    total, began, failed = collections.Counter(), time.monotonic(), []
     jobs = 1 if options.until_broken else os.cpu_count() or 1
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
         pending = [pool.submit(run_check, server_url, name, effort) for name in names]
@@ -13934,7 +14109,7 @@ def run_checks(server_url, options):
         for future in pending:
             future.cancel()
     counted = ", ".join(f"{count:,} {what}" for what, count in sorted(total.items()))
-    print(f"{len(names)} checks, {counted}, {time.monotonic() - began:.0f} s")
+    print(f"{len(names)} checks: {counted}, {time.monotonic() - began:.0f} s")
     if failed:
         raise SystemExit(f"broken: {', '.join(failed)}")
 
