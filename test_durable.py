@@ -8498,6 +8498,7 @@ import base64
 import contextvars
 import hashlib
 import multiprocessing
+import random
 import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from queue import Empty, SimpleQueue
@@ -12440,7 +12441,7 @@ class Invariant(NamedTuple):
     query: str
 
 
-UNFINISHED = "('DELAYED', 'ENQUEUED', 'PENDING')"
+UNFINISHED = durable._UNFINISHED
 
 # What queues were declared with, by all that ever offered to serve them: of different limits, the widest counts.
 LIMITS_OF_QUEUES = """
@@ -12503,7 +12504,8 @@ INVARIANTS = [
     Invariant(
         "a complete history has no gap", "Where a workflow has succeeded, each position up to its last is on record.",
         """select s.workflow_id from durable.steps as s join durable.workflows as w on w.id = s.workflow_id
-            where w.status = 'SUCCESS' group by s.workflow_id having max(position) > count(*)""",
+            where w.status = 'SUCCESS' and w.forked_from is null
+            group by s.workflow_id having max(position) > count(*)""",
     ),
     Invariant(
         "a step has one outcome", "A step on record returned or raised, not both, and took no time less than none.",
@@ -12759,6 +12761,8 @@ def stepped_execute(self, query, params=None, **options):
 def step_statement(self, conn, actor, query, params, options):
     text = query.decode() if isinstance(query, bytes) else query
     what = " ".join(text.split())
+    if "reset all" in what:
+        conn.lent_to = None
     statement, commit, behind = text.partition("; commit; ")  # a transaction's record comes in one message with it
     if conn.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
         if what.startswith("rollback"):
@@ -12791,7 +12795,7 @@ def step_statement(self, conn, actor, query, params, options):
 class SteppedSession(durable._Session):
     """A session of an actor's process, which may be cut off from it."""
 
-    cut = False
+    cut, lent_to = False, None
 
     @property
     def closed(self):
@@ -12820,6 +12824,10 @@ class SteppedPool:
         idle = self.peer.stage.idle
         conn = idle.pop() if idle else self.peer.stage.connect(SteppedSession)
         self.lent.append(conn)
+        me = self.peer.executor.me.get("incarnation")
+        if conn.lent_to != me:  # so that the witness knows who writes
+            plain_execute(psycopg.Cursor(conn), f"set witness.by = {me}")
+            conn.lent_to = me
         return conn
 
     def putconn(self, conn):
@@ -13000,6 +13008,7 @@ class Stage:
         maker.launch()
         self.clock_ahead, self.maker = maker._executor.clock_ahead, maker._executor
         maker.destroy()
+        logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # of rollbacks in sessions that died
         self.watch = psycopg.connect(url, autocommit=True)
         if self.one("select to_regnamespace('witness')") is None:
             self.watch.execute(WITNESS)
@@ -13083,6 +13092,7 @@ class Stage:
         @dbos.transaction(name="write")
         def write():
             dbos.connection.execute("insert into ledger values (%s)", [dbos.step_key])
+            return claim()
 
         @dbos.workflow(name="work")
         def work():
@@ -13137,7 +13147,7 @@ class Stage:
         queue = Queue("q", concurrency=1, durable=dbos)
         peer.__dict__ |= {
             "work": work, "book": book, "parent": parent, "hear": hear, "say": say, "stream": stream, "speech": speech,
-            "queue": queue,
+            "queue": queue, "free": Queue("free", durable=dbos),
         }
 
     # A schedule.
@@ -13298,26 +13308,27 @@ WITNESS = """
     create schema if not exists witness;
     create table witness.changes (
         number bigint generated always as identity, id text, was text, status text, old_claim bigint, claim bigint,
-        output text, queue text, begun boolean, places bigint);
+        output text, begun boolean, was_queue text, queue text);
     create table witness.records (
         number bigint generated always as identity, id text, position integer, name text, output text, claim bigint,
-        status text, forked boolean, change text);
+        status text, forked boolean, change text, incarnation integer, by integer);
 
     create function witness.change() returns trigger language plpgsql as $$
     begin
-        insert into witness.changes (id, was, status, old_claim, claim, output, queue, begun, places)
-        values (new.id, old.status, new.status, old.claim, new.claim, new.output, new.queue,
-                old.status <> 'PENDING' or old.recovery_attempts <> new.recovery_attempts,
-                (select count(*) from durable.workflows where queue = new.queue and status = 'PENDING'));
+        insert into witness.changes (id, was, status, old_claim, claim, output, begun, was_queue, queue)
+        values (coalesce(new.id, old.id), old.status, new.status, old.claim, new.claim, new.output,
+                old.status <> 'PENDING' or old.recovery_attempts <> new.recovery_attempts, old.queue, new.queue);
         return null;
     end $$;
-    create trigger witness after insert or update on durable.workflows for each row execute function witness.change();
+    create trigger witness after insert or update or delete on durable.workflows
+       for each row execute function witness.change();
 
     create function witness.record() returns trigger language plpgsql as $$
     begin
-        insert into witness.records (id, position, name, output, claim, status, forked, change)
+        insert into witness.records (id, position, name, output, claim, status, forked, change, incarnation, by)
         select new.workflow_id, new.position, new.name, new.output, w.claim, w.status,
-               w.forked_from is not null and w.status = 'ENQUEUED', tg_op
+               w.forked_from is not null and w.status = 'ENQUEUED', tg_op, w.incarnation,
+               nullif(current_setting('witness.by', true), '')::integer
           from (select) as this left join durable.workflows as w on w.id = new.workflow_id;
         return null;
     end $$;
@@ -13335,7 +13346,7 @@ WITNESSED = [
     ),
     Invariant(
         "an end is an end", "What has succeeded or failed never changes.",
-        "select id from witness.changes where was in ('SUCCESS', 'ERROR')",
+        "select id from witness.changes where was in ('SUCCESS', 'ERROR') and status is not null",
     ),
     Invariant(
         "an outcome is written by a run", "It ends what is PENDING, under the claim of the run that did it.",
@@ -13348,7 +13359,8 @@ WITNESSED = [
     ),
     Invariant(
         "a step is recorded by the run", "Whoever adds a step to a history has the claim of its workflow.",
-        "select id from witness.records where name = 'stamp' and output <> claim::text and not forked",
+        """select id from witness.records where not forked
+              and ((name in ('stamp', 'write') and output <> claim::text) or by <> incarnation)""",
     ),
     Invariant(
         "a record never changes", "What is on record stays what it is.",
@@ -13356,7 +13368,11 @@ WITNESSED = [
     ),
     Invariant(
         "places are never exceeded", "At no instant are more of a queue at work than its concurrency.",
-        "select id from witness.changes where queue = 'q' and status = 'PENDING' and places > 1",
+        """select id from (
+               select id, sum((status is not distinct from 'PENDING' and queue is not distinct from 'q')::integer
+                              - (was is not distinct from 'PENDING' and was_queue is not distinct from 'q')::integer)
+                          over (order by number) as places from witness.changes) as sums
+            where places > 1""",
     ),
     Invariant(
         "a transaction happens once", "Its work is there once, and with it the record.",
@@ -13382,6 +13398,7 @@ class Effort(NamedTuple):
 BOUNDS = {
     "glance": [(1, 0, False)],
     "quick": [(2, 0, False), (0, 1, False), (1, 0, True)],
+    "mutant": [(2, 0, False), (0, 1, False), (2, 0, True)],
     "full": [(3, 0, False), (2, 1, False), (2, 0, True)],
 }
 
@@ -13526,6 +13543,17 @@ def two_dequeues(stage):
         with SetWorkflowID(id):
             one.queue.enqueue(one.work)
     yield {each.name: (each, lambda each=each: each.executor._dequeue(each.queue)) for each in (one, two)}
+    for id in ("w1", "w2"):
+        once(stage, id, (1, 2))
+
+
+@pair("two dequeues without limits")
+def two_dequeues_without_limits(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    for id in ("w1", "w2"):
+        with SetWorkflowID(id):
+            one.free.enqueue(one.work)
+    yield {each.name: (each, lambda each=each: each.executor._dequeue(each.free)) for each in (one, two)}
     for id in ("w1", "w2"):
         once(stage, id, (1, 2))
 
@@ -14055,6 +14083,389 @@ def packers(id, n):
     return {1: [id], 4: [f"{id}-queued"]}.get(n) or [f"{id}-{position}" for position in range(2, 12)]
 
 
+# Against a model.  What workflows, messages, events, queues, cancels and forks mean, said once more without a database:
+# it forgets nothing and never crashes.  Seeded random operations are made on it and on executors, of which some are
+# killed, and others take over; after each, all that can be observed is equal.
+
+
+class Wait(Exception):
+    """A workflow of the model cannot go on now."""
+
+
+class Refused(Exception):
+    """What an operation raises, by the name of the error."""
+
+
+class Model:
+    """Workflows that play scripts: a history by position, messages by topic, and what they said."""
+
+    def __init__(self):
+        self.workflows, self.line = {}, []
+
+    def begin(self, id, name, script, queue=None, key=None):
+        known = self.workflows.get(id)
+        if known is not None:
+            if known["name"] != name:
+                raise Refused("DBOSConflictingWorkflowError")
+            return
+        if key is not None and any(w["key"] == key and w["status"] in UNFINISHED for w in self.workflows.values()):
+            raise Refused("DBOSQueueDeduplicatedError")
+        self.workflows[id] = {
+            "name": name, "script": script, "status": "ENQUEUED" if queue else "PENDING", "history": {}, "queue": queue,
+            "key": key, "messages": collections.defaultdict(list), "keys": set(), "events": {}, "stream": [],
+            "outcome": None,
+        }
+        self.line += [id] if queue else []
+        self.go_on()
+
+    def go_on(self):
+        """Let everybody who can go on do so, until nobody can."""
+        before = None
+        while before != (now := repr(self.workflows)):
+            before = now
+            for id, w in list(self.workflows.items()):
+                if w["status"] == "PENDING":
+                    self.run(id, w)
+            at_work = [id for id in self.line if self.workflows[id]["status"] == "PENDING"]
+            waits = [id for id in self.line if self.workflows[id]["status"] == "ENQUEUED"]
+            if waits and not at_work:
+                self.workflows[waits[0]]["status"] = "PENDING"
+
+    def run(self, id, w):
+        self.position = 0
+        try:
+            w["outcome"] = [value for act in w["script"] for value in self.act(id, w, *act)]
+            w["status"] = "SUCCESS"
+        except Wait:
+            return
+        except Refused as error:
+            w["outcome"], w["status"] = str(error), "ERROR"
+        w["key"] = None
+
+    def record(self, w, position, name, call=lambda: None):
+        """Recall, or call and record."""
+        if position not in w["history"]:
+            try:
+                w["history"][position] = name, call(), None
+            except Refused as error:
+                w["history"][position] = name, None, error
+        _, value, error = w["history"][position]
+        if error is not None:
+            raise error
+        return value
+
+    def act(self, id, w, kind, *args):
+        here, self.position = self.position + 1, self.position + (2 if kind in ("recv", "peek", "child") else 1)
+        if kind == "step":
+            return [self.record(w, here, "echo", lambda: args[0])]
+        if kind == "event":
+            self.record(w, here, "DBOS.setEvent", lambda: w["events"].setdefault(here, args))
+        if kind == "stream":
+            self.record(w, here, "DBOS.writeStream", lambda: w["stream"].append((here, args[0])))
+        if kind == "tell":
+            self.record(w, here, "DBOS.send", lambda: self.post(args[0], id, args[1], None))
+        if kind == "fail":
+            raise Refused("ValueError")
+        if kind in ("recv", "peek") and here not in w["history"]:
+            self.record(w, here + 1, "DBOS.sleep")
+            if kind == "recv" and not w["messages"][args[0]]:
+                raise Wait
+        if kind in ("recv", "peek"):
+            waiting = w["messages"][args[0]]
+            return [self.record(w, here, "DBOS.recv", lambda: waiting.pop(0) if waiting else None)]
+        if kind == "child":
+            if here not in w["history"]:
+                w["history"][here] = "play", None, None
+                self.begin_child(args[0], args[1])
+            return [self.record(w, here + 1, "DBOS.getResult", lambda: self.result(args[0]))]
+        return []
+
+    def begin_child(self, id, script):
+        if id not in self.workflows:
+            position, going = self.position, self.go_on
+            self.go_on = lambda: None
+            self.begin(id, "play", script)
+            self.run(id, self.workflows[id])
+            self.position, self.go_on = position, going
+
+    def result(self, id):
+        w = self.workflows.get(id)
+        if w is None:
+            raise Refused("DBOSNonExistentWorkflowError")
+        if w["status"] == "CANCELLED":
+            raise Refused("DBOSAwaitedWorkflowCancelledError")
+        if w["status"] in UNFINISHED:
+            raise Wait
+        if w["status"] == "ERROR":
+            raise Refused(w["outcome"])
+        return w["outcome"]
+
+    def post(self, id, topic, message, key):
+        w = self.workflows.get(id)
+        if w is None:
+            raise Refused("DBOSNonExistentWorkflowError")
+        if key is None or key not in w["keys"]:
+            w["messages"][topic].append(message)
+            w["keys"].add(key)
+
+    def send(self, id, topic, message, key):
+        self.post(id, topic, message, key)
+        self.go_on()
+
+    def cancel(self, id):
+        w = self.workflows.get(id)
+        if w is None or w["status"] not in UNFINISHED:
+            raise Refused("nothing")
+        w["status"], w["key"] = "CANCELLED", None
+        self.go_on()
+
+    def resume(self, id):
+        w = self.workflows.get(id)
+        if w is None:
+            raise Refused("DBOSNonExistentWorkflowError")
+        if w["status"] not in ("SUCCESS", "ERROR"):
+            w["status"], w["queue"], w["key"] = "PENDING", None, None
+            self.line = [each for each in self.line if each != id]
+        self.go_on()
+
+    def delete(self, id):
+        if self.workflows.pop(id, None) is None:
+            raise Refused("nothing")
+        self.line = [each for each in self.line if each != id]
+        self.go_on()
+
+    def fork(self, id, new, start):
+        w, known = self.workflows.get(id), self.workflows.get(new)
+        if known is not None:
+            if known.get("forked_from") != id:
+                raise Refused("DBOSConflictingWorkflowError")
+            return
+        if w is None:
+            raise Refused("DBOSNonExistentWorkflowError")
+        self.begin(new, w["name"], [])
+        self.workflows[new] |= {
+            "script": w["script"], "status": "PENDING", "outcome": None, "forked_from": id,
+            "history": {at: record for at, record in w["history"].items() if at < start},
+            "events": {at: event for at, event in w["events"].items() if at < start},
+            "stream": [(at, value) for at, value in w["stream"] if at < start],
+        }
+        self.go_on()
+
+    def observed(self):
+        """All that can be seen of each workflow."""
+        return {
+            id: (
+                w["status"], w["outcome"], sorted((at, name) for at, (name, *_) in w["history"].items()),
+                {key: value for _, (key, value) in sorted(w["events"].items())}, [value for _, value in w["stream"]],
+                sum(map(len, w["messages"].values())),
+            )
+            for id, w in self.workflows.items()
+        }
+
+
+class Real:
+    """The same on executors and a database; one may be killed, or its work be taken over."""
+
+    def __init__(self, url):
+        self.url, self.witness, self.executors = url, Witness(url), {}
+        for name in ("one", "two"):
+            self.launch(name)
+
+    def launch(self, name):
+        dbos = Durable(settings(
+            system_database_url=self.url, executor_id=name, application_version="v1", run_admin_server=False,
+            log_level="CRITICAL",
+        ))
+        self.declare(dbos)
+        dbos.launch()
+        self.executors[name] = dbos
+
+    def declare(self, dbos):
+        echo = dbos.step(name="echo")(lambda value: value)
+
+        def act(kind, *args):
+            if kind == "step":
+                return [echo(args[0])]
+            if kind == "event":
+                dbos.set_event(*args)
+            if kind == "stream":
+                dbos.write_stream("s", args[0])
+            if kind == "tell":
+                dbos.send(args[0], args[1], dbos.workflow_id)
+            if kind == "fail":
+                raise ValueError("as the script says")
+            if kind in ("recv", "peek"):
+                return [dbos.recv(args[0], timeout_seconds=1000 if kind == "recv" else 0)]
+            if kind == "child":
+                with SetWorkflowID(args[0]):
+                    return [play(args[1])]
+            return []
+
+        @dbos.workflow(name="play")
+        def play(script):
+            return [value for kind, *args in script for value in act(kind, *args)]
+
+        @dbos.workflow(name="other")
+        def other(script):
+            return [value for kind, *args in script for value in act(kind, *args)]
+
+        dbos.plays = {"play": play, "other": other, "line": Queue("line", concurrency=1, durable=dbos)}
+
+    @property
+    def dbos(self):
+        return next(iter(self.executors.values()))
+
+    def begin(self, id, name, script, queue=None, key=None):
+        with SetWorkflowID(id), durable.SetEnqueueOptions(deduplication_id=key):
+            if queue:
+                self.dbos.plays["line"].enqueue(self.dbos.plays[name], script)
+            else:
+                self.dbos.start_workflow(self.dbos.plays[name], script)
+
+    def send(self, id, topic, message, key):
+        self.dbos.send(id, message, topic, key)
+
+    def cancel(self, id):
+        self.dbos.cancel_workflow(id)
+
+    def resume(self, id):
+        self.dbos.resume_workflow(id)
+
+    def delete(self, id):
+        self.dbos.delete_workflow(id)
+
+    def fork(self, id, new, start):
+        with SetWorkflowID(new):
+            self.dbos.fork_workflow(id, start, application_version="v1")
+
+    def kill(self, name):
+        """Let an executor die: what it has in its hands is PENDING, and its lock is free; and launch it again."""
+        dbos = self.executors.pop(name)
+        dbos._executor.say_goodbye = lambda conn: None
+        dbos.destroy()
+        self.launch(name)
+
+    def take_over(self, name):
+        """Let the other executor take the work of one that lives."""
+        (other,) = self.executors.keys() - {name}
+        self.executors[other]._executor.recover([name])
+
+    def observed(self):
+        query = """
+            select id, status, output, error,
+                   array(select position || ' ' || name from durable.steps
+                          where workflow_id = id order by position) as history,
+                   (select jsonb_object_agg(key, value)
+                      from (select distinct on (key) key, value from durable.events where workflow_id = id
+                             order by key, position desc) as last) as events,
+                   array(select value from durable.streams where workflow_id = id order by "offset") as stream,
+                   (select count(*) from durable.messages where workflow_id = id and received_at is null) as unread
+              from durable.workflows
+        """
+        told = {}
+        for id, status, output, error, history, events, stream, left in self.witness.rows(query):
+            outcome = json.loads(output) if output else json.loads(error)["type"].split(".")[-1] if error else None
+            steps = [(int(at), name) for at, name in (line.split(" ", 1) for line in history)]
+            said = {key: json.loads(value) for key, value in (events or {}).items()}
+            told[id] = status, outcome, steps, said, [json.loads(value) for value in stream], left
+        return told
+
+    def close(self):
+        for dbos in self.executors.values():
+            dbos.destroy()
+        self.witness.connection.close()
+
+
+class Operations:
+    """Seeded random operations, and which of them were done and refused."""
+
+    IDS = tuple(f"w{n}" for n in range(8))
+    ACTS = ("step", "step", "event", "stream", "recv", "recv", "peek", "tell", "child", "fail")
+
+    def __init__(self, seed):
+        self.random, self.number = random.Random(seed), 0
+
+    def script(self, id, depth=0):
+        def act():
+            kind = self.random.choice([each for each in self.ACTS if each != "child" or not depth])
+            self.number += 1
+            args = {
+                "event": [self.random.choice("xy"), self.number], "recv": [self.random.choice("ab")],
+                "peek": [self.random.choice("ab")], "tell": [self.random.choice(["w0", "nobody"]), self.number],
+                "fail": [],
+            }
+            if kind == "child":
+                child = f"{id}.{self.number}"
+                return [kind, child, self.script(child, depth + 1)]
+            return [kind, *args.get(kind, [self.number])]
+
+        return [act() for _ in range(self.random.randint(1, 5))]
+
+    def next(self):
+        """The next operation, as a name and arguments."""
+        self.number += 1
+        id, pick = self.random.choice(self.IDS), self.random.choice
+        return pick([
+            lambda: ("begin", id, pick(["play", "play", "play", "other"]), self.script(id)),
+            lambda: ("begin", id, "play", self.script(id), "line", pick([None, "k", "k"])),
+            lambda: ("send", id, pick("ab"), self.number, pick([None, "k1", "k2"])),
+            lambda: ("send", id, pick("ab"), self.number, None),
+            lambda: ("cancel", id), lambda: ("resume", id), lambda: ("delete", id),
+            lambda: ("fork", id, pick(self.IDS), self.random.randint(1, 6)),
+            lambda: (pick(["kill", "kill", "take_over"]), pick(["one", "two"])),
+        ])()
+
+
+@check("a model")
+def check_model(url, effort):
+    """Operations on the model and on executors are seen to have done the same."""
+    least = {"glance": 40, "full": 3000}.get(effort.name, 150)
+    operations, model, real = Operations(effort.seed), Model(), Real(url)
+    done, story = collections.Counter(), []
+    try:
+        while len(story) < least or (effort.name != "glance" and not all_were_seen(done)):
+            operation, *args = operations.next()
+            story.append(f"  {operation} {args}")
+            expected = outcome_of(getattr(model, operation), args) if hasattr(model, operation) else "done"
+            seen = outcome_of(getattr(real, operation), args)
+            done[operation, "done" if expected == "done" else "refused"] += 1
+            if seen != expected and not (expected == "nothing" and seen == "done"):
+                raise Broken("\n".join([f"seed {effort.seed}: {seen} instead of {expected} at the end of", *story]))
+            compare(model.observed(), real, effort, story)
+            if len(story) % 10 == 0:
+                with psycopg.connect(url, autocommit=True) as conn:
+                    assert not broken(conn), [broken(conn), *story]
+    finally:
+        real.close()
+    COUNTS.update({"operations": len(story)})
+    return f"{len(story)} operations, " + ", ".join(f"{what} {how} {n}" for (what, how), n in sorted(done.items()))
+
+
+def all_were_seen(done):
+    both = itertools.product(("begin", "send", "cancel", "resume", "delete", "fork"), ("done", "refused"))
+    return all(done[each] for each in [*both, ("kill", "done"), ("take_over", "done")])
+
+
+def outcome_of(operation, args):
+    try:
+        operation(*args)
+    except Refused as error:
+        return str(error)
+    except DBOSException as error:
+        return type(error).__name__
+    return "done"
+
+
+def compare(expected, real, effort, story):
+    end = time.monotonic() + PATIENCE_S
+    while (seen := real.observed()) != expected:
+        if time.monotonic() > end:
+            wrong = [f"  {id}: {seen.get(id)} and not {expected.get(id)}" for id in sorted({*seen, *expected})
+                     if seen.get(id) != expected.get(id)]
+            raise Broken("\n".join([f"seed {effort.seed}: behind these operations", *story, "are", *wrong]))
+        time.sleep(0.005)
+
+
 def run_check(server_url, name, effort):
     """Run one check, in a process of its own; return its name, what broke, its figures, counts and seconds."""
     began, told, wrong = time.monotonic(), "", ""
@@ -14090,13 +14501,16 @@ def proof(*arguments):
 def run_checks(server_url, options):
     """Run the checks on all cores, print each as it ends, and fail if one does."""
     names = [name for name in CHECKS if not options.only or any(word in name for word in options.only)]
-    if options.until_broken:  # the likely ones are named first, and then all
+    likely = len(names)
+    if options.until_broken:  # behind those that were named, all others, at a glance
         names += [name for name in CHECKS if name not in names]
-    effort = Effort("full" if options.full else "quick", options.seed)
+    depth = "mutant" if options.until_broken else "full" if options.full else "quick"
+    effort = Effort(depth, options.seed)
     total, began, failed = collections.Counter(), time.monotonic(), []
     jobs = 1 if options.until_broken else os.cpu_count() or 1
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
-        pending = [pool.submit(run_check, server_url, name, effort) for name in names]
+        pending = [pool.submit(run_check, server_url, name, effort) for name in names[:likely]]
+        pending += [pool.submit(run_check, server_url, name, Effort("glance")) for name in names[likely:]]
         for future in pending if options.until_broken else as_completed(pending):
             name, wrong, told, counts, seconds = future.result()
             total.update(counts)
@@ -14168,7 +14582,8 @@ MUTANTS = [
     Mutant("an outcome under any claim", "_FINISH = ", OURS, "", "a run and an operator"),
     Mutant("an outcome in any status", "_FINISH = ", AT_WORK, "", "a run and a cancel"),
     Mutant("a begin that collides", "def _insertion", "{born} on conflict do nothing", "{born}", "two starts"),
-    Mutant("a child of any claim", "def _insertion", " and claim = %(parent_claim)s", "", "a parent and an operator"),
+    Mutant("a child of any claim", "def _insertion", " and claim = %(parent_claim)s", " and claim >= %(parent_claim)s",
+           "a parent and an operator"),
     Mutant("a child of an ended parent", "def _insertion", AT_WORK, "", "a parent and a cancel"),
     Mutant("a child without a lock", "def _insertion", SHARE, "", "a child and its deleted parent"),
     Mutant(
@@ -14187,7 +14602,7 @@ MUTANTS = [
         "select incarnation from durable.living", "select 0", "a run and a namesake",
     ),
     Mutant("a transaction under any claim", "_RECORD_OR_FAIL = ", OURS, "", "a run and an operator"),
-    Mutant("a transaction in any status", "_RECORD_OR_FAIL = ", AT_WORK, "", "a run and a cancel"),
+    Mutant("a transaction in any status", "_RECORD_OR_FAIL = ", AT_WORK, "", "a book and a cancel"),
     Mutant("a transaction without a lock", "_RECORD_OR_FAIL = ", SHARE, "", "a run and a delete"),
     Mutant("a receipt under any claim", "def _receive(", OURS, "", "a receiver and an operator"),
     Mutant("a receipt in any status", "def _receive(", AT_WORK, "", "a receiver and a cancel"),
@@ -14209,7 +14624,7 @@ MUTANTS = [
     ),
     Mutant(
         "an effect without its record", "def _effect(",
-        " or (id, position) in (select * from {name}_noted)", " or true", "what a run says and an operator",
+        " or (id, position) in (select * from {name}_noted)", " or true", "a sender and a receiver",
     ),
     Mutant("a message to a workflow that goes", "_SEND = ", " for key share", "", "a sender and a delete"),
     Mutant("a letter to a workflow that goes", "def _post(", " for key share", "", "a letter and a delete"),
@@ -14227,9 +14642,10 @@ MUTANTS = [
     ),
     Mutant(
         "an event that collides", "_SET_EVENT = ",
-        "on conflict (workflow_id, key, position) do update set value = excluded.value", "", "a step that speaks",
+        "on conflict (workflow_id, key, position) do update set value = excluded.value", "",
+        "a step that speaks",
     ),
-    Mutant("a dequeue without a lock on rows", "def _dequeue(conn", " for update of w skip locked", "", "two dequeues"),
+    Mutant("a dequeue without a lock on rows", "def _dequeue(conn", " for update of w skip locked", "", "without limits"),
     Mutant(
         "a dequeue without turns", "def _dequeue(conn",
         'conn.execute("select pg_advisory_xact_lock(%s, hashtext(%s))"',
@@ -14244,7 +14660,7 @@ MUTANTS = [
         "a dequeue that counts nobody", "def _dequeue(conn",
         "and status = 'PENDING' and incarnation is not null", "and false", "two dequeues",
     ),
-    Mutant("a cancel without a lock", "_IN_ORDER = ", " for update", "", "a run and a cancel"),
+    Mutant("a cancel or a delete without a lock", "_IN_ORDER = ", " for update", "", "a run and a delete"),
     Mutant(
         "a cancel of what has ended", "def _cancel(",
         " and w.status not in ('SUCCESS', 'ERROR', 'CANCELLED')", "", "a run and a cancel",
@@ -14254,8 +14670,8 @@ MUTANTS = [
         " and w.status not in ('SUCCESS', 'ERROR')", "", "a run and a resume",
     ),
     Mutant(
-        "a delete without a lock", "def _delete(",
-        'conn.execute(_IN_ORDER, {"ids": ids})', "pass", "a run and a delete",
+        "a delete of what it did not lock", "def _delete(",
+        'locked = [id for id, *_ in conn.execute(_IN_ORDER, {"ids": ids})]', "locked = ids", "a run and a delete",
     ),
     Mutant("a deadline without a lock", "def _expire(conn", " for update skip locked", "", "a run and its deadline"),
     Mutant("a fork that collides", "def _fork(", "from original on conflict do nothing", "from original", "two forks"),
