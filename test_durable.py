@@ -8496,6 +8496,7 @@ import argparse
 import ast
 import base64
 import contextvars
+import gc
 import hashlib
 import multiprocessing
 import random
@@ -14474,6 +14475,89 @@ def compare(expected, real, effort, story):
         time.sleep(0.005)
 
 
+# Resources: what is launched and destroyed leaves nothing, what has ended is forgotten, what is too small is slow.
+
+
+def held():
+    """What this process holds: threads, and files, among which are its sockets."""
+    return threading.active_count(), len(os.listdir("/proc/self/fd" if os.path.exists("/proc") else "/dev/fd"))
+
+
+@check("resources")
+def check_resources(url, effort):
+    """Launches leak nothing, memory is bounded, and a small pool does not deadlock."""
+    few = effort.name == "glance"
+    many = {"glance": 200, "full": 100_000}.get(effort.name, 5000)
+    told = [leak_nothing(url, 5 if few else 100), stay_small(url, many), share_few(url, 20 if few else 200)]
+    return ", ".join(told)
+
+
+def leak_nothing(url, launches):
+    dbos = Durable(settings(system_database_url=url, run_admin_server=True, admin_port=0, log_level="CRITICAL"))
+    dbos.workflow(name="work")(lambda: dbos.workflow_id)
+    before = None
+    for number in range(launches):
+        dbos.launch()
+        dbos._functions["work"].call()
+        dbos.destroy()
+        before = held() if number == 2 else before  # what is made once is there by now
+    with psycopg.connect(url, autocommit=True) as conn:
+        ours = """select count(*) from pg_stat_activity
+                   where datname = current_database() and application_name like 'durable%'"""
+        eventually(lambda: conn.execute(ours).fetchone() == (0,))
+        eventually(lambda: held()[1] <= before[1] + 1)  # this connection
+    eventually(lambda: held()[0] <= before[0])
+    return f"{launches} launches"
+
+
+def stay_small(url, workflows):
+    """What an executor remembers does not grow with what it has done."""
+    dbos = Durable(settings(system_database_url=url, run_admin_server=False, log_level="CRITICAL"))
+    echo = dbos.step(name="echo")(lambda n: n)
+    work = dbos.workflow(name="work")(lambda n: echo(n))  # noqa: PLW0108
+    dbos.launch()
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(workflows // 4)))
+            gc.collect()
+            before = len(gc.get_objects())
+            list(pool.map(work, range(workflows)))
+            gc.collect()
+            more = len(gc.get_objects()) - before
+        executor = dbos._executor
+        assert not executor.claimed and not executor.running and not executor.hints._expected
+        assert more < 1000 + workflows // 20, f"{workflows} workflows left {more} objects behind"
+    finally:
+        dbos.destroy()
+    return f"{workflows:,} workflows left {max(0, more)} objects"
+
+
+def share_few(url, workflows):
+    """Parents that wait for children, messages and transactions get on with two connections and two threads."""
+    small = {"sys_db_pool_size": 2, "max_executor_threads": 2}
+    dbos = Durable(settings(system_database_url=url, run_admin_server=False, log_level="CRITICAL", **small))
+
+    @dbos.transaction(name="look")
+    def look():
+        return dbos.connection.execute("select 1").fetchone()[0]
+
+    child = dbos.workflow(name="child")(lambda: look())  # noqa: PLW0108
+
+    @dbos.workflow(name="parent")
+    def parent():
+        handle = dbos.start_workflow(child)
+        dbos.send(dbos.workflow_id, 1)
+        return dbos.recv() + handle.get_result() + look()
+
+    dbos.launch()
+    try:
+        handles = [dbos.start_workflow(parent) for _ in range(workflows)]
+        assert {handle.get_result() for handle in handles} == {3}
+    finally:
+        dbos.destroy()
+    return f"{workflows:,} parents on two connections"
+
+
 def run_check(server_url, name, effort):
     """Run one check, in a process of its own; return its name, what broke, its figures, counts and seconds."""
     began, told, wrong = time.monotonic(), "", ""
@@ -14781,8 +14865,206 @@ def see_mutant(server_url, mutant):
     return (found[1], found[2][:100]) if found else ("", "")
 
 
+# Soak: for as long as one likes, processes work on one database, and everything that can happen to them does, in an
+# order that a seed decides.  Behind each round, when all is done, every invariant holds, and each transaction and
+# message counts once.
+
+
+def labourer(name, version):
+    """Work on whatever there is, in a process of one version."""
+    DBOS(config=settings(
+        executor_id=name, application_version=version, run_admin_server=False, log_level="CRITICAL", failover=True,
+    ))
+    queue = Queue("soak", concurrency=4, polling_interval_sec=0.2)
+
+    @DBOS.step(name="fetch")
+    def fetch(n):
+        time.sleep(0.002)
+        return n
+
+    @DBOS.transaction(name="book")
+    def book(n):
+        DBOS.connection.execute("insert into ledger values (%s)", [DBOS.step_key])
+
+    @DBOS.workflow(name="part", max_recovery_attempts=None)
+    def part(n):
+        return fetch(n)
+
+    @DBOS.workflow(name="labour", max_recovery_attempts=None)
+    def labour(n):
+        fetch(n)
+        book(n)
+        if n % 5 == 0:
+            part(n)
+        if n % 7 == 0:
+            queue.enqueue(part, n).get_result()
+        DBOS.set_event("at", n)
+        DBOS.write_stream("s", n)
+        DBOS.send(DBOS.workflow_id, n)
+        heard = DBOS.recv(timeout_seconds=600)
+        DBOS.write_stream("s", heard)
+        return heard
+
+    DBOS.launch()
+    stay()
+
+
+class Soak:
+    """Rounds of work and of faults."""
+
+    CREW = 3
+    PER_ROUND = 60
+
+    def __init__(self, server, url, seed, folder):
+        self.server, self.url, self.random, self.folder = server, url, random.Random(seed), folder
+        self.version, self.round, self.counts = 1, 0, collections.Counter()
+        self.programs = Programs(url, folder)
+        self.crew = [self.hire(f"s{n}") for n in range(self.CREW)]
+        for process in self.crew:
+            process.await_ready()
+
+    def hire(self, name):
+        process = self.programs.start(labourer, name, f"v{self.version}")
+        process.name = name
+        return process
+
+    def execute(self, statement, *parameters):
+        """Make a statement from outside, whatever state the server is in."""
+        def attempt():
+            with contextlib.suppress(psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction):
+                with psycopg.connect(self.url, autocommit=True) as conn:
+                    conn.execute("set default_transaction_read_only = off")
+                    found = conn.execute(statement, parameters or None)
+                    return found.fetchall() if found.description else [()]
+
+        return eventually(attempt, within=60)
+
+    # Faults.
+
+    def kill(self):
+        number = self.random.randrange(self.CREW)
+        self.crew[number].signal(signal.SIGCONT)
+        self.crew[number].kill()
+        self.crew[number] = self.hire(self.crew[number].name)
+
+    def stop_and_continue(self):
+        process = self.random.choice(self.crew)
+        process.signal(signal.SIGSTOP)
+        time.sleep(self.random.uniform(0.05, 1.0))
+        process.signal(signal.SIGCONT)
+
+    def terminate(self):
+        self.execute("""select count(pg_terminate_backend(pid)) from pg_stat_activity
+                         where datname = current_database() and application_name like 'durable%' and random() < 0.5""")
+
+    def restart(self):
+        if self.server is not None:
+            pg_ctl(self.server, "restart", self.random.choice(["fast", "immediate"]))
+
+    def read_only(self):
+        name = self.execute("select quote_ident(current_database())")[0][0]
+        self.execute(f"alter database {name} set default_transaction_read_only = on")
+        self.terminate()
+        time.sleep(self.random.uniform(0.1, 0.5))
+        self.execute(f"alter database {name} reset default_transaction_read_only")
+        self.terminate()
+
+    def disk_full(self):
+        self.execute("""create or replace function full_disk() returns trigger language plpgsql as $$
+                        begin raise exception 'no space left' using errcode = '53100'; end $$""")
+        table = self.random.choice(["durable.steps", "durable.workflows", "durable.messages"])
+        self.execute(f"create trigger full_disk before insert or update on {table} execute function full_disk()")
+        time.sleep(self.random.uniform(0.1, 0.5))
+        self.execute("drop function full_disk cascade")
+
+    def steer(self, how):
+        found = self.execute(f"""select id from durable.workflows where name = 'labour' and status in {UNFINISHED}
+                                  order by random() limit 3""")
+        client = durable.DBOSClient(system_database_url=self.url, use_listen_notify=False)
+        try:
+            for (id,) in found:
+                how(client, id)
+        finally:
+            client.destroy()
+
+    def cancel_and_resume(self):
+        def how(client, id):
+            client.cancel_workflow(id)
+            client.resume_workflow(id)
+
+        self.steer(how)
+
+    def fork(self):
+        self.steer(lambda client, id: client.fork_workflow(
+            id, self.random.randint(1, 8), application_version=f"v{self.version}"))
+
+    def deploy(self):
+        """Launch a new version, and hand the unfinished work of the old one over to it."""
+        self.version += 1
+        for process in self.crew:
+            process.signal(signal.SIGCONT)
+            process.kill()
+        self.crew = [self.hire(process.name) for process in self.crew]
+        adopt = f"update durable.workflows set application_version = 'v{self.version}' where status in {UNFINISHED}"
+        self.execute(adopt)  # (a command of its own will do this)
+
+    FAULTS = (kill, kill, stop_and_continue, terminate, restart, read_only, disk_full, cancel_and_resume, fork, deploy)
+
+    def play(self):
+        """One round: some work, some faults in the midst of it, and the end of all of it."""
+        self.round += 1
+        self.execute(
+            """insert into durable.workflows (id, name, inputs, status, claim, queue, application_version)
+               select %s || '-' || n, 'labour', format('{"args": [%%s], "kwargs": {}}', n), 'ENQUEUED', 1,
+                      '_dbos_internal_queue', %s
+                 from generate_series(1, %s) as n on conflict do nothing""",
+            str(self.round), f"v{self.version}", self.PER_ROUND,
+        )
+        for _ in range(self.random.randint(2, 4)):
+            time.sleep(self.random.uniform(0.05, 0.6))
+            fault = self.random.choice(self.FAULTS)
+            self.counts[fault.__name__] += 1
+            fault(self)
+        self.judge()
+
+    def judge(self):
+        left = f"select count(*) from durable.workflows where status in {UNFINISHED}"
+        eventually(lambda: self.execute(left) == [(0,)], within=90)
+        with psycopg.connect(self.url, autocommit=True) as conn:
+            wrong = broken(conn)
+            assert not wrong, wrong
+            twice = "select entry from ledger group by entry having count(*) > 1"
+            lost = """select workflow_id from durable.steps join durable.workflows on id = workflow_id
+                       where steps.name = 'book' and steps.error is null and forked_from is null
+                         and not exists (select from ledger where entry = workflow_id || ':' || position)"""
+            failed = "select id, status, error from durable.workflows where status <> 'SUCCESS'"
+            for query in (twice, lost, failed):
+                assert not (found := conn.execute(query).fetchall()), f"round {self.round}: {query}: {found[:5]}"
+            count = conn.execute("select count(*) from durable.workflows").fetchone()[0]
+            self.counts["workflows"] += count
+            tables = ("workflows", "steps", "messages", "events", "streams")
+            conn.execute(f"truncate ledger, {', '.join(f'durable.{table}' for table in tables)}")
+
+
 def soak(server_url, minutes, seed):
-    raise SystemExit("not yet")
+    """Print, each minute, what was done to whom; fail at the first round behind which something does not hold."""
+    end = time.monotonic() + minutes * 60
+    with contextlib.ExitStack() as stack:
+        server = None
+        if "DURABLE_TEST_DATABASE_URL" not in os.environ:  # one of its own, to restart
+            server = stack.enter_context(embedded_postgres())
+            stack.callback(pg_ctl, server, "stop", "fast")
+            server_url = server.get_uri()
+        url = stack.enter_context(new_database(server_url, f"durable_soak_{os.getpid()}"))
+        Durable(settings(system_database_url=url, run_admin_server=False, log_level="CRITICAL")).launch()
+        with psycopg.connect(url, autocommit=True) as conn:
+            conn.execute("create table ledger (entry text not null)")
+        work = Soak(server, url, seed, Path(stack.enter_context(temporary_folder())))
+        stack.callback(work.programs.end)
+        while time.monotonic() < end:
+            work.play()
+            print(f"round {work.round}: {dict(sorted(work.counts.items()))}", flush=True)
+    print(f"{work.round} rounds, {work.counts['workflows']:,} workflows, all invariants hold")
 
 
 # ==== The roof =======================================================================================
