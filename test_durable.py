@@ -8496,7 +8496,6 @@ import argparse
 import ast
 import base64
 import contextvars
-import gc
 import hashlib
 import multiprocessing
 import random
@@ -13404,7 +13403,7 @@ class Effort(NamedTuple):
 BOUNDS = {
     "glance": [(1, 0, False)],
     "quick": [(2, 0, False), (0, 1, False), (1, 0, True)],
-    "mutant": [(2, 0, False), (0, 1, False), (2, 0, True)],
+    "mutant": [(2, 0, False), (0, 1, False), (0, 1, True), (2, 0, True)],
     "full": [(3, 0, False), (2, 1, False), (2, 0, True)],
 }
 
@@ -14011,6 +14010,15 @@ def meet_fate(number, fate):
     return left
 
 
+def furnish(url):
+    """Make the tables."""
+    maker = Durable(settings(system_database_url=url, run_admin_server=False, log_level="CRITICAL"))
+    maker.launch()
+    maker.destroy()
+    with psycopg.connect(url) as conn:
+        conn.execute("create table ledger (entry text not null)")
+
+
 def travellers(first, stride, most):
     """Begin many journeys, each in a child, and note how each of them ended; every `stride`th, from `first`."""
     fates = itertools.product(("before", "behind", "answer"), range(1, most + 1))
@@ -14044,8 +14052,7 @@ def check_points(url, effort):
     """Journeys with each fate end like one that met none."""
     most, stride = 60, 8 if effort.name == "glance" else 1
     with temporary_folder() as folder, psycopg.connect(url, autocommit=True) as conn:
-        Durable(settings(system_database_url=url, run_admin_server=False, log_level="CRITICAL")).launch()
-        conn.execute("create table if not exists ledger (entry text not null)")
+        furnish(url)
         programs = Programs(url, Path(folder))
         try:
             started = [programs.start(travellers, first * stride, 4 * stride, most) for first in range(4)]
@@ -14478,7 +14485,7 @@ def compare(expected, real, effort, story):
 # Resources: what is launched and destroyed leaves nothing, what has ended is forgotten, what is too small is slow.
 
 
-def held():
+def holdings():
     """What this process holds: threads, and files, among which are its sockets."""
     return threading.active_count(), len(os.listdir("/proc/self/fd" if os.path.exists("/proc") else "/dev/fd"))
 
@@ -14500,13 +14507,13 @@ def leak_nothing(url, launches):
         dbos.launch()
         dbos._functions["work"].call()
         dbos.destroy()
-        before = held() if number == 2 else before  # what is made once is there by now
+        before = holdings() if number == 2 else before  # what is made once is there by now
     with psycopg.connect(url, autocommit=True) as conn:
         ours = """select count(*) from pg_stat_activity
                    where datname = current_database() and application_name like 'durable%'"""
         eventually(lambda: conn.execute(ours).fetchone() == (0,))
-        eventually(lambda: held()[1] <= before[1] + 1)  # this connection
-    eventually(lambda: held()[0] <= before[0])
+        eventually(lambda: holdings()[1] <= before[1] + 1)  # this connection
+    eventually(lambda: holdings()[0] <= before[0])
     return f"{launches} launches"
 
 
@@ -14931,13 +14938,13 @@ class Soak:
     def execute(self, statement, *parameters):
         """Make a statement from outside, whatever state the server is in."""
         def attempt():
-            with contextlib.suppress(psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction):
-                with psycopg.connect(self.url, autocommit=True) as conn:
-                    conn.execute("set default_transaction_read_only = off")
-                    found = conn.execute(statement, parameters or None)
-                    return found.fetchall() if found.description else [()]
+            trouble = (psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction)
+            with contextlib.suppress(*trouble), psycopg.connect(self.url, autocommit=True) as conn:
+                conn.execute("set default_transaction_read_only = off")
+                found = conn.execute(statement, parameters or None)
+                return [found.fetchall() if found.description else []]
 
-        return eventually(attempt, within=60)
+        return eventually(attempt, within=60)[0]
 
     # Faults.
 
@@ -14996,7 +15003,7 @@ class Soak:
 
     def fork(self):
         self.steer(lambda client, id: client.fork_workflow(
-            id, self.random.randint(1, 8), application_version=f"v{self.version}"))
+            id, self.random.randint(1, 3), application_version=f"v{self.version}"))
 
     def deploy(self):
         """Launch a new version, and hand the unfinished work of the old one over to it."""
@@ -15056,9 +15063,7 @@ def soak(server_url, minutes, seed):
             stack.callback(pg_ctl, server, "stop", "fast")
             server_url = server.get_uri()
         url = stack.enter_context(new_database(server_url, f"durable_soak_{os.getpid()}"))
-        Durable(settings(system_database_url=url, run_admin_server=False, log_level="CRITICAL")).launch()
-        with psycopg.connect(url, autocommit=True) as conn:
-            conn.execute("create table ledger (entry text not null)")
+        furnish(url)
         work = Soak(server, url, seed, Path(stack.enter_context(temporary_folder())))
         stack.callback(work.programs.end)
         while time.monotonic() < end:
