@@ -1773,6 +1773,7 @@ from collections.abc import Iterable
 from typing import Literal, get_type_hints
 
 from psycopg import pq
+from psycopg.abc import PQGen
 
 __all__ += ["DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded"]
 
@@ -2248,6 +2249,7 @@ def _commit_together(
             # Begun in SQL, so that `with connection.transaction()` is a savepoint.
             begun = conn.execute(f"begin isolation level {isolation}; show transaction_read_only")
             if begun.nextset() and begun.fetchone() != ("off",):  # later, it is the function's own doing
+                conn.close()
                 raise psycopg.errors.ReadOnlySqlTransaction("the database is read-only")
             conn.stage = "function"
             try:
@@ -2320,6 +2322,15 @@ class _Connection(psycopg.Connection[Any]):
     has_session = True  # it is not one of many that a proxy lends backends to, a transaction at a time
     stage = ""  # of a transaction: it is to "begin", then it is the "function"'s, then it writes the "record"
     after: list[Callable[[], object]]  # what to tell whom once the transaction is committed
+
+    def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+        """Give up a session that may not write: it keeps the default with which it began, the next may have another."""
+        try:
+            return super().wait(gen, *args, **kwargs)
+        except psycopg.errors.ReadOnlySqlTransaction:
+            if _lending.get() is not self:  # else it may be the function's own doing
+                self.close()
+            raise
 
     def commit(self) -> None:
         if _lending.get() is self:
@@ -3019,8 +3030,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from queue import SimpleQueue
-
-from psycopg.abc import PQGen
 
 _SCHEMA_VERSION = 43
 

@@ -4311,6 +4311,34 @@ def test_trouble_that_passes_is_waited_out(dbos, witness, code, table):
     assert (runs, witness.ledger()) == (["step"], {"x": 1})
 
 
+def test_what_connected_while_the_database_was_read_only_does_not_stay_so(executor, server_url, empty_url):
+    """A session keeps the read-only default with which it began: it is given up, and the next one is tried."""
+    dbos = executor(system_database_url=empty_url)
+
+    @dbos.transaction()
+    def book():
+        return "booked"
+
+    @dbos.workflow()
+    def work():
+        return "done"
+
+    dbos.launch()
+    name = urlsplit(empty_url).path[1:]
+    sessions = "from pg_stat_activity where datname = %s and application_name like 'durable%%'"
+    with psycopg.connect(server_url, autocommit=True) as server, ThreadPoolExecutor(2) as pool:
+        server.execute(f"alter database {name} set default_transaction_read_only = on")
+        server.execute(f"select pg_terminate_backend(pid) {sessions}", [name])
+        results = [pool.submit(work), pool.submit(book)]
+        time.sleep(0.5)  # they find sessions, and cannot write
+        assert not any(result.done() for result in results)
+        server.execute(f"alter database {name} reset default_transaction_read_only")
+        try:
+            assert [result.result(PATIENCE_S) for result in results] == ["done", "booked"]
+        finally:
+            server.execute(f"select pg_terminate_backend(pid) {sessions}", [name])
+
+
 # --- The cut ------------------------------------------------------------------------------------------
 #
 # `python test_durable.py cut II FOLDER` writes durable.py, schema.sql and these tests up to the next banner, and
