@@ -13043,6 +13043,9 @@ class Stage:
         self.watch = psycopg.connect(url, autocommit=True)
         if self.one("select to_regnamespace('witness')") is None:
             self.watch.execute(WITNESS)
+        tables = """select string_agg(format('delete from %I.%I', schemaname, tablename), '; ') from pg_tables
+                     where schemaname in ('durable', 'witness') and tablename <> 'version' or tablename = 'ledger'"""
+        self.empty = self.one(tables)  # (to truncate them takes longer)
         self.plays, self.together = 0, False  # whether rows are written as if many were
         while not self.one("select pg_postmaster_start_time() < now() - interval '1 s' * %s", durable._RESTART_GRACE_S):
             time.sleep(0.1)  # of a server that has just started, nobody is taken for lost
@@ -13078,16 +13081,10 @@ class Stage:
                 peer.executor.pool.close()
                 peer.leave()
         self.peers, self.notes, self.moves, self.idle_waits = [], collections.Counter(), 0, 0
-        self.watch.execute("; ".join(f"delete from {table}" for table in self.tables()))
+        self.watch.execute(self.empty)
         self.plays += 1
         if self.plays % 100 == 0:
             self.watch.execute("vacuum")
-
-    @functools.cache  # noqa: B019
-    def tables(self):
-        query = """select format('%I.%I', schemaname, tablename) from pg_tables
-                    where schemaname in ('durable', 'witness') and tablename <> 'version' or tablename = 'ledger'"""
-        return [table for (table,) in self.watch.execute(query)]
 
     def peer(self, name="local", launched=True, version="v1", **config):
         """Another process."""
@@ -13101,7 +13098,7 @@ class Stage:
             raise Broken("a survivor waits for ever")
 
     def one(self, query, *parameters):
-        return self.watch.execute(query, parameters).fetchone()[0]
+        return self.watch.execute(query, parameters or None).fetchone()[0]
 
     def status(self, id):
         return self.one("select (select status from durable.workflows where id = %s)", id)
@@ -13110,14 +13107,14 @@ class Stage:
 
     def declare(self, peer):
         """Register the workflows; each step returns the claim of its run, which the witness compares."""
-        dbos, notes = peer.dbos, self
+        dbos, stage = peer.dbos, self
 
         def claim():
             return durable._frame.get().run.claim
 
         @dbos.step(name="stamp")
         def stamp():
-            notes.notes[dbos.workflow_id, dbos.step_id] += 1
+            stage.notes[dbos.workflow_id, dbos.step_id] += 1
             return claim()
 
         @dbos.transaction(name="write")
@@ -13145,8 +13142,8 @@ class Stage:
 
         @dbos.workflow(name="hear")
         def hear():
-            heard = [dbos.recv("t", timeout_seconds=1000), dbos.recv("t", timeout_seconds=1000)]
-            notes.heard = heard
+            dbos.recv("t", timeout_seconds=1000)
+            dbos.recv("t", timeout_seconds=1000)
             stamp()
             return claim()
 
@@ -13183,10 +13180,10 @@ class Stage:
 
     # A schedule.
 
-    def play(self, pair, prefix):
+    def play(self, meeting, prefix):
         """Play the schedule that begins with these choices and goes on without need; return what else was possible."""
         self.reset()
-        story = pair.story(self)
+        story = meeting.story(self)
         news, trace, spent, last = SimpleQueue(), [], 0, None
         actors = [Actor(name, peer, script, news) for name, (peer, script) in next(story).items()]
         for actor in actors:
@@ -13210,7 +13207,7 @@ class Stage:
                 choice = prefix[number] if number < len(prefix) else options[0][0]
                 trace.append((choice, options, actors[choice.actor].at))
                 if choice not in [option for option, *_ in options]:
-                    raise Astray(self.told(pair, actors, trace))
+                    raise Astray(self.told(meeting, actors, trace))
                 last = actor = actors[choice.actor]
                 self.moves += actor.at != "wait"
                 if len(trace) > 1500:
@@ -13221,9 +13218,9 @@ class Stage:
                     moving = {each for each in actors if each.peer is actor.peer and not each.over}
                 for each in moving - blocked:
                     each.orders.put(choice.order)
-            self.judge(pair, story, actors, trace)
+            self.judge(meeting, story, actors, trace)
         except Broken as wrong:
-            raise Broken(f"{wrong}\n{self.told(pair, actors, trace)}") from wrong
+            raise Broken(f"{wrong}\n{self.told(meeting, actors, trace)}") from wrong
         finally:
             for actor in actors:
                 actor.peer.dead = actor.peer.dead or not actor.over
@@ -13266,7 +13263,7 @@ class Stage:
             options += [(Choice(actors.index(actor), fault), cost, 1) for fault in actor.faults]
         return options
 
-    def judge(self, pair, story, actors, trace):
+    def judge(self, meeting, story, actors, trace):
         """Let a successor end what is left, and see whether everything holds."""
         faults = {choice.order for choice, *_ in trace} - {"go"}
         for actor in actors:
@@ -13283,7 +13280,7 @@ class Stage:
         try:
             next(story, None)
         except AssertionError as error:
-            raise Broken(f"{pair.name}: {error}") from error
+            raise Broken(f"{meeting.name}: {error}") from error
 
     def survive(self):
         """Launch a successor, and let it end everything that is not ended."""
@@ -13302,26 +13299,31 @@ class Stage:
                 return
         raise Broken("a successor does not come to an end")
 
-    def told(self, pair, actors, trace):
+    def told(self, meeting, actors, trace):
+        """A schedule, for people."""
         lines = [
             f"  {actors[choice.actor].name:12} {'' if choice.order == 'go' else choice.order.upper() + ': '}{at[:150]}"
             for choice, _, at in trace
         ]
         ends = [f"  {actor.name} raised {actor.error!r}" for actor in actors if actor.error is not None]
-        return "\n".join([f"the schedule of {pair.name!r}:", *lines, *ends])
+        return "\n".join([f"the schedule of {meeting.name!r}:", *lines, *ends])
 
 
-def explore(stage, pair, preemptions, faults, most=None):
-    """Play every schedule of a pair within the bounds; return how many there were, and how many steps they had."""
+def explore(stage, meeting, preemptions, faults):
+    """Play every schedule of a meeting within the bounds; return how many there were, and how many steps they had.
+
+    Depth first: each schedule that was played says where another choice was possible behind its prefix, and what
+    that would have cost.  So each comes once.
+    """
     schedules = steps = 0
     prefixes = [[]]
-    while prefixes and (most is None or schedules < most):
+    while prefixes:
         prefix = prefixes.pop()
         try:
-            trace = stage.play(pair, prefix)
+            trace = stage.play(meeting, prefix)
         except Astray:
             COUNTS["schedules played again"] += 1
-            trace = stage.play(pair, prefix)
+            trace = stage.play(meeting, prefix)
         schedules, steps = schedules + 1, steps + len(trace)
         taken, cost, failed = [], 0, 0
         for number, (choice, options, _) in enumerate(trace):
