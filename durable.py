@@ -1681,6 +1681,7 @@ from collections.abc import Iterable
 from typing import Literal, get_type_hints
 
 from psycopg import pq
+from psycopg.abc import PQGen
 
 __all__ += ["DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded"]
 
@@ -2120,6 +2121,7 @@ def _commit_together(
             # Begun in SQL, so that `with connection.transaction()` is a savepoint.
             begun = conn.execute(f"begin isolation level {isolation}; show transaction_read_only")
             if begun.nextset() and begun.fetchone() != ("off",):  # later, it is the function's own doing
+                conn.close()
                 raise psycopg.errors.ReadOnlySqlTransaction("the database is read-only")
             conn.stage = "function"
             try:
@@ -2191,6 +2193,15 @@ class _Connection(psycopg.Connection[Any]):
 
     stage = ""  # of a transaction: it is to "begin", then it is the "function"'s, then it writes the "record"
     after: list[Callable[[], object]]  # what to tell whom once the transaction is committed
+
+    def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+        """Give up a session that may not write: it keeps the default with which it began, the next may have another."""
+        try:
+            return super().wait(gen, *args, **kwargs)
+        except psycopg.errors.ReadOnlySqlTransaction:
+            if _lending.get() is not self:  # else it may be the function's own doing
+                self.close()
+            raise
 
     def commit(self) -> None:
         if _lending.get() is self:
@@ -6013,7 +6024,6 @@ def _without_password(url: str) -> str:
 # the commit undoes settings, roles, temporary tables, cursors, LISTEN, locks and PREPARE.  Of the errors that it may
 # see, only those of this session are tried again.
 
-from psycopg.abc import PQGen
 
 _IDLE_TRANSACTION_S = 300  # a transaction function that leaves its transaction idle for longer is cut off
 
@@ -6916,18 +6926,17 @@ def _delete(conn: Conn, ids: list[str], even_unfinished: bool = True) -> list[tu
     """Delete workflows with all that belongs to them; return the IDs, queues and claims of those that there were.
 
     Locked first, in a statement of its own: what others write under a lock on the workflow's row is
-    there to be seen, and deleted, when the second statement begins.
+    there to be seen, and deleted, when the second statement begins.  That deletes what was locked and no other: a
+    workflow that began in between may be writing a record right now, which would be left behind.
     """
     query = f"""
         with gone as (delete from durable.workflows
                        where id = any(%s) and (%s or status not in {_UNFINISHED}) returning id, queue, claim),
         {_REMOVE} select id, queue, claim from gone
     """
-    cur = conn.cursor()
-    with conn.pipeline():
-        conn.execute(_IN_ORDER, {"ids": ids})
-        cur.execute(query, (ids, even_unfinished))
-    return cur.fetchall()
+    with conn.transaction():
+        locked = [id for id, *_ in conn.execute(_IN_ORDER, {"ids": ids})]
+        return conn.execute(query, (locked, even_unfinished)).fetchall()
 
 
 def _begun_until(conn: Conn, cutoff_s: float) -> list[str]:

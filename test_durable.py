@@ -56,6 +56,7 @@ from urllib.parse import quote, urlsplit
 
 import psycopg
 import psycopg.errors
+import psycopg.sql
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import namedtuple_row
@@ -4411,6 +4412,34 @@ def test_trouble_that_passes_is_waited_out(dbos, witness, code, table):
             assert not result.done()
         assert result.result(PATIENCE_S) == "done"
     assert (runs, witness.ledger()) == (["step"], {"x": 1})
+
+
+def test_what_connected_while_the_database_was_read_only_does_not_stay_so(executor, server_url, empty_url):
+    """A session keeps the read-only default with which it began: it is given up, and the next one is tried."""
+    dbos = executor(system_database_url=empty_url)
+
+    @dbos.transaction()
+    def book():
+        return "booked"
+
+    @dbos.workflow()
+    def work():
+        return "done"
+
+    dbos.launch()
+    name = urlsplit(empty_url).path[1:]
+    sessions = "from pg_stat_activity where datname = %s and application_name like 'durable%%'"
+    with psycopg.connect(server_url, autocommit=True) as server, ThreadPoolExecutor(2) as pool:
+        server.execute(f"alter database {name} set default_transaction_read_only = on")
+        server.execute(f"select pg_terminate_backend(pid) {sessions}", [name])
+        results = [pool.submit(work), pool.submit(book)]
+        time.sleep(0.5)  # they find sessions, and cannot write
+        assert not any(result.done() for result in results)
+        server.execute(f"alter database {name} reset default_transaction_read_only")
+        try:
+            assert [result.result(PATIENCE_S) for result in results] == ["done", "booked"]
+        finally:
+            server.execute(f"select pg_terminate_backend(pid) {sessions}", [name])
 
 
 # --- The benchmark ------------------------------------------------------------------------------------
@@ -13576,8 +13605,9 @@ def leave_out(room, folder):
 
 
 def write_without(gone, folder):
+    """Write the files without the sections of these rooms, and without the proof, in which all take part."""
     *_, roof = storeys_of((HERE / "durable.py").read_text())
-    code, schema, tests = (without(gone, (HERE / name).read_text()) for name in HOUSE)
+    code, schema, tests = (without({*gone, "Proof"}, (HERE / name).read_text()) for name in HOUSE)
     write_anew(Path(folder, "durable.py"), code.removesuffix(roof) + roof_over(code.removesuffix(roof), roof))
     write_anew(Path(folder, "schema.sql"), schema)
     write_anew(Path(folder, "test_durable.py"), without_users_of(gone, tests))
@@ -13660,12 +13690,20 @@ def copy_beside(names, folder):
             shutil.copy(HERE / name, folder)
 
 
+COMMANDS = {"cut": cut_behind, "without": leave_out}  # and figures of the benchmark, each by its name
+
+
 @pytest.mark.parametrize("storey", STOREYS[:3])
 def test_what_stands_above_a_banner_is_complete(storey, server_url, tmp_path):
     """It is a prefix of the whole, but for its roof, and passes its tests (.ci/run runs all of them)."""
     cut_behind(storey, tmp_path)
     for name in HOUSE:
-        above = (tmp_path / name).read_text().partition("# ==== The roof ")[0].rstrip()
+        above = (tmp_path / name).read_text().partition("
+
+
+COMMANDS |= {"invariants": invariants, "proof": proof}
+
+# ==== The roof ")[0].rstrip()
         assert (HERE / name).read_text().startswith(above)
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "replay", "test_durable.py"],
@@ -13733,6 +13771,2674 @@ def test_a_room_can_be_taken_out(room, url, witness, tmp_path):
     ran = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr.count("Traceback")) == (0, 0), ran.stderr
     assert witness.column("select distinct status from durable.workflows") == ["SUCCESS"]
+
+
+
+# --- Proof --------------------------------------------------------------------------------------------
+#
+# What is promised, as things that a machine can look for: each a query that finds what breaks it.  They hold at any
+# instant of any database that only durable.py writes to, so they run behind every test here, and
+# `python test_durable.py invariants URL` runs them on yours, and changes nothing.  All rooms take part.
+
+import argparse
+import multiprocessing
+import random
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from queue import Empty, SimpleQueue
+
+
+class Invariant(NamedTuple):
+    """What always holds of the tables: a name, a sentence, and the query that finds what breaks it."""
+
+    name: str
+    sentence: str
+    query: str
+
+
+UNFINISHED = durable._UNFINISHED
+
+# What queues were declared with, by all that ever offered to serve them: of different limits, the widest counts.
+LIMITS_OF_QUEUES = """
+    select q.name as queue, max(coalesce(concurrency, 1000000000)) as concurrency,
+           max(coalesce(("rateLimit" ->> 'limit')::bigint, 1000000000)) as starts,
+           min(coalesce(("rateLimit" ->> 'period')::float8, 0)) as period
+      from durable.executors, jsonb_to_recordset(queues) as q(name text, concurrency integer, "rateLimit" jsonb)
+     group by q.name
+"""
+
+INVARIANTS = [
+    *(
+        Invariant(
+            f"no {what} without its workflow", f"Who deletes a workflow leaves no {what} behind, and none comes later.",
+            f"select workflow_id from durable.{what}s as t "
+            "where not exists (select from durable.workflows where id = t.workflow_id)",
+        )
+        for what in ("step", "message", "event", "stream")
+    ),
+    Invariant(
+        "a run has an executor", "What is PENDING is under a launch that is known by that name.",
+        """select w.id from durable.workflows as w left join durable.executors as e using (incarnation)
+            where w.status = 'PENDING' and w.executor_id is distinct from e.executor_id""",
+    ),
+    Invariant(
+        "a run is counted", "What is PENDING, or was until it ended by itself, was begun at least once under a claim.",
+        """select id from durable.workflows where status in ('PENDING', 'SUCCESS', 'ERROR')
+              and (claim < 1 or recovery_attempts < 1)""",
+    ),
+    Invariant(
+        "what waits can be taken", "What waits is in a queue, and if it is delayed, until some time.",
+        """select id from durable.workflows where status in ('DELAYED', 'ENQUEUED') and queue is null
+               or status = 'DELAYED' and delayed_until is null""",
+    ),
+    Invariant(
+        "an outcome only in final states", "SUCCESS has a result, ERROR has an error, and nothing else has either.",
+        """select id from durable.workflows where (status = 'SUCCESS') <> (output is not null)
+               or (status = 'ERROR') <> (error is not null)""",
+    ),
+    Invariant(
+        "an end has its time", "What has ended says when, not before it was created; what has not ended says nothing.",
+        """select id from durable.workflows
+            where (status in ('SUCCESS', 'ERROR', 'CANCELLED')) <> (completed_at is not null)
+               or completed_at < created_at - interval '1 s'""",
+    ),
+    Invariant(
+        "no end with a reservation", "A cancelled workflow holds no deduplication ID: with its end the ID is free.",
+        "select id from durable.workflows where status = 'CANCELLED' and deduplication_id is not null",
+    ),
+    Invariant(
+        "a deduplication ID is held once", "Of the unfinished workflows of a queue, one has a deduplication ID.",
+        f"""select min(id) from durable.workflows where deduplication_id is not null and status in {UNFINISHED}
+             group by queue, deduplication_id having count(*) > 1""",
+    ),
+    Invariant(
+        "a position is taken once", "At each position of a history, from 1, one step is on record.",
+        """select workflow_id from durable.steps group by workflow_id
+           having count(distinct position) < count(*) or min(position) < 1""",
+    ),
+    Invariant(
+        "a complete history has no gap", "Where a workflow has succeeded, each position up to its last is on record.",
+        """select s.workflow_id from durable.steps as s join durable.workflows as w on w.id = s.workflow_id
+            where w.status = 'SUCCESS' and w.forked_from is null
+            group by s.workflow_id having max(position) > count(*)""",
+    ),
+    Invariant(
+        "a step has one outcome", "A step on record returned or raised, not both, and took no time less than none.",
+        """select workflow_id from durable.steps
+            where (output is not null and error is not null) or tries < 1
+               or completed_at < started_at - interval '1 s'""",
+    ),
+    Invariant(
+        "a wait has its deadline", "Where recv ended, until when it would have waited is on record behind it.",
+        """select r.workflow_id from durable.steps as r where r.name = 'DBOS.recv' and r.output is not null
+              and not exists (select from durable.steps as d where d.workflow_id = r.workflow_id
+                                 and d.position = r.position + 1 and d.name = 'DBOS.sleep')
+              and not exists (select from durable.workflows where id = r.workflow_id and forked_from is not null)""",
+    ),
+    Invariant(
+        "a child has its start", "A child that is there, and its parent, too, is on record in the history of that.",
+        """select w.id from durable.workflows as w join durable.workflows as p on p.id = w.parent_workflow_id
+            where p.created_at <= w.created_at
+              and not exists (select from durable.steps where workflow_id = p.id and child_workflow_id = w.id)""",
+    ),
+    Invariant(
+        "a message is received once", "What was received is on record as received, once for each time it was sent.",
+        """select workflow_id from (
+               select m.workflow_id, m.message, count(*) filter (where received_at is not null) as received,
+                      (select count(*) from durable.steps as s where s.workflow_id = m.workflow_id
+                          and s.name = 'DBOS.recv' and s.output = m.message) as recorded
+                 from durable.messages as m join durable.workflows as w on w.id = m.workflow_id
+                where w.forked_from is null group by m.workflow_id, m.message) as of_it
+            where received > recorded or (received < recorded and message <> 'null')""",
+    ),
+    Invariant(
+        "an idempotency key counts once", "A workflow has one message with a key.",
+        """select workflow_id from durable.messages where idempotency_key is not null
+            group by workflow_id, idempotency_key having count(*) > 1""",
+    ),
+    Invariant(
+        "a stream has no gap", "The offsets of a stream are 0, 1, 2 and so on.",
+        """select workflow_id from durable.streams group by workflow_id, key
+           having min("offset") <> 0 or max("offset") <> count(*) - 1""",
+    ),
+    Invariant(
+        "nothing follows the end of a stream", "What closes a stream is the last of it.",
+        """select s.workflow_id from durable.streams as s where s.value is null and exists (
+               select from durable.streams as t where t.workflow_id = s.workflow_id and t.key = s.key
+                  and t."offset" > s."offset")""",
+    ),
+    Invariant(
+        "a write of a stream counts once", "What was written, whatever became of the answer, is in its stream once.",
+        """select workflow_id from durable.streams group by workflow_id, token having count(*) > 1""",
+    ),
+    Invariant(
+        "what is said is on record", "An event or a stream's value is at the position of a step on record.",
+        """select said.workflow_id from (select workflow_id, position from durable.events
+                                    union all select workflow_id, position from durable.streams) as said
+             join durable.workflows as w on w.id = said.workflow_id
+            where w.status = 'SUCCESS' and not exists (
+               select from durable.steps as s where s.workflow_id = said.workflow_id and s.position = said.position)""",
+    ),
+    Invariant(
+        "a queue's places are not exceeded", "No more are at work than its concurrency (as long as nobody lowers it).",
+        f"""select l.queue from ({LIMITS_OF_QUEUES}) as l where concurrency < (
+               select count(*) from durable.workflows as w where w.queue = l.queue and w.status = 'PENDING')""",
+    ),
+    Invariant(
+        "a queue's rate is not exceeded", "In no period have more begun than its limiter allows (likewise).",
+        f"""select w.id from ({LIMITS_OF_QUEUES}) as l join durable.workflows as w using (queue)
+            where w.dequeued_at is not null and starts < (
+               select count(*) from durable.workflows as o where o.queue = w.queue and o.dequeued_at <= w.dequeued_at
+                  and o.dequeued_at > w.dequeued_at - make_interval(secs => period))""",
+    ),
+]
+
+
+def broken(conn, invariants=INVARIANTS):
+    """What is broken, and by whom: one statement, so of one instant."""
+    each = "select {}, array(select * from ({}) as those(id) order by 1 limit 5)"
+    names = [psycopg.sql.quote(invariant.name) for invariant in invariants]
+    looks = (each.format(name, invariant.query) for name, invariant in zip(names, invariants, strict=True))
+    found = conn.execute(" union all ".join(looks), prepare=True).fetchall()
+    return {name: ids for name, ids in found if ids}
+
+
+def invariants(url):
+    """Print whether each invariant holds of a database; reads only."""
+    with psycopg.connect(url, autocommit=True, options="-c default_transaction_read_only=on") as conn:
+        wrong = broken(conn)
+    for each in INVARIANTS:
+        print(f"{'BROKEN' if each.name in wrong else 'holds':7} {each.name}: {each.sentence}")
+        if each.name in wrong:
+            print(f"        by {', '.join(map(str, wrong[each.name]))}")
+    if wrong:
+        raise SystemExit(f"{len(wrong)} of {len(INVARIANTS)} invariants are broken")
+
+
+# Tests that write rows by hand, which no executor would have written like that; and what that breaks.
+BY_HAND = {
+    "test_an_outcome_is_written_only_while_it_is_awaited": {"an outcome only in final states"},
+    "test_garbage_goes_by_the_end_and_not_by_the_beginning": {"an outcome only in final states"},
+    "test_a_replay_receives_what_the_first_run_received": {"a message is received once"},
+    "test_a_pipe_that_closes_early_is_no_error": {"an outcome only in final states", "a run is counted"},
+    "test_a_list_reads_what_it_lists": {"an outcome only in final states", "a run is counted"},
+    "test_the_views_read_no_finished_workflow": {"an outcome only in final states", "a run is counted"},
+}
+
+
+@pytest.fixture(autouse=True)
+def invariants_hold(request):
+    """Behind every test that has a database, all invariants hold of what it left there."""
+    yield
+    if "url" in request.fixturenames:
+        with psycopg.connect(request.getfixturevalue("url"), autocommit=True) as conn:
+            assert set(broken(conn)) <= BY_HAND.get(request.node.originalname, set())
+
+
+# Actors.  Two or three of them (a run and its sweeper, a dequeue and a recovery) are stepped through the interleavings
+# of their statements, on a real Postgres.  An actor is a thread, and stops before every statement, before the commit
+# behind it, wherever its executor reads its memory of what it runs, and where it waits; a scheduler lets one go on
+# at a time.  What Postgres lets wait for another's lock is noticed, and somebody else goes on.  So a schedule is a
+# list of choices; made again, they lead to the same place, and one made differently leads to the next schedule.
+# As in CHESS (Musuvathi and Qadeer) what is bounded is not the length, but how often an actor that could go on is
+# made to wait: bugs need few such places.  A choice may be a fault instead: the process dies, an answer is lost.
+
+
+class Crash(BaseException):
+    """The process of this actor is dead: nothing that its thread still does counts."""
+
+
+class Choice(NamedTuple):
+    """Who goes on at some point, and how: it goes, its process dies there, or it is cut off from its answer."""
+
+    actor: int
+    order: str = "go"
+
+
+class Actor:
+    """A thread of one of the processes, which stops at each point until the scheduler lets it go on."""
+
+    here = threading.local()
+
+    def __init__(self, name, peer, script, news):
+        self.name, self.peer, self.script, self.news = name, peer, script, news
+        self.orders = SimpleQueue()
+        self.at, self.faults, self.ready = "begin", (), None
+        self.over, self.error, self.conn, self.vain = False, None, None, 0
+        self.thread = threading.Thread(target=self.act, daemon=True)
+
+    def act(self):
+        Actor.here.actor = self
+        try:
+            self.point("begin")
+            self.script()
+            self.peer.executor.drain()
+        except BaseException as error:
+            self.error = error
+        self.over = True
+        self.news.put(self)
+
+    def is_able(self):
+        """Whether it could go on, for all that is known here."""
+        return not self.over and (self.ready is None or self.ready())
+
+    def point(self, at, faults=(), ready=None):
+        """Stop here, and return how to go on; `ready` tells whether one can, if not always."""
+        if self.peer.dead:
+            raise Crash
+        self.at, self.faults, self.ready = at, faults, ready
+        self.news.put(self)
+        order = self.orders.get()
+        if self.peer.dead:
+            raise Crash
+        return order
+
+
+def actor_here():
+    return getattr(Actor.here, "actor", None)
+
+
+def step_memory(what):
+    """What an executor remembers is about to be read or changed: others of its process may come before."""
+    actor = actor_here()
+    if actor is not None and actor.peer.shared:
+        actor.point(what)
+
+
+class Remembered(dict):
+    """What an executor remembers, `claimed` or `running`: to look at it is a step of its own."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def __contains__(self, key):
+        step_memory(f"look for {key} in {self.name}")
+        return super().__contains__(key)
+
+    def __iter__(self):
+        step_memory(f"read {self.name}")
+        return super().__iter__()
+
+    def values(self):
+        step_memory(f"read {self.name}")
+        return super().values()
+
+    def get(self, key, default=None):
+        step_memory(f"look for {key} in {self.name}")
+        return super().get(key, default)
+
+    def __setitem__(self, key, value):
+        step_memory(f"put {key} into {self.name}")
+        super().__setitem__(key, value)
+
+
+class SteppedLock:
+    """A lock between threads of a process; one that is held keeps an actor at its point."""
+
+    def __init__(self):
+        self.holder = None
+
+    def __enter__(self):
+        actor = actor_here()
+        if actor is not None and (actor.peer.shared or self.holder is not None):
+            actor.point("lock", ready=lambda: self.holder is None)
+        assert self.holder is None, "a lock is taken twice"
+        self.holder = actor or True
+
+    def __exit__(self, *_):
+        self.holder = None
+
+    def locked(self):
+        return self.holder is not None
+
+
+WRITES = re.compile(r"\b(insert|update|delete|for share|for key share|pg_advisory)\b")
+
+plain_execute = psycopg.Cursor.execute
+
+
+def stepped_execute(self, query, params=None, **options):
+    """Make a statement in two steps, it and its commit, with everything else that may happen there in between."""
+    conn = getattr(self.connection, "owner", self.connection)
+    actor = actor_here()
+    if actor is None or not isinstance(conn, SteppedSession):
+        return plain_execute(self, query, params, **options)
+    if actor.peer.dead:
+        raise Crash
+    try:
+        actor.conn = conn
+        return step_statement(self, conn, actor, query, params, options)
+    finally:
+        actor.conn = None  # it may soon be another's
+
+
+def step_statement(self, conn, actor, query, params, options):
+    text = query.decode() if isinstance(query, bytes) else query
+    what = " ".join(text.split())
+    if "reset all" in what:
+        conn.lent_to = None
+    statement, commit, behind = text.partition("; commit; ")  # a transaction's record comes in one message with it
+    if conn.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
+        if what.startswith("rollback"):
+            return plain_execute(self, query, params, **options)
+        actor.peer.cut_at(actor, what, "commit" if what == "commit" else "statement")
+        if what == "commit":
+            return actor.peer.commit(actor, conn, "commit")
+        done = plain_execute(self, statement, params, **options)
+        if commit:
+            actor.peer.cut_at(actor, "commit", "commit")
+            actor.peer.commit(actor, conn, f"commit; {behind}")
+        return done
+    if what.startswith("begin") or not WRITES.search(what):
+        if what != "begin":
+            actor.peer.cut_at(actor, what, "statement")
+        return plain_execute(self, query, params, **options)
+    actor.peer.cut_at(actor, what, "statement")
+    plain_execute(psycopg.Cursor(conn), "begin")
+    try:
+        done = plain_execute(self, query, params, **options)
+        actor.peer.cut_at(actor, "commit", "commit")
+    except BaseException:
+        if not (conn.closed or actor.peer.dead):
+            plain_execute(psycopg.Cursor(conn), "rollback")
+        raise
+    actor.peer.commit(actor, conn, "commit")
+    return done
+
+
+class SteppedSession(durable._Session):
+    """A session of an actor's process, which may be cut off from it."""
+
+    cut, lent_to = False, None
+
+    @property
+    def closed(self):
+        return self.cut or super().closed
+
+    @contextlib.contextmanager
+    def pipeline(self):
+        """Several statements in one message are one transaction, and each is a step."""
+        self.execute("begin")
+        try:
+            yield
+        except BaseException:
+            if not self.closed:
+                self.execute("rollback")
+            raise
+        self.execute("commit")
+
+
+class SteppedPool:
+    """Connections of a process; what it leaves behind in good order serves the next schedule."""
+
+    def __init__(self, peer):
+        self.peer, self.lent = peer, []
+
+    def getconn(self):
+        idle = self.peer.stage.idle
+        conn = idle.pop() if idle else self.peer.stage.connect(SteppedSession)
+        self.lent.append(conn)
+        me = self.peer.executor.me.get("incarnation")
+        if conn.lent_to != me:  # so that the witness knows who writes
+            plain_execute(psycopg.Cursor(conn), f"set witness.by = {me}")
+            conn.lent_to = me
+        return conn
+
+    def putconn(self, conn):
+        if conn not in self.lent:  # the process died, and it was taken back
+            return
+        self.lent.remove(conn)
+        conn.cut = False
+        if not conn.closed:
+            if conn.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
+                plain_execute(psycopg.Cursor(conn), "rollback")
+            self.peer.stage.idle.append(conn)
+
+    @contextlib.contextmanager
+    def connection(self, timeout=None):
+        conn = self.getconn()
+        try:
+            yield conn
+        finally:
+            self.putconn(conn)
+
+    def close(self, timeout=None):
+        for conn in list(self.lent):
+            self.putconn(conn)
+
+
+class SteppedExecutor(durable._Executor):
+    """An executor without threads of its own: what it hands to one, its actor does when it waits, or at the end."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.tells, self.jobs = False, []
+        self.claimed, self.running = Remembered("claimed"), Remembered("running")
+        self.alone, self.journal.write_one = self.journal.write_one, self.write_one
+        self.claiming, self.turns = SteppedLock(), collections.defaultdict(SteppedLock)
+
+    def write_one(self, write, row):
+        """Write a row; on a stage where rows are written together, beside one that will not be taken."""
+        if not self.peer.stage.together:
+            return self.alone(write, row)
+        other = row if write.name.startswith("start") else {**row, "id": "nobody"}
+        wait = self.journal.write(write, row, other)
+        return durable._Wait(lambda: wait.block()[0], None)
+
+    def start_thread(self, job, name="durable-workflow"):
+        self.jobs.append(job)
+
+    def start_own_thread(self, name, target):
+        pass
+
+    def drain(self):
+        """Do what was handed to threads."""
+        while self.jobs:
+            contextvars.Context().run(self.jobs.pop(0))
+
+    def connect(self):
+        keepers = self.peer.stage.keepers
+        return keepers.pop() if keepers else self.peer.stage.connect(SteppedSession)
+
+    def new_pool(self):
+        return self.pool
+
+
+def stepped_wait(*signals, timeout=None):
+    """Wait in a schedule: until a signal, or until others have done something, or (as time-outs do) for nothing."""
+    actor, stage = actor_here(), Stage.now
+    if stage is None or (actor is None and threading.current_thread() is not stage.thread):
+        return plain_wait(*signals, timeout=timeout)
+
+    def block():
+        executors = [peer.executor for peer in stage.peers if actor is None or peer is actor.peer]
+        for executor in executors:
+            if executor.jobs:
+                contextvars.Context().run(executor.jobs.pop(0))
+                return
+        if any(signal.is_set for signal in signals):
+            return
+        if actor is None:
+            stage.idled()
+        else:
+            actor.vain += timeout == durable._AGAIN_S
+            if actor.vain > 5:
+                raise Broken(f"{actor.name} writes again and again what is refused")
+            began = stage.moves
+            actor.point("wait", ready=lambda: stage.moves > began or any(signal.is_set for signal in signals))
+
+    return durable._Wait(block, plain_wait(*signals, timeout=timeout).on_loop)
+
+
+plain_wait = durable._for_any
+
+
+
+
+class Peer:
+    """A process of a schedule: an executor of its own, which may die."""
+
+    def __init__(self, stage, name, **config):
+        self.stage, self.name, self.dead, self.shared = stage, name, False, False
+        self.dbos = Durable({**stage.settings, "executor_id": name, **config})
+        self.executor = SteppedExecutor(self.dbos, {**self.dbos._settings(), "system_database_url": stage.url})
+        self.executor.peer, self.executor.clock_ahead, self.executor.pool = self, stage.clock_ahead, SteppedPool(self)
+        self.dbos._executor = self.executor
+        stage.declare(self)
+
+    def enlist(self, version):
+        """Enter as a new incarnation, and hold the lock that says so."""
+        executor = self.executor
+        me = {"executor_id": self.name, "version": version, "known": json.dumps(self.dbos._known())}
+        queues = json.dumps([queue._describe() for queue in self.dbos._queues.values()])
+        executor.conn = executor.connect()
+        row = plain_execute(
+            psycopg.Cursor(executor.conn),
+            """insert into durable.executors (executor_id, application, application_version, workflows, hostname, pid,
+                                              known, queues)
+               values (%s, 'proof', 'v1', '{}', 'here', 0, %s, %s)
+               returning incarnation, pg_try_advisory_lock(%s, incarnation)""",
+            (self.name, me["known"], queues, durable._LOCKS),
+        ).fetchone()
+        executor.me = {**me, "incarnation": row[0]}
+        return self
+
+    def cut_at(self, actor, what, kind):
+        """A point where the process may die, or the actor lose its connection."""
+        order = actor.point(what, ("crash", "lose" if kind == "commit" else "cut"))
+        if order == "cut":
+            raise self.lost(actor.conn)
+        actor.loses = order == "lose"
+
+    def commit(self, actor, conn, text):
+        done = plain_execute(psycopg.Cursor(conn), text)
+        if actor.loses:
+            raise self.lost(conn)
+        return done
+
+    def lost(self, conn):
+        conn.cut = True  # (a new connection would take ten times as long as the schedule)
+        return psycopg.OperationalError("the connection was lost")
+
+    def die(self):
+        """Let nothing that this process still does count; Postgres undoes what it had not committed."""
+        self.dead = True
+        for conn in list(self.executor.pool.lent):
+            if conn.info.transaction_status == psycopg.pq.TransactionStatus.ACTIVE:  # another thread waits in it
+                self.executor.pool.lent.remove(conn)
+                self.stage.watch.execute("select pg_terminate_backend(%s)", (conn.info.backend_pid,))
+            else:
+                self.executor.pool.putconn(conn)
+        self.leave()
+
+    def leave(self):
+        """The lock is free."""
+        conn, self.executor.conn = self.executor.conn, None
+        if conn is not None:
+            conn.cut = False
+        if conn is not None and not conn.closed:
+            plain_execute(psycopg.Cursor(conn), "rollback; select pg_advisory_unlock_all()")
+            self.stage.keepers.append(conn)
+
+
+class Broken(AssertionError):
+    """A schedule that ended in a state where not everything holds."""
+
+
+class Astray(Exception):
+    """The same choices led to another place: something else than the actors (an autovacuum) had a hand in it."""
+
+
+class Stage:
+    """Where schedules are played: a database, connections to it, and the peers of the schedule that is played now."""
+
+    now = None
+
+    def __init__(self, url):
+        self.url, self.idle, self.keepers, self.peers, self.backends = url, [], [], [], set()
+        self.thread = threading.current_thread()
+        self.settings = settings(
+            system_database_url=url, application_version="v1", run_admin_server=False, log_level="CRITICAL"
+        )
+        self.patches = pytest.MonkeyPatch()
+        maker = Durable(self.settings)
+        maker.launch()
+        self.clock_ahead, self.maker = maker._executor.clock_ahead, maker._executor
+        maker.destroy()
+        logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # of rollbacks in sessions that died
+        self.watch = psycopg.connect(url, autocommit=True)
+        if self.one("select to_regnamespace('witness')") is None:
+            self.watch.execute(WITNESS)
+        tables = """select string_agg(format('delete from %I.%I', schemaname, tablename), '; ') from pg_tables
+                     where schemaname in ('durable', 'witness') and tablename <> 'version' or tablename = 'ledger'"""
+        self.empty = self.one(tables)  # (to truncate them takes longer)
+        self.plays, self.together = 0, False  # whether rows are written as if many were
+        while not self.one("select pg_postmaster_start_time() < now() - interval '1 s' * %s", durable._RESTART_GRACE_S):
+            time.sleep(0.1)  # of a server that has just started, nobody is taken for lost
+
+    def __enter__(self):
+        Stage.now = self
+        self.patches.setattr(psycopg.Cursor, "execute", stepped_execute)
+        self.patches.setattr(durable, "_for_any", stepped_wait)
+        self.patches.setattr(durable, "_LANES", 3)
+        return self
+
+    def __exit__(self, *_):
+        self.patches.undo()
+        Stage.now = None
+        for conn in [*self.idle, *self.keepers, self.watch]:
+            conn.close()
+
+    def connect(self, kind):
+        actor, Actor.here.actor = actor_here(), None  # this takes no step
+        try:
+            conn = kind.connect(self.url, **self.maker.connection_options())
+            self.maker._configure(conn)
+            conn.execute("set synchronous_commit = off; set deadlock_timeout = '20ms'")
+            self.backends.add(conn.info.backend_pid)
+            return conn
+        finally:
+            Actor.here.actor = actor
+
+    def reset(self):
+        """Empty the tables, and let everybody of the last schedule go."""
+        for peer in self.peers:
+            if not peer.dead:
+                peer.executor.pool.close()
+                peer.leave()
+        self.peers, self.notes, self.moves, self.idle_waits = [], collections.Counter(), 0, 0
+        self.watch.execute(self.empty)
+        self.plays += 1
+        if self.plays % 100 == 0:
+            self.watch.execute("vacuum")
+
+    def peer(self, name="local", launched=True, version="v1", **config):
+        """Another process."""
+        self.peers.append(Peer(self, name, **config))
+        return self.peers[-1].enlist(version) if launched else self.peers[-1]
+
+    def idled(self):
+        self.idle_waits += 1
+        time.sleep(0.001)
+        if self.idle_waits > 300:
+            raise Broken("a survivor waits for ever")
+
+    def one(self, query, *parameters):
+        return self.watch.execute(query, parameters or None).fetchone()[0]
+
+    def status(self, id):
+        return self.one("select (select status from durable.workflows where id = %s)", id)
+
+    # What the workflows of the schedules do.
+
+    def declare(self, peer):
+        """Register the workflows; each step returns the claim of its run, which the witness compares."""
+        dbos, stage = peer.dbos, self
+
+        def claim():
+            return durable._frame.get().run.claim
+
+        @dbos.step(name="stamp")
+        def stamp():
+            stage.notes[dbos.workflow_id, dbos.step_id] += 1
+            return claim()
+
+        @dbos.transaction(name="write")
+        def write():
+            dbos.connection.execute("insert into ledger values (%s)", [dbos.step_key])
+            return claim()
+
+        @dbos.workflow(name="work")
+        def work():
+            stamp()
+            stamp()
+            return claim()
+
+        @dbos.workflow(name="book")
+        def book():
+            stamp()
+            write()
+            return claim()
+
+        @dbos.workflow(name="parent")
+        def parent():
+            work()
+            stamp()
+            return claim()
+
+        @dbos.workflow(name="hear")
+        def hear():
+            dbos.recv("t", timeout_seconds=1000)
+            dbos.recv("t", timeout_seconds=1000)
+            stamp()
+            return claim()
+
+        @dbos.workflow(name="say")
+        def say():
+            dbos.send("w", 1, "t")
+            dbos.send("w", 2, "t")
+            return claim()
+
+        @dbos.workflow(name="stream")
+        def stream():
+            dbos.write_stream("s", "a")
+            dbos.set_event("e", "a")
+            dbos.write_stream("s", "b")
+            dbos.close_stream("s")
+            return claim()
+
+        @dbos.step(name="speak")
+        def speak():
+            dbos.set_event("e", "a")
+            dbos.write_stream("s", "a")
+            dbos.set_event("e", "b")
+
+        @dbos.workflow(name="speech")
+        def speech():
+            speak()
+            return claim()
+
+        queue = Queue("q", concurrency=1, durable=dbos)
+        peer.__dict__ |= {
+            "work": work, "book": book, "parent": parent, "hear": hear, "say": say, "stream": stream, "speech": speech,
+            "queue": queue, "free": Queue("free", durable=dbos),
+        }
+
+    # A schedule.
+
+    def play(self, meeting, prefix):
+        """Play the schedule that begins with these choices and goes on without need; return what else was possible."""
+        self.reset()
+        story = meeting.story(self)
+        news, trace, spent, last = SimpleQueue(), [], 0, None
+        actors = [Actor(name, peer, script, news) for name, (peer, script) in next(story).items()]
+        for actor in actors:
+            actor.peer.shared = sum(each.peer is actor.peer for each in actors) > 1
+            actor.thread.start()
+        moving, blocked = set(actors), set()
+        try:
+            while True:
+                blocked = self.settle(news, moving | blocked, {actor for actor in actors if not actor.over})
+                if all(actor.over for actor in actors):
+                    break
+                options = self.options(actors, blocked, last)
+                if not options:
+                    if spent > 8:
+                        for actor in actors:  # who waits for what only a dispatcher, or a successor, will do
+                            actor.peer.executor.closed.set()
+                    spent, moving = spent + 1, set()
+                    self.moves += 1
+                    continue
+                number = len(trace)
+                choice = prefix[number] if number < len(prefix) else options[0][0]
+                trace.append((choice, options, actors[choice.actor].at))
+                if choice not in [option for option, *_ in options]:
+                    raise Astray(self.told(meeting, actors, trace))
+                last = actor = actors[choice.actor]
+                self.moves += actor.at != "wait"
+                if len(trace) > 1500:
+                    raise Broken("it goes on without end")
+                moving = {actor}
+                if choice.order == "crash":
+                    actor.peer.die()
+                    moving = {each for each in actors if each.peer is actor.peer and not each.over}
+                for each in moving - blocked:
+                    each.orders.put(choice.order)
+            self.judge(meeting, story, actors, trace)
+        except Broken as wrong:
+            raise Broken(f"{wrong}\n{self.told(meeting, actors, trace)}") from wrong
+        finally:
+            for actor in actors:
+                actor.peer.dead = actor.peer.dead or not actor.over
+                for _ in range(100):
+                    if not actor.over:
+                        actor.orders.put("crash")
+                        actor.thread.join(0.01)
+        return trace
+
+    def settle(self, news, moving, everybody):
+        """Wait until everybody who moves has come to a point, or is over, or waits for a lock; return those."""
+        moving = {actor for actor in moving if not actor.over}
+        patience = time.monotonic() + 5
+        while moving:
+            try:
+                moving.discard(news.get(timeout=0.002))
+            except Empty:
+                pids = {actor.conn.info.backend_pid: actor for actor in moving if actor.conn and not actor.conn.closed}
+                query = "select pid from unnest(%s::integer[]) as pid where pg_blocking_pids(pid) && %s::integer[]"
+                waiting = {pids[pid] for (pid,) in self.watch.execute(query, (list(pids), list(self.backends)))}
+                if moving <= waiting and moving < everybody:  # else Postgres must end a deadlock
+                    return moving
+                if time.monotonic() > patience:
+                    stacks = sys._current_frames()
+                    for actor in moving:
+                        traceback.print_stack(stacks[actor.thread.ident])
+                    raise Broken(f"stuck are {[(actor.name, actor.at) for actor in moving]}") from None
+        return set()
+
+    def options(self, actors, blocked, last):
+        """Who could go on and how, what comes without need first; and what each costs: preemptions, faults."""
+        able = [actor for actor in actors if actor.is_able() and actor not in blocked]
+        if last in able:
+            able.remove(last)
+            able.insert(0, last)
+        options = []
+        for actor in able:
+            cost = int(able[0] is last and actor is not last)
+            options.append((Choice(actors.index(actor)), cost, 0))
+            options += [(Choice(actors.index(actor), fault), cost, 1) for fault in actor.faults]
+        return options
+
+    def judge(self, meeting, story, actors, trace):
+        """Let a successor end what is left, and see whether everything holds."""
+        faults = {choice.order for choice, *_ in trace} - {"go"}
+        for actor in actors:
+            if isinstance(actor.error, Broken):
+                raise actor.error
+            if actor.error is not None and not isinstance(actor.error, (Crash, durable._Stopped, DBOSException)):
+                raise Broken(f"{actor.name} failed: {actor.error!r}") from actor.error
+        self.calm = not faults
+        self.errors = {actor.name: actor.error for actor in actors}
+        self.survive()
+        wrong = {**broken(self.watch), **broken(self.watch, WITNESSED)}
+        if wrong:
+            raise Broken("; ".join(f"{name}: {ids}" for name, ids in wrong.items()))
+        try:
+            next(story, None)
+        except AssertionError as error:
+            raise Broken(f"{meeting.name}: {error}") from error
+
+    def survive(self):
+        """Launch a successor, and let it end everything that is not ended."""
+        unfinished = f"select count(*) from durable.workflows where status in {UNFINISHED}"
+        if not self.one(unfinished):
+            return
+        names = list({peer.name for peer in self.peers})
+        successor = self.peer("successor")
+        for _ in range(20):
+            successor.executor.recover(names)
+            successor.executor.now(durable._release_delayed)
+            for each in successor.dbos._queues.values():
+                successor.executor._dequeue(each)
+            successor.executor.drain()
+            if not self.one(unfinished):
+                return
+        raise Broken("a successor does not come to an end")
+
+    def told(self, meeting, actors, trace):
+        """A schedule, for people."""
+        lines = [
+            f"  {actors[choice.actor].name:12} {'' if choice.order == 'go' else choice.order.upper() + ': '}{at[:150]}"
+            for choice, _, at in trace
+        ]
+        ends = [f"  {actor.name} raised {actor.error!r}" for actor in actors if actor.error is not None]
+        return "\n".join([f"the schedule of {meeting.name!r}:", *lines, *ends])
+
+
+def explore(stage, meeting, preemptions, faults):
+    """Play every schedule of a meeting within the bounds; return how many there were, and how many steps they had.
+
+    Depth first: each schedule that was played says where another choice was possible behind its prefix, and what
+    that would have cost.  So each comes once.
+    """
+    schedules = steps = 0
+    prefixes = [[]]
+    while prefixes:
+        prefix = prefixes.pop()
+        try:
+            trace = stage.play(meeting, prefix)
+        except Astray:
+            COUNTS["schedules played again"] += 1
+            trace = stage.play(meeting, prefix)
+        schedules, steps = schedules + 1, steps + len(trace)
+        taken, cost, failed = [], 0, 0
+        for number, (choice, options, _) in enumerate(trace):
+            here = {option: (c, f) for option, c, f in options}
+            for option, (c, f) in here.items():
+                within = cost + c <= preemptions and failed + f <= faults
+                if number >= len(prefix) and option != choice and within:
+                    prefixes.append([*taken, option])
+            taken.append(choice)
+            cost, failed = cost + here[choice][0], failed + here[choice][1]
+    return schedules, steps
+
+
+# A witness notes what changed, as it changes, in triggers: what the rows alone no longer tell.
+WITNESS = """
+    create table if not exists ledger (entry text not null);
+    create schema if not exists witness;
+    create table witness.changes (
+        number bigint generated always as identity, id text, was text, status text, old_claim bigint, claim bigint,
+        output text, begun boolean, was_queue text, queue text);
+    create table witness.records (
+        number bigint generated always as identity, id text, position integer, name text, output text, claim bigint,
+        status text, forked boolean, change text, incarnation integer, by integer);
+
+    create function witness.change() returns trigger language plpgsql as $$
+    begin
+        insert into witness.changes (id, was, status, old_claim, claim, output, begun, was_queue, queue)
+        values (coalesce(new.id, old.id), old.status, new.status, old.claim, new.claim, new.output,
+                old.status <> 'PENDING' or old.recovery_attempts <> new.recovery_attempts, old.queue, new.queue);
+        return null;
+    end $$;
+    create trigger witness after insert or update or delete on durable.workflows
+       for each row execute function witness.change();
+
+    create function witness.record() returns trigger language plpgsql as $$
+    begin
+        insert into witness.records (id, position, name, output, claim, status, forked, change, incarnation, by)
+        select new.workflow_id, new.position, new.name, new.output, w.claim, w.status,
+               w.forked_from is not null and w.status = 'ENQUEUED', tg_op, w.incarnation,
+               nullif(current_setting('witness.by', true), '')::integer
+          from (select) as this left join durable.workflows as w on w.id = new.workflow_id;
+        return null;
+    end $$;
+    create trigger witness after insert or update on durable.steps for each row execute function witness.record();
+"""
+
+WITNESSED = [
+    Invariant(
+        "no claim shrinks", "Nobody gives a workflow back to an earlier run.",
+        "select id from witness.changes where claim < old_claim",
+    ),
+    Invariant(
+        "a run has a claim of its own", "Whoever takes up a workflow raises its claim.",
+        "select id from witness.changes where status = 'PENDING' and claim = old_claim and begun",
+    ),
+    Invariant(
+        "an end is an end", "What has succeeded or failed never changes.",
+        "select id from witness.changes where was in ('SUCCESS', 'ERROR') and status is not null",
+    ),
+    Invariant(
+        "an outcome is written by a run", "It ends what is PENDING, under the claim of the run that did it.",
+        """select id from witness.changes where status in ('SUCCESS', 'ERROR')
+              and (was <> 'PENDING' or claim <> old_claim or (status = 'SUCCESS' and output <> claim::text))""",
+    ),
+    Invariant(
+        "a step is recorded at work", "No step is added to the history of a workflow that nobody runs.",
+        """select id from witness.records where status is distinct from 'PENDING' and not forked""",
+    ),
+    Invariant(
+        "a step is recorded by the run", "Whoever adds a step to a history has the claim of its workflow.",
+        """select id from witness.records where not forked
+              and ((name in ('stamp', 'write') and output <> claim::text) or by <> incarnation)""",
+    ),
+    Invariant(
+        "a record never changes", "What is on record stays what it is.",
+        "select id from witness.records where change = 'UPDATE'",
+    ),
+    Invariant(
+        "places are never exceeded", "At no instant are more of a queue at work than its concurrency.",
+        """select id from (
+               select id, sum((status is not distinct from 'PENDING' and queue is not distinct from 'q')::integer
+                              - (was is not distinct from 'PENDING' and was_queue is not distinct from 'q')::integer)
+                          over (order by number) as places from witness.changes) as sums
+            where places > 1""",
+    ),
+    Invariant(
+        "a transaction happens once", "Its work is there once, and with it the record.",
+        """select entry from ledger group by entry having count(*) > 1
+            union all select entry from ledger where not exists (
+               select from durable.steps where workflow_id || ':' || position = entry)
+              and exists (select from durable.workflows where id = split_part(entry, ':', 1))
+            union all select workflow_id from durable.steps where name = 'write' and error is null
+              and not exists (select from ledger where entry = workflow_id || ':' || position)""",
+    ),
+]
+
+
+class Effort(NamedTuple):
+    """How much is tried: at a glance, quick, or full; from which seed."""
+
+    name: str = "quick"
+    seed: int = 0
+
+
+# How often an actor may be made to wait that could go on, how many faults there are, and whether rows are written
+# as if many were.
+BOUNDS = {
+    "glance": [(1, 0, False)],
+    "quick": [(2, 0, False), (0, 1, False), (1, 0, True)],
+    "mutant": [(2, 0, False), (0, 1, False), (0, 1, True), (2, 0, True)],
+    "full": [(3, 0, False), (2, 1, False), (2, 0, True)],
+}
+
+
+def check_pair(each, url, effort):
+    """Every schedule of a pair: without faults, and with one; rows written one by one, and together."""
+    bounds = BOUNDS[effort.name]
+    if each.heavy:
+        bounds = [(max(0, preemptions - 1), faults, together) for preemptions, faults, together in bounds]
+    told = []
+    with Stage(url) as stage:
+        for preemptions, faults, stage.together in bounds:
+            schedules, steps = explore(stage, each, preemptions, faults)
+            told.append(f"{schedules:,}")
+            COUNTS.update(schedules=schedules, steps=steps)
+    return " + ".join(told) + " schedules"
+
+
+COUNTS = collections.Counter()
+
+
+CHECKS = {}  # by name: what gets the URL of an empty database and an effort, and returns its figures in words
+
+
+def check(name):
+    """Make a function one of the checks."""
+    return lambda function: CHECKS.setdefault(name, function)
+
+
+class Meeting(NamedTuple):
+    """Actors that meet, and what is to hold when all is over; `heavy` ones have so many steps that bounds are lower."""
+
+    name: str
+    story: object
+    heavy: bool = False
+
+
+def pair(name, heavy=False):
+    """Make a story a check: a generator that sets the stage, yields the actors, and judges the end."""
+
+    def enter(story):
+        CHECKS[name] = functools.partial(check_pair, Meeting(name, story, heavy))
+        return story
+
+    return enter
+
+
+def call(function, id):
+    """Call a workflow under an ID; how it ends is for the tables to say."""
+
+    def script():
+        with SetWorkflowID(id), contextlib.suppress(DBOSException):
+            function()
+
+    return script
+
+
+def abandon(stage, function, id, queue=None):
+    """Leave a workflow behind, as a process does that dies as soon as it has begun it."""
+    former = stage.peer("local")
+    work = getattr(former, function)
+    if queue is None:
+        row = durable._prepare_start(former.executor, work._durable_function, (), {}).row | {"id": id}
+        former.executor.write(durable._insertion(False), row).block()
+    else:
+        with SetWorkflowID(id):
+            former.queue.enqueue(work)
+        former.executor._dequeue(former.queue)
+        former.executor.jobs.clear()
+        former.executor.claimed.clear()
+    former.die()
+    return former
+
+
+def once(stage, id, steps, most=1):
+    """Each step of a workflow ran; without a fault, `most` times at most.  (A death may come before its begin.)"""
+    if stage.status(id) is None and not stage.calm:
+        return
+    counts = {position: count for (of, position), count in stage.notes.items() if of == id}
+    assert set(counts) == set(steps), f"the steps of {id} that ran are {sorted(counts)}"
+    assert not stage.calm or max(counts.values()) <= most, f"steps of {id} ran more than {most} times: {counts}"
+    assert stage.status(id) == "SUCCESS", f"{id} is {stage.status(id)}"
+
+
+@pair("a run and its sweeper")
+def run_and_sweeper(stage):
+    local = stage.peer("local")
+    yield {"run": (local, call(local.work, "w")), "sweeper": (local, local.executor.recover)}
+    once(stage, "w", (1, 2))
+
+
+@pair("two sweepers")
+def two_sweepers(stage):
+    abandon(stage, "work", "w")
+    one, two = stage.peer("local"), stage.peer("local")
+    yield {"one": (one, one.executor.recover), "two": (two, two.executor.recover)}
+    once(stage, "w", (1, 2))
+
+
+@pair("a run and a cancel")
+def run_and_cancel(stage):
+    local, other = stage.peer("local"), stage.peer("other")
+    yield {"run": (local, call(local.work, "w")), "cancel": (other, lambda: other.dbos.cancel_workflow("w"))}
+    assert stage.status("w") in ("SUCCESS", "CANCELLED") or not stage.calm
+
+
+@pair("a dequeue and a recovery")
+def dequeue_and_recovery(stage):
+    abandon(stage, "work", "w1", queue="q")
+    one, two = stage.peer("local"), stage.peer("local")
+    with SetWorkflowID("w2"):
+        one.queue.enqueue(one.work)
+
+    def recover():
+        two.executor.recover()
+        two.executor._dequeue(two.queue)
+
+    yield {"dequeue": (one, lambda: one.executor._dequeue(one.queue)), "recovery": (two, recover)}
+    for id in ("w1", "w2"):
+        once(stage, id, (1, 2))
+
+
+@pair("two starts of one workflow")
+def two_starts(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    yield {"one": (one, call(one.work, "w")), "two": (two, call(two.work, "w"))}
+    once(stage, "w", (1, 2))
+
+
+@pair("two launches", heavy=True)
+def two_launches(stage):
+    abandon(stage, "book", "w")
+    one, two = stage.peer("local", launched=False), stage.peer("local", launched=False)
+    yield {"one": (one, one.executor.launch), "two": (two, two.executor.launch)}
+    once(stage, "w", (1,))
+
+
+@pair("two dequeues")
+def two_dequeues(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    for id in ("w1", "w2"):
+        with SetWorkflowID(id):
+            one.queue.enqueue(one.work)
+    yield {each.name: (each, lambda each=each: each.executor._dequeue(each.queue)) for each in (one, two)}
+    for id in ("w1", "w2"):
+        once(stage, id, (1, 2))
+
+
+@pair("two dequeues without limits")
+def two_dequeues_without_limits(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    for id in ("w1", "w2"):
+        with SetWorkflowID(id):
+            one.free.enqueue(one.work)
+    yield {each.name: (each, lambda each=each: each.executor._dequeue(each.free)) for each in (one, two)}
+    for id in ("w1", "w2"):
+        once(stage, id, (1, 2))
+
+
+@pair("a dequeue and a cancel")
+def dequeue_and_cancel(stage):
+    one, other = stage.peer("local"), stage.peer("other")
+    with SetWorkflowID("w"):
+        one.queue.enqueue(one.work)
+    yield {
+        "dequeue": (one, lambda: one.executor._dequeue(one.queue)),
+        "cancel": (other, lambda: other.dbos.cancel_workflow("w")),
+    }
+    assert stage.status("w") in ("SUCCESS", "CANCELLED")
+
+
+@pair("two enqueues with one deduplication ID")
+def two_deduplicated(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+
+    def enqueue(peer, id):
+        def script():
+            with SetWorkflowID(id), durable.SetEnqueueOptions(deduplication_id="d"), contextlib.suppress(DBOSException):
+                peer.queue.enqueue(peer.work)
+            peer.executor._dequeue(peer.queue)
+
+        return script
+
+    yield {"one": (one, enqueue(one, "w1")), "two": (two, enqueue(two, "w2"))}
+    assert {stage.status("w1"), stage.status("w2")} <= {"SUCCESS", None}
+    assert not stage.calm or stage.status("w1") or stage.status("w2")
+
+
+@pair("a sender and a receiver")
+def sender_and_receiver(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    with SetWorkflowID("w"):
+        one.queue.enqueue(one.hear)
+    yield {"receiver": (one, lambda: one.executor._dequeue(one.queue)), "sender": (two, call(two.say, "s"))}
+    if stage.status("s") is None:
+        return
+    once(stage, "w", (5,))
+    heard = stage.one("select array_agg(output order by position) from durable.steps where name = 'DBOS.recv'")
+    assert heard == ["1", "2"], f"received was {heard}"
+
+
+@pair("two senders with one idempotency key")
+def two_senders(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    with SetWorkflowID("w"):
+        one.queue.enqueue(one.work)
+    yield {each.name: (each, lambda each=each: each.dbos.send("w", 1, "t", "k")) for each in (one, two)}
+    assert stage.one("select count(*) from durable.messages") == 1 or not stage.calm
+
+
+@pair("a sender and a delete")
+def sender_and_delete(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    with SetWorkflowID("w"):
+        two.queue.enqueue(two.work)
+    yield {"sender": (one, call(one.say, "s")), "delete": (two, lambda: two.dbos.delete_workflow("w"))}
+    assert stage.status("w") is None or not stage.calm
+
+
+@pair("a letter and a delete")
+def letter_and_delete(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    with SetWorkflowID("w"):
+        two.queue.enqueue(two.work)
+
+    def send():
+        with contextlib.suppress(DBOSNonExistentWorkflowError):
+            one.dbos.send("w", 1, "t")
+
+    yield {"sender": (one, send), "delete": (two, lambda: two.dbos.delete_workflow("w"))}
+
+
+@pair("a parent and its deleted child")
+def parent_and_deleted_child(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    yield {"parent": (one, call(one.parent, "p")), "delete": (two, lambda: two.dbos.delete_workflow("p-1"))}
+    assert stage.status("p") in ("SUCCESS", "ERROR") or not stage.calm
+
+
+@pair("a child and its deleted parent")
+def child_and_deleted_parent(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    delete = functools.partial(two.dbos.delete_workflow, "p", delete_children=True)
+    yield {"parent": (one, call(one.parent, "p")), "delete": (two, delete)}
+    assert (stage.status("p") is None) <= (stage.status("p-1") is None) or not stage.calm, "a child was left behind"
+
+
+@pair("a run and a delete")
+def run_and_delete(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    yield {"run": (one, call(one.book, "w")), "delete": (two, lambda: two.dbos.delete_workflow("w"))}
+    assert stage.status("w") in (None, "SUCCESS")
+
+
+@pair("what a run says and a delete")
+def words_and_delete(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    yield {"run": (one, call(one.stream, "w")), "delete": (two, lambda: two.dbos.delete_workflow("w"))}
+
+
+@pair("a run and a delete, and the next of its ID")
+def run_and_next(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+
+    def anew():
+        two.dbos.delete_workflow("w")
+        call(two.work, "w")()
+
+    yield {"run": (one, call(one.work, "w")), "next": (two, anew)}
+    assert stage.status("w") == "SUCCESS" or not stage.calm
+
+
+@pair("a run and an operator who takes it")
+def run_and_operator(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    yield {"run": (one, call(one.book, "w")), "operator": (two, lambda: two.executor.recover(["local"]))}
+    once(stage, "w", (1,), most=2)
+
+
+@pair("what a run says and an operator who takes it")
+def words_and_operator(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    yield {"run": (one, call(one.stream, "w")), "operator": (two, lambda: two.executor.recover(["local"]))}
+    said = stage.one("""select array_agg(coalesce(value, 'end') order by "offset") from durable.streams""")
+    assert said == ['"a"', '"b"', "end"] or stage.status("w") is None, f"the stream is {said}"
+
+
+@pair("a receiver and an operator who takes it")
+def receiver_and_operator(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    with SetWorkflowID("w"):
+        one.queue.enqueue(one.hear)
+    for message in (1, 2):
+        one.dbos.send("w", message, "t")
+
+    def take():
+        two.executor.recover(["local"])
+        two.executor._dequeue(two.queue)
+
+    yield {"run": (one, lambda: one.executor._dequeue(one.queue)), "operator": (two, take)}
+    once(stage, "w", (5,), most=2)
+    heard = stage.one("select array_agg(output order by position) from durable.steps where name = 'DBOS.recv'")
+    assert heard == ["1", "2"], f"received was {heard}"
+
+
+# (A run and an adopter, a change of version while it is at work, is to come here with that command.)
+
+
+@pair("a run and a resume")
+def run_and_resume(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+
+    def resume():
+        with contextlib.suppress(DBOSNonExistentWorkflowError):
+            two.dbos.resume_workflow("w")
+        two.executor._dequeue(two.dbos._queues[durable._INTERNAL_QUEUE])
+
+    yield {"run": (one, call(one.book, "w")), "resume": (two, resume)}
+    once(stage, "w", (1,), most=2)
+
+
+@pair("a run and a fork")
+def run_and_fork(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+
+    def fork():
+        with SetWorkflowID("f"), contextlib.suppress(DBOSNonExistentWorkflowError):
+            two.dbos.fork_workflow("w", 2)
+        two.executor._dequeue(two.dbos._queues[durable._INTERNAL_QUEUE])
+
+    yield {"run": (one, call(one.book, "w")), "fork": (two, fork)}
+    once(stage, "w", (1,))
+    assert stage.status("f") in ("SUCCESS", None)
+
+
+@pair("a run and its deadline")
+def run_and_deadline(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+
+    def expire():
+        late = "update durable.workflows set deadline_at = now() - interval '1 s' where status = 'PENDING'"
+        two.executor.now(lambda conn: conn.execute(late))
+        two.executor.now(durable._expire)
+
+    yield {"run": (one, call(one.work, "w")), "deadline": (two, expire)}
+    assert stage.status("w") in ("SUCCESS", "CANCELLED", None)
+
+
+@pair("an end and a collection of garbage")
+def end_and_garbage(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    collect = functools.partial(two.dbos.garbage_collect, cutoff_epoch_timestamp_ms=(time.time() + 60) * 1000)
+    yield {"run": (one, call(one.work, "w")), "garbage": (two, collect)}
+    assert stage.status("w") in ("SUCCESS", None)
+
+
+@pair("a run, its sweeper and an operator", heavy=True)
+def run_sweeper_and_operator(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    yield {
+        "run": (one, call(one.work, "w")), "sweeper": (one, one.executor.recover),
+        "operator": (two, lambda: two.executor.recover(["local"])),
+    }
+    once(stage, "w", (1, 2), most=2)
+
+
+@pair("a run, a cancel and a resume", heavy=True)
+def run_cancel_and_resume(stage):
+    one, two, three = stage.peer("local"), stage.peer("other"), stage.peer("third")
+
+    def resume():
+        with contextlib.suppress(DBOSNonExistentWorkflowError):
+            three.dbos.resume_workflow("w")
+        three.executor._dequeue(three.dbos._queues[durable._INTERNAL_QUEUE])
+
+    yield {
+        "run": (one, call(one.work, "w")), "cancel": (two, lambda: two.dbos.cancel_workflow("w")),
+        "resume": (three, resume),
+    }
+    assert stage.status("w") in ("SUCCESS", "CANCELLED") or not stage.calm
+
+
+@pair("two dequeues and a recovery", heavy=True)
+def two_dequeues_and_recovery(stage):
+    abandon(stage, "work", "w1", queue="q")
+    one, two, three = stage.peer("local"), stage.peer("other"), stage.peer("local")
+    with SetWorkflowID("w2"):
+        one.queue.enqueue(one.work)
+    yield {
+        "one": (one, lambda: one.executor._dequeue(one.queue)), "two": (two, lambda: two.executor._dequeue(two.queue)),
+        "recovery": (three, three.executor.recover),
+    }
+    for id in ("w1", "w2"):
+        once(stage, id, (1, 2))
+
+
+@pair("a run and a namesake")
+def run_and_namesake(stage):
+    one, two = stage.peer("local"), stage.peer("local")
+    yield {"run": (one, call(one.book, "w")), "namesake": (two, two.executor.recover)}
+    once(stage, "w", (1,))
+
+
+@pair("a sweeper of another version")
+def sweeper_of_another_version(stage):
+    abandon(stage, "work", "w")
+    other = stage.peer("local", version="v2")
+    yield {"sweeper": (other, other.executor.recover)}
+    assert stage.one("select executor_id from durable.workflows") == "successor", "v2 took a workflow of v1"
+
+
+@pair("a dequeue and its sweeper")
+def dequeue_and_its_sweeper(stage):
+    local = stage.peer("local")
+    with SetWorkflowID("w"):
+        local.queue.enqueue(local.work)
+    yield {
+        "dequeue": (local, lambda: local.executor._dequeue(local.queue)),
+        "sweeper": (local, local.executor.recover),
+    }
+    once(stage, "w", (1, 2))
+
+
+@pair("a parent and an operator who takes it")
+def parent_and_operator(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    yield {"parent": (one, call(one.parent, "p")), "operator": (two, lambda: two.executor.recover(["local"]))}
+    once(stage, "p", (3,), most=2)
+
+
+@pair("a parent and a cancel")
+def parent_and_cancel(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    cancel = functools.partial(two.dbos.cancel_workflow, "p", cancel_children=True)
+    yield {"parent": (one, call(one.parent, "p")), "cancel": (two, cancel)}
+    ends = stage.status("p"), stage.status("p-1")
+    assert ends[0] != "CANCELLED" or ends[1] in ("SUCCESS", "CANCELLED", None), f"they ended as {ends}"
+
+
+@pair("a book and a cancel")
+def book_and_cancel(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    yield {"run": (one, call(one.book, "w")), "cancel": (two, lambda: two.dbos.cancel_workflow("w"))}
+    assert stage.status("w") in ("SUCCESS", "CANCELLED") or not stage.calm
+
+
+@pair("what a run says and a cancel")
+def words_and_cancel(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    yield {"run": (one, call(one.stream, "w")), "cancel": (two, lambda: two.dbos.cancel_workflow("w"))}
+
+
+@pair("a step that speaks and an operator")
+def speech_and_operator(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    yield {"run": (one, call(one.speech, "w")), "operator": (two, lambda: two.executor.recover(["local"]))}
+    assert stage.status("w") in ("SUCCESS", None), f"it is {stage.status('w')}"
+
+
+@pair("a letter")
+def letter(stage):
+    one = stage.peer("local")
+    with SetWorkflowID("w"):
+        one.queue.enqueue(one.work)
+    yield {"sender": (one, lambda: one.dbos.send("w", 1, "t"))}
+    count = stage.one("select count(*) from durable.messages")
+    assert count == 1 or (count == 0 and not stage.calm), f"there are {count} of a message that was sent once"
+
+
+@pair("a receiver and a cancel")
+def receiver_and_cancel(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    with SetWorkflowID("w"):
+        one.queue.enqueue(one.hear)
+    for message in (1, 2):
+        one.dbos.send("w", message, "t")
+    yield {
+        "receiver": (one, lambda: one.executor._dequeue(one.queue)),
+        "cancel": (two, lambda: two.dbos.cancel_workflow("w")),
+    }
+
+
+@pair("a receiver and a delete")
+def receiver_and_delete(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    with SetWorkflowID("w"):
+        one.queue.enqueue(one.hear)
+    for message in (1, 2):
+        one.dbos.send("w", message, "t")
+    yield {
+        "receiver": (one, lambda: one.executor._dequeue(one.queue)),
+        "delete": (two, lambda: two.dbos.delete_workflow("w")),
+    }
+
+
+@pair("two forks under one ID")
+def two_forks(stage):
+    one, two = stage.peer("local"), stage.peer("other")
+    with SetWorkflowID("w"):
+        one.queue.enqueue(one.work)
+
+    def fork(peer):
+        def script():
+            with SetWorkflowID("f"):
+                peer.dbos.fork_workflow("w", 1)
+
+        return script
+
+    yield {"one": (one, fork(one)), "two": (two, fork(two))}
+    assert not stage.calm or stage.errors == {"one": None, "two": None}, stage.errors
+
+
+# The checks: each pair within its bounds, every crash point, the model, the resources.  `proof` runs them side by side,
+# each on a database of its own, and prints what it counted.
+
+# Every crash point, every lost answer.  A workflow that uses every durable operation is killed, in a process of its
+# own, before and behind each statement that it makes; and in another, the answer of each is lost.  A successor ends
+# what the dead have left.  What they have done, and have on record, is then what it would have been.
+
+
+def journey():
+    """Declare a workflow that uses every durable operation."""
+    queue = Queue("journey")
+
+    def tell(what):
+        note(what, DBOS.workflow_id)
+
+    @DBOS.step(name="pack")
+    def pack(n):
+        tell(f"pack-{n}")
+        return n
+
+    @DBOS.step(name="stumble", retries_allowed=True, interval_seconds=0.001)
+    def stumble():
+        if DBOS.step_status.current_attempt == 0:
+            raise ValueError("once")
+        return "up again"
+
+    @DBOS.step(name="fall")
+    def fall():
+        raise KeyError("down")
+
+    @DBOS.transaction("READ COMMITTED", name="pay")  # conflicts with others would have it tried again, too
+    def pay():
+        tell("pay")
+        DBOS.connection.execute("insert into ledger values (%s)", [DBOS.step_key])
+
+    @DBOS.step(name="speak")
+    def speak():
+        DBOS.set_event("mood", "in a step")
+
+    @DBOS.workflow(name="leg")
+    def leg(n):
+        return pack(n)
+
+    @DBOS.workflow(name="journey")
+    def travel():
+        me, seen = DBOS.workflow_id, []
+        seen.append(pack(1))
+        pay()
+        seen.append(stumble())
+        with contextlib.suppress(KeyError):
+            fall()
+        seen.append(leg(2))
+        seen.append(DBOS.start_workflow(leg, 3).get_result())
+        with SetWorkflowID(f"{me}-queued"):
+            handle = queue.enqueue(leg, 4)
+        seen.append(handle.get_result())
+        for n in range(2):
+            DBOS.send(me, n, "post")
+        seen.append([DBOS.recv("post"), DBOS.recv("post"), DBOS.recv("post", timeout_seconds=0)])
+        DBOS.set_event("mood", "fine")
+        speak()
+        seen.append(DBOS.get_event(me, "mood"))
+        DBOS.write_stream("diary", "a line")
+        DBOS.close_stream("diary")
+        seen.append(list(DBOS.read_stream(me, "diary")))
+        DBOS.sleep(0.001)
+        seen.append(DBOS.run_step(None, lambda: "anything"))
+        DBOS.cancel_workflow(f"{me}-queued")
+        seen.append(DBOS.get_workflow_status(me).workflow_id == me)
+        pay()
+        return seen
+
+    return travel
+
+
+def meet_fate(number, fate):
+    """At the statement of this number that this thread makes, die before it, or behind it, or lose its answer."""
+    left, me, execute, pid = [number], threading.get_ident(), psycopg.Cursor.execute, os.getpid()
+
+    def fated(self, *args, **kwargs):
+        if threading.get_ident() != me:
+            return execute(self, *args, **kwargs)
+        left[0] -= 1
+        if left[0] == 0 and fate == "before":
+            os.kill(pid, signal.SIGKILL)
+        result = execute(self, *args, **kwargs)
+        if left[0] == 0 and fate == "behind":
+            os.kill(pid, signal.SIGKILL)
+        if left[0] == 0 and fate == "answer":
+            getattr(self.connection, "owner", self.connection).close()
+            raise psycopg.OperationalError("the answer was lost")
+        return result
+
+    psycopg.Cursor.execute = fated
+    return left
+
+
+def furnish(url):
+    """Make the tables."""
+    maker = Durable(settings(system_database_url=url, run_admin_server=False, log_level="CRITICAL"))
+    maker.launch()
+    maker.destroy()
+    with psycopg.connect(url) as conn:
+        conn.execute("create table ledger (entry text not null)")
+
+
+def travellers(first, stride, most):
+    """Begin many journeys, each in a child, and note how each of them ended; every `stride`th, from `first`."""
+    fates = itertools.product(("before", "behind", "answer"), range(1, most + 1))
+    for fate, number in itertools.islice(fates, first, None, stride):
+        if os.fork() == 0:
+            DBOS(config=settings(executor_id="traveller", run_admin_server=False, log_level="CRITICAL"))
+            travel = journey()
+            DBOS.launch()
+            left = meet_fate(number, fate)
+            with SetWorkflowID(f"{fate}-{number}"):
+                travel()
+            note("ended", fate, number, left[0])
+            os._exit(0)
+        _, status = os.wait()
+        assert os.WIFSIGNALED(status) or status == 0, status
+
+
+def inheritor():
+    """Take over what the travellers left, and stay until all of it has ended."""
+    DBOS(config=settings(executor_id="traveller", run_admin_server=False, log_level="CRITICAL"))
+    journey()
+    DBOS.launch()
+    with psycopg.connect(DBOS.database_url, autocommit=True) as conn:
+        unfinished = f"select count(*) from durable.workflows where status in {UNFINISHED}"
+        eventually(lambda: conn.execute(unfinished).fetchone() == (0,))
+    DBOS.destroy()
+
+
+@check("every crash point and every lost answer")
+def check_points(url, effort):
+    """Journeys with each fate end like one that met none."""
+    most, stride = 60, 8 if effort.name == "glance" else 1
+    with temporary_folder() as folder, psycopg.connect(url, autocommit=True) as conn:
+        furnish(url)
+        programs = Programs(url, Path(folder))
+        try:
+            started = [programs.start(travellers, first * stride, 4 * stride, most) for first in range(4)]
+            for process in started:
+                assert process.popen.wait(500) == 0, process.errors()
+            begun = {id for (id,) in conn.execute("select id from durable.workflows where name = 'journey'")}
+            assert programs.start(inheritor).wait() == 0
+            return judge_points(conn, programs, begun, most)
+        finally:
+            programs.end()
+
+
+def judge_points(conn, programs, begun, most):
+    """Compare every journey with the one that was through before its statement came."""
+    ended = [note.text.split() for note in programs.notes("ended")]
+    points = {fate: [int(n) for _, f, n, left in ended if f == fate and int(left) > 0] for fate in ("before", "answer")}
+    assert points["before"], f"the journey takes more than {most} statements"
+    whole = f"before-{min(points['before'])}"
+    history = "select array_agg(position || ' ' || name || ' ' || coalesce(error, '') order by position) " \
+              "from durable.steps where workflow_id = %s"
+    outcome = "select status, replace(output, id, 'me') from durable.workflows where id = %s"
+    expected = [conn.execute(query, (whole,)).fetchone() for query in (history, outcome)]
+    assert expected[1][0] == "SUCCESS", expected
+    counts, again = programs.count(), 0
+    for id in sorted(begun):
+        found = [conn.execute(query, (id,)).fetchone() for query in (history, outcome)]
+        if found != expected:
+            raise Broken(f"journey {id} is {found}, and without a fault it is {expected}")
+        paid = [entry for (entry,) in conn.execute("select entry from ledger where entry like %s", (f"{id}:%",))]
+        assert len(paid) == len(set(paid)) == 2, f"journey {id} paid {paid}"
+        again += counts[f"pay {id}"] - 2 if id.startswith("answer") else 0
+        packed = [sum(counts[f"pack-{n} {each}"] for each in packers(id, n)) for n in (1, 2, 3, 4)]
+        more = 0 if id.startswith("answer") else 1  # the step that was under way
+        assert min(packed) == 1 and sum(packed) <= 4 + more, f"journey {id} packed {packed} times"
+    assert again <= 2, f"a payment was tried {again} times more: where its commit's answer was lost, the record tells"
+    wrong = broken(conn)
+    assert not wrong, wrong
+    COUNTS.update({"crash points": 2 * min(points["before"]) - 2, "lost answers": min(points["answer"]) - 1})
+    return f"{2 * min(points['before']) - 2} crash points and {min(points['answer']) - 1} lost answers"
+
+
+def packers(id, n):
+    """Which workflow packs the nth: the journey itself, or the child that it began."""
+    return {1: [id], 4: [f"{id}-queued"]}.get(n) or [f"{id}-{position}" for position in range(2, 12)]
+
+
+# Against a model.  What workflows, messages, events, queues, cancels and forks mean, said once more without a database:
+# it forgets nothing and never crashes.  Seeded random operations are made on it and on executors, of which some are
+# killed, and others take over; after each, all that can be observed is equal.
+
+
+class Wait(Exception):
+    """A workflow of the model cannot go on now."""
+
+
+class Refused(Exception):
+    """What an operation raises, by the name of the error."""
+
+
+class Model:
+    """Workflows that play scripts: a history by position, messages by topic, and what they said."""
+
+    def __init__(self):
+        self.workflows, self.line = {}, []
+
+    def begin(self, id, name, script, queue=None, key=None):
+        known = self.workflows.get(id)
+        if known is not None:
+            if known["name"] != name:
+                raise Refused("DBOSConflictingWorkflowError")
+            return
+        if key is not None and any(w["key"] == key and w["status"] in UNFINISHED for w in self.workflows.values()):
+            raise Refused("DBOSQueueDeduplicatedError")
+        self.workflows[id] = {
+            "name": name, "script": script, "status": "ENQUEUED" if queue else "PENDING", "history": {}, "queue": queue,
+            "key": key, "messages": collections.defaultdict(list), "keys": set(), "events": {}, "stream": [],
+            "outcome": None,
+        }
+        self.line += [id] if queue else []
+        self.go_on()
+
+    def go_on(self):
+        """Let everybody who can go on do so, until nobody can."""
+        before = None
+        while before != (now := repr(self.workflows)):
+            before = now
+            for id, w in list(self.workflows.items()):
+                if w["status"] == "PENDING":
+                    self.run(id, w)
+            at_work = [id for id in self.line if self.workflows[id]["status"] == "PENDING"]
+            waits = [id for id in self.line if self.workflows[id]["status"] == "ENQUEUED"]
+            if waits and not at_work:
+                self.workflows[waits[0]]["status"] = "PENDING"
+
+    def run(self, id, w):
+        self.position = 0
+        try:
+            w["outcome"] = [value for act in w["script"] for value in self.act(id, w, *act)]
+            w["status"] = "SUCCESS"
+        except Wait:
+            return
+        except Refused as error:
+            w["outcome"], w["status"] = str(error), "ERROR"
+        w["key"] = None
+
+    def record(self, w, position, name, call=lambda: None):
+        """Recall, or call and record."""
+        if position not in w["history"]:
+            try:
+                w["history"][position] = name, call(), None
+            except Refused as error:
+                w["history"][position] = name, None, error
+        _, value, error = w["history"][position]
+        if error is not None:
+            raise error
+        return value
+
+    def act(self, id, w, kind, *args):
+        here, self.position = self.position + 1, self.position + (2 if kind in ("recv", "peek", "child") else 1)
+        if kind == "step":
+            return [self.record(w, here, "echo", lambda: args[0])]
+        if kind == "event":
+            self.record(w, here, "DBOS.setEvent", lambda: w["events"].setdefault(here, args))
+        if kind == "stream":
+            self.record(w, here, "DBOS.writeStream", lambda: w["stream"].append((here, args[0])))
+        if kind == "tell":
+            self.record(w, here, "DBOS.send", lambda: self.post(args[0], id, args[1], None))
+        if kind == "fail":
+            raise Refused("ValueError")
+        if kind in ("recv", "peek") and here not in w["history"]:
+            self.record(w, here + 1, "DBOS.sleep")
+            if kind == "recv" and not w["messages"][args[0]]:
+                raise Wait
+        if kind in ("recv", "peek"):
+            waiting = w["messages"][args[0]]
+            return [self.record(w, here, "DBOS.recv", lambda: waiting.pop(0) if waiting else None)]
+        if kind == "child":
+            if here not in w["history"]:
+                w["history"][here] = "play", None, None
+                self.begin_child(args[0], args[1])
+            return [self.record(w, here + 1, "DBOS.getResult", lambda: self.result(args[0]))]
+        return []
+
+    def begin_child(self, id, script):
+        if id not in self.workflows:
+            position, going = self.position, self.go_on
+            self.go_on = lambda: None
+            self.begin(id, "play", script)
+            self.run(id, self.workflows[id])
+            self.position, self.go_on = position, going
+
+    def result(self, id):
+        w = self.workflows.get(id)
+        if w is None:
+            raise Refused("DBOSNonExistentWorkflowError")
+        if w["status"] == "CANCELLED":
+            raise Refused("DBOSAwaitedWorkflowCancelledError")
+        if w["status"] in UNFINISHED:
+            raise Wait
+        if w["status"] == "ERROR":
+            raise Refused(w["outcome"])
+        return w["outcome"]
+
+    def post(self, id, topic, message, key):
+        w = self.workflows.get(id)
+        if w is None:
+            raise Refused("DBOSNonExistentWorkflowError")
+        if key is None or key not in w["keys"]:
+            w["messages"][topic].append(message)
+            w["keys"].add(key)
+
+    def send(self, id, topic, message, key):
+        self.post(id, topic, message, key)
+        self.go_on()
+
+    def cancel(self, id):
+        w = self.workflows.get(id)
+        if w is None or w["status"] not in UNFINISHED:
+            raise Refused("nothing")
+        w["status"], w["key"] = "CANCELLED", None
+        self.go_on()
+
+    def resume(self, id):
+        w = self.workflows.get(id)
+        if w is None:
+            raise Refused("DBOSNonExistentWorkflowError")
+        if w["status"] not in ("SUCCESS", "ERROR"):
+            w["status"], w["queue"], w["key"] = "PENDING", None, None
+            self.line = [each for each in self.line if each != id]
+        self.go_on()
+
+    def delete(self, id):
+        if self.workflows.pop(id, None) is None:
+            raise Refused("nothing")
+        self.line = [each for each in self.line if each != id]
+        self.go_on()
+
+    def fork(self, id, new, start):
+        w, known = self.workflows.get(id), self.workflows.get(new)
+        if known is not None:
+            if known.get("forked_from") != id:
+                raise Refused("DBOSConflictingWorkflowError")
+            return
+        if w is None:
+            raise Refused("DBOSNonExistentWorkflowError")
+        self.begin(new, w["name"], [])
+        self.workflows[new] |= {
+            "script": w["script"], "status": "PENDING", "outcome": None, "forked_from": id,
+            "history": {at: record for at, record in w["history"].items() if at < start},
+            "events": {at: event for at, event in w["events"].items() if at < start},
+            "stream": [(at, value) for at, value in w["stream"] if at < start],
+        }
+        self.go_on()
+
+    def observed(self):
+        """All that can be seen of each workflow."""
+        return {
+            id: (
+                w["status"], w["outcome"], sorted((at, name) for at, (name, *_) in w["history"].items()),
+                {key: value for _, (key, value) in sorted(w["events"].items())}, [value for _, value in w["stream"]],
+                sum(map(len, w["messages"].values())),
+            )
+            for id, w in self.workflows.items()
+        }
+
+
+class Real:
+    """The same on executors and a database; one may be killed, or its work be taken over."""
+
+    def __init__(self, url):
+        self.url, self.witness, self.executors = url, Witness(url), {}
+        for name in ("one", "two"):
+            self.launch(name)
+
+    def launch(self, name):
+        dbos = Durable(settings(
+            system_database_url=self.url, executor_id=name, application_version="v1", run_admin_server=False,
+            log_level="CRITICAL",
+        ))
+        self.declare(dbos)
+        dbos.launch()
+        self.executors[name] = dbos
+
+    def declare(self, dbos):
+        echo = dbos.step(name="echo")(lambda value: value)
+
+        def act(kind, *args):
+            if kind == "step":
+                return [echo(args[0])]
+            if kind == "event":
+                dbos.set_event(*args)
+            if kind == "stream":
+                dbos.write_stream("s", args[0])
+            if kind == "tell":
+                dbos.send(args[0], args[1], dbos.workflow_id)
+            if kind == "fail":
+                raise ValueError("as the script says")
+            if kind in ("recv", "peek"):
+                return [dbos.recv(args[0], timeout_seconds=1000 if kind == "recv" else 0)]
+            if kind == "child":
+                with SetWorkflowID(args[0]):
+                    return [play(args[1])]
+            return []
+
+        @dbos.workflow(name="play")
+        def play(script):
+            return [value for kind, *args in script for value in act(kind, *args)]
+
+        @dbos.workflow(name="other")
+        def other(script):
+            return [value for kind, *args in script for value in act(kind, *args)]
+
+        dbos.plays = {"play": play, "other": other, "line": Queue("line", concurrency=1, durable=dbos)}
+
+    @property
+    def dbos(self):
+        return next(iter(self.executors.values()))
+
+    def begin(self, id, name, script, queue=None, key=None):
+        with SetWorkflowID(id), durable.SetEnqueueOptions(deduplication_id=key):
+            if queue:
+                self.dbos.plays["line"].enqueue(self.dbos.plays[name], script)
+            else:
+                self.dbos.start_workflow(self.dbos.plays[name], script)
+
+    def send(self, id, topic, message, key):
+        self.dbos.send(id, message, topic, key)
+
+    def cancel(self, id):
+        self.dbos.cancel_workflow(id)
+
+    def resume(self, id):
+        self.dbos.resume_workflow(id)
+
+    def delete(self, id):
+        self.dbos.delete_workflow(id)
+
+    def fork(self, id, new, start):
+        with SetWorkflowID(new):
+            self.dbos.fork_workflow(id, start, application_version="v1")
+
+    def kill(self, name):
+        """Let an executor die: what it has in its hands is PENDING, and its lock is free; and launch it again."""
+        dbos = self.executors.pop(name)
+        dbos._executor.say_goodbye = lambda conn: None
+        dbos.destroy()
+        self.launch(name)
+
+    def take_over(self, name):
+        """Let the other executor take the work of one that lives."""
+        (other,) = self.executors.keys() - {name}
+        self.executors[other]._executor.recover([name])
+
+    def observed(self):
+        query = """
+            select id, status, output, error,
+                   array(select position || ' ' || name from durable.steps
+                          where workflow_id = id order by position) as history,
+                   (select jsonb_object_agg(key, value)
+                      from (select distinct on (key) key, value from durable.events where workflow_id = id
+                             order by key, position desc) as last) as events,
+                   array(select value from durable.streams where workflow_id = id order by "offset") as stream,
+                   (select count(*) from durable.messages where workflow_id = id and received_at is null) as unread
+              from durable.workflows
+        """
+        told = {}
+        for id, status, output, error, history, events, stream, left in self.witness.rows(query):
+            outcome = json.loads(output) if output else json.loads(error)["type"].split(".")[-1] if error else None
+            steps = [(int(at), name) for at, name in (line.split(" ", 1) for line in history)]
+            said = {key: json.loads(value) for key, value in (events or {}).items()}
+            told[id] = status, outcome, steps, said, [json.loads(value) for value in stream], left
+        return told
+
+    def close(self):
+        for dbos in self.executors.values():
+            dbos.destroy()
+        self.witness.connection.close()
+
+
+class Operations:
+    """Seeded random operations, and which of them were done and refused."""
+
+    IDS = tuple(f"w{n}" for n in range(8))
+    ACTS = ("step", "step", "event", "stream", "recv", "recv", "peek", "tell", "child", "fail")
+
+    def __init__(self, seed):
+        self.random, self.number = random.Random(seed), 0
+
+    def script(self, id, depth=0):
+        def act():
+            kind = self.random.choice([each for each in self.ACTS if each != "child" or not depth])
+            self.number += 1
+            args = {
+                "event": [self.random.choice("xy"), self.number], "recv": [self.random.choice("ab")],
+                "peek": [self.random.choice("ab")], "tell": [self.random.choice(["w0", "nobody"]), self.number],
+                "fail": [],
+            }
+            if kind == "child":
+                child = f"{id}.{self.number}"
+                return [kind, child, self.script(child, depth + 1)]
+            return [kind, *args.get(kind, [self.number])]
+
+        return [act() for _ in range(self.random.randint(1, 5))]
+
+    def next(self):
+        """The next operation, as a name and arguments."""
+        self.number += 1
+        id, pick = self.random.choice(self.IDS), self.random.choice
+        return pick([
+            lambda: ("begin", id, pick(["play", "play", "play", "other"]), self.script(id)),
+            lambda: ("begin", id, "play", self.script(id), "line", pick([None, "k", "k"])),
+            lambda: ("send", id, pick("ab"), self.number, pick([None, "k1", "k2"])),
+            lambda: ("send", id, pick("ab"), self.number, None),
+            lambda: ("cancel", id), lambda: ("resume", id), lambda: ("delete", id),
+            lambda: ("fork", id, pick(self.IDS), self.random.randint(1, 6)),
+            lambda: (pick(["kill", "kill", "take_over"]), pick(["one", "two"])),
+        ])()
+
+
+@check("a model")
+def check_model(url, effort):
+    """Operations on the model and on executors are seen to have done the same."""
+    least = {"glance": 40, "full": 3000}.get(effort.name, 150)
+    operations, model, real = Operations(effort.seed), Model(), Real(url)
+    done, story = collections.Counter(), []
+    try:
+        while len(story) < least or (effort.name != "glance" and not all_were_seen(done)):
+            operation, *args = operations.next()
+            story.append(f"  {operation} {args}")
+            expected = outcome_of(getattr(model, operation), args) if hasattr(model, operation) else "done"
+            seen = outcome_of(getattr(real, operation), args)
+            done[operation, "done" if expected == "done" else "refused"] += 1
+            if seen != expected and not (expected == "nothing" and seen == "done"):
+                raise Broken("\n".join([f"seed {effort.seed}: {seen} instead of {expected} at the end of", *story]))
+            compare(model.observed(), real, effort, story)
+            if len(story) % 10 == 0:
+                with psycopg.connect(url, autocommit=True) as conn:
+                    assert not broken(conn), [broken(conn), *story]
+    finally:
+        real.close()
+    COUNTS.update({"operations": len(story)})
+    return f"{len(story)} operations, " + ", ".join(f"{what} {how} {n}" for (what, how), n in sorted(done.items()))
+
+
+def all_were_seen(done):
+    both = itertools.product(("begin", "send", "cancel", "resume", "delete", "fork"), ("done", "refused"))
+    return all(done[each] for each in [*both, ("kill", "done"), ("take_over", "done")])
+
+
+def outcome_of(operation, args):
+    try:
+        operation(*args)
+    except Refused as error:
+        return str(error)
+    except DBOSException as error:
+        return type(error).__name__
+    return "done"
+
+
+def compare(expected, real, effort, story):
+    end = time.monotonic() + PATIENCE_S
+    while (seen := real.observed()) != expected:
+        if time.monotonic() > end:
+            wrong = [f"  {id}: {seen.get(id)} and not {expected.get(id)}" for id in sorted({*seen, *expected})
+                     if seen.get(id) != expected.get(id)]
+            raise Broken("\n".join([f"seed {effort.seed}: behind these operations", *story, "are", *wrong]))
+        time.sleep(0.005)
+
+
+# Resources: what is launched and destroyed leaves nothing, what has ended is forgotten, what is too small is slow.
+
+
+def holdings():
+    """What this process holds: threads, and files, among which are its sockets."""
+    return threading.active_count(), len(os.listdir("/proc/self/fd" if os.path.exists("/proc") else "/dev/fd"))
+
+
+@check("resources")
+def check_resources(url, effort):
+    """Launches leak nothing, memory is bounded, and a small pool does not deadlock."""
+    few = effort.name == "glance"
+    many = {"glance": 200, "full": 100_000}.get(effort.name, 5000)
+    told = [leak_nothing(url, 5 if few else 100), stay_small(url, many), share_few(url, 20 if few else 200)]
+    return ", ".join(told)
+
+
+def leak_nothing(url, launches):
+    dbos = Durable(settings(system_database_url=url, run_admin_server=True, admin_port=0, log_level="CRITICAL"))
+    dbos.workflow(name="work")(lambda: dbos.workflow_id)
+    before = None
+    for number in range(launches):
+        dbos.launch()
+        dbos._functions["work"].call()
+        dbos.destroy()
+        before = holdings() if number == 2 else before  # what is made once is there by now
+    with psycopg.connect(url, autocommit=True) as conn:
+        ours = """select count(*) from pg_stat_activity
+                   where datname = current_database() and application_name like 'durable%'"""
+        eventually(lambda: conn.execute(ours).fetchone() == (0,))
+        eventually(lambda: holdings()[1] <= before[1] + 1)  # this connection
+    eventually(lambda: holdings()[0] <= before[0])
+    return f"{launches} launches"
+
+
+def stay_small(url, workflows):
+    """What an executor remembers does not grow with what it has done."""
+    dbos = Durable(settings(system_database_url=url, run_admin_server=False, log_level="CRITICAL"))
+    echo = dbos.step(name="echo")(lambda n: n)
+    work = dbos.workflow(name="work")(lambda n: echo(n))  # noqa: PLW0108
+    dbos.launch()
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(workflows // 4)))
+            gc.collect()
+            before = len(gc.get_objects())
+            list(pool.map(work, range(workflows)))
+            gc.collect()
+            more = len(gc.get_objects()) - before
+        executor = dbos._executor
+        assert not executor.claimed and not executor.running and not executor.hints._expected
+        assert more < 1000 + workflows // 20, f"{workflows} workflows left {more} objects behind"
+    finally:
+        dbos.destroy()
+    return f"{workflows:,} workflows left {max(0, more)} objects"
+
+
+def share_few(url, workflows):
+    """Parents that wait for children, messages and transactions get on with two connections and two threads."""
+    small = {"sys_db_pool_size": 2, "max_executor_threads": 2}
+    dbos = Durable(settings(system_database_url=url, run_admin_server=False, log_level="CRITICAL", **small))
+
+    @dbos.transaction(name="look")
+    def look():
+        return dbos.connection.execute("select 1").fetchone()[0]
+
+    child = dbos.workflow(name="child")(lambda: look())  # noqa: PLW0108
+
+    @dbos.workflow(name="parent")
+    def parent():
+        handle = dbos.start_workflow(child)
+        dbos.send(dbos.workflow_id, 1)
+        return dbos.recv() + handle.get_result() + look()
+
+    dbos.launch()
+    try:
+        handles = [dbos.start_workflow(parent) for _ in range(workflows)]
+        assert {handle.get_result() for handle in handles} == {3}
+    finally:
+        dbos.destroy()
+    return f"{workflows:,} parents on two connections"
+
+
+def run_check(server_url, name, effort):
+    """Run one check, in a process of its own; return its name, what broke, its figures, counts and seconds."""
+    began, told, wrong = time.monotonic(), "", ""
+    COUNTS.clear()
+    try:
+        with new_database(server_url, f"durable_proof_{os.getpid()}") as url:
+            told = CHECKS[name](url, effort)
+    except Exception as error:
+        wrong = str(error) or repr(error)
+        if not isinstance(error, AssertionError):
+            wrong += "\n" + traceback.format_exc()
+    return name, wrong, told, dict(COUNTS), time.monotonic() - began
+
+
+def proof(*arguments):
+    """Print the evidence that the promises hold, or the first schedule, point or operation where one does not."""
+    parser = argparse.ArgumentParser(prog="test_durable.py proof", description=proof.__doc__)
+    parser.add_argument("--full", action="store_true", help="deeper schedules, more operations: half an hour")
+    parser.add_argument("--seed", type=int, default=0, help="of the operations that the model is compared by")
+    parser.add_argument("--only", nargs="*", default=[], metavar="WORDS", help="checks with these words in their names")
+    parser.add_argument("--until-broken", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--mutants", nargs="*", metavar="WORDS", help="take out each fence: some check must fail")
+    parser.add_argument("--minutes", type=float, help="shake several processes for so long")
+    options = parser.parse_args(arguments)
+    with a_server() as server_url:
+        if options.mutants is not None:
+            return try_mutants(server_url, options.mutants)
+        if options.minutes is not None:
+            return soak(server_url, options.minutes, options.seed)
+        return run_checks(server_url, options)
+
+
+def run_checks(server_url, options):
+    """Run the checks on all cores, print each as it ends, and fail if one does."""
+    names = [name for name in CHECKS if not options.only or any(word in name for word in options.only)]
+    likely = len(names)
+    if options.until_broken:  # behind those that were named, all others, at a glance
+        names += [name for name in CHECKS if name not in names]
+    depth = "mutant" if options.until_broken else "full" if options.full else "quick"
+    effort = Effort(depth, options.seed)
+    total, began, failed = collections.Counter(), time.monotonic(), []
+    jobs = 1 if options.until_broken else os.cpu_count() or 1
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
+        pending = [pool.submit(run_check, server_url, name, effort) for name in names[:likely]]
+        pending += [pool.submit(run_check, server_url, name, Effort("glance")) for name in names[likely:]]
+        for future in pending if options.until_broken else as_completed(pending):
+            name, wrong, told, counts, seconds = future.result()
+            total.update(counts)
+            print(f"{'BROKEN' if wrong else 'holds':7} {name:48} {told}, {seconds:.1f} s", flush=True)
+            if wrong:
+                failed.append(name)
+                print(textwrap.indent(wrong, "        "), flush=True)
+                if options.until_broken:
+                    break
+        for future in pending:
+            future.cancel()
+    counted = ", ".join(f"{count:,} {what}" for what, count in sorted(total.items()))
+    print(f"{len(names)} checks: {counted}, {time.monotonic() - began:.0f} s")
+    if failed:
+        raise SystemExit(f"broken: {', '.join(failed)}")
+
+
+@contextlib.contextmanager
+def a_server():
+    """The server that the tests would use."""
+    if given := os.environ.get("DURABLE_TEST_DATABASE_URL"):
+        yield given
+    else:
+        with embedded_postgres() as server:
+            yield server.get_uri()
+
+
+@pytest.mark.parametrize("name", list(CHECKS))
+def test_at_a_glance_every_check_holds(name, server_url):
+    """What `python test_durable.py proof` looks into is looked at here: each check with the least effort."""
+    with new_database(server_url, f"durable_glance_{os.getpid()}") as url:
+        CHECKS[name](url, Effort("glance"))
+
+
+def test_a_workflow_that_begins_while_its_ID_is_deleted_is_whole_or_gone(server_url):
+    """A delete takes what it has locked; what begins behind its lock, and is writing a record by then, stays."""
+    with new_database(server_url, f"durable_glance_{os.getpid()}") as url, Stage(url) as stage:
+        explore(stage, Meeting("a run and a delete", run_and_delete), preemptions=2, faults=0)
+
+
+# Nothing vacuous: a fence that no check misses when it is taken out is not checked.  Each mutant is durable.py with one
+# text replaced behind an anchor, and runs the checks in a folder of its own until one fails.
+
+
+class Mutant(NamedTuple):
+    """One fence taken out: behind `anchor`, the first `old` becomes `new`."""
+
+    name: str
+    anchor: str
+    old: str
+    new: str
+    likely: str = ""  # which check should see it
+
+    def of(self, text):
+        head, anchor, rest = text.partition(self.anchor)
+        assert anchor and self.old in rest, f"the mutant {self.name!r} has no place in durable.py: bring it up to date"
+        return head + anchor + rest.replace(self.old, self.new, 1)
+
+
+SHARE = " for share"
+OURS = "claim = %(claim)s and "
+AT_WORK = " and status = 'PENDING'"
+
+MUTANTS = [
+    Mutant("a record under any claim", "_RECORD = ", OURS, "", "a run and an operator"),
+    Mutant("a record in any status", "_RECORD = ", AT_WORK, "", "a run and a cancel"),
+    Mutant("a record without a lock", "_RECORD = ", SHARE, "", "a run and a delete"),
+    Mutant("a record that collides", "_RECORD = ", "on conflict do nothing", "", "a run and an operator"),
+    Mutant("an outcome under any claim", "_FINISH = ", OURS, "", "a run and an operator"),
+    Mutant("an outcome in any status", "_FINISH = ", AT_WORK, "", "a run and a cancel"),
+    Mutant("a begin that collides", "def _insertion", "{born} on conflict do nothing", "{born}", "two starts"),
+    Mutant("a child of any claim", "def _insertion", " and claim = %(parent_claim)s", " and claim >= %(parent_claim)s",
+           "a parent and an operator"),
+    Mutant("a child of an ended parent", "def _insertion", AT_WORK, "", "a parent and a cancel"),
+    Mutant("a child without a lock", "def _insertion", SHARE, "", "a child and its deleted parent"),
+    Mutant(
+        "a child that collides", "def _insertion",
+        "from parent on conflict do nothing", "from parent", "a parent and an operator",
+    ),
+    Mutant("a takeover of any claim", "def _take(", "w.claim = found.claim and ", "", "two sweepers"),
+    Mutant("a takeover that raises no claim", "def _take(", "claim = w.claim + 1", "claim = w.claim", "two sweepers"),
+    Mutant("a takeover in any status", "def _take(", "and w.status = 'PENDING'\n", "\n", "a run and an operator"),
+    Mutant(
+        "a sweep of any version", "def _left_alone(",
+        "and w.application_version = %(version)s", "", "a sweeper of another version",
+    ),
+    Mutant(
+        "a sweep that believes nobody alive", "_ALIVE = ",
+        "select incarnation from durable.living", "select 0", "a run and a namesake",
+    ),
+    Mutant("a transaction under any claim", "_RECORD_OR_FAIL = ", OURS, "", "a run and an operator"),
+    Mutant("a transaction in any status", "_RECORD_OR_FAIL = ", AT_WORK, "", "a book and a cancel"),
+    Mutant("a transaction without a lock", "_RECORD_OR_FAIL = ", SHARE, "", "a run and a delete"),
+    Mutant("a receipt under any claim", "def _receive(", OURS, "", "a receiver and an operator"),
+    Mutant("a receipt in any status", "def _receive(", AT_WORK, "", "a receiver and a cancel"),
+    Mutant("a receipt without a lock", "def _receive(", SHARE, "", "a receiver and a delete"),
+    Mutant("a receipt that collides", "def _receive(", "on conflict do nothing", "", "a receiver and an operator"),
+    Mutant(
+        "a receipt without its record", "def _receive(",
+        " and exists (select from noted)", "", "a receiver and an operator",
+    ),
+    Mutant(
+        "an effect under any claim", "def _effect(",
+        "w.id = new.id and w.claim = new.claim", "w.id = new.id", "what a run says and an operator",
+    ),
+    Mutant("an effect in any status", "def _effect(", "w.status = 'PENDING'", "true", "what a run says and a cancel"),
+    Mutant("an effect without a lock", "def _effect(", " for share of w", "", "what a run says and a delete"),
+    Mutant(
+        "an effect that collides", "def _effect(",
+        "on conflict do nothing returning", "returning", "what a run says and an operator",
+    ),
+    Mutant(
+        "an effect without its record", "def _effect(",
+        " or (id, position) in (select * from {name}_noted)", " or true", "a sender and a receiver",
+    ),
+    Mutant("a message to a workflow that goes", "_SEND = ", " for key share", "", "a sender and a delete"),
+    Mutant("a letter to a workflow that goes", "def _post(", " for key share", "", "a letter and a delete"),
+    Mutant(
+        "a letter that collides", "def _post(",
+        "from destination on conflict do nothing", "from destination", "a letter",
+    ),
+    Mutant(
+        "a letter without a key", "async def _send_message",
+        "idempotency_key or _generated_id(run, position)", "idempotency_key", "a letter",
+    ),
+    Mutant(
+        "a stream that collides", "_WRITE_STREAM = ",
+        "on conflict (workflow_id, token) do nothing", "", "a step that speaks",
+    ),
+    Mutant(
+        "an event that collides", "_SET_EVENT = ",
+        "on conflict (workflow_id, key, position) do update set value = excluded.value", "",
+        "a step that speaks",
+    ),
+    Mutant("a dequeue without a row lock", "def _dequeue(conn", " for update of w skip locked", "", "without limits"),
+    Mutant(
+        "a dequeue without turns", "def _dequeue(conn",
+        'conn.execute("select pg_advisory_xact_lock(%s, hashtext(%s))"',
+        'conn.execute("select %s, %s::text"',
+        "two dequeues",
+    ),
+    Mutant(
+        "a dequeue that raises no claim", "def _dequeue(conn",
+        "claim = w.claim + 1", "claim = w.claim", "two dequeues",
+    ),
+    Mutant(
+        "a dequeue that counts nobody", "def _dequeue(conn",
+        "and status = 'PENDING' and incarnation is not null", "and false", "two dequeues",
+    ),
+    Mutant("a cancel or a delete without a lock", "_IN_ORDER = ", " for update", "", "a run and a delete"),
+    Mutant(
+        "a cancel of what has ended", "def _cancel(",
+        " and w.status not in ('SUCCESS', 'ERROR', 'CANCELLED')", "", "a run and a cancel",
+    ),
+    Mutant(
+        "a resume of what has ended", "def _resume(",
+        " and w.status not in ('SUCCESS', 'ERROR')", "", "a run and a resume",
+    ),
+    Mutant(
+        "a delete of what it did not lock", "def _delete(",
+        'locked = [id for id, *_ in conn.execute(_IN_ORDER, {"ids": ids})]', "locked = ids", "a run and a delete",
+    ),
+    Mutant("a deadline without a lock", "def _expire(conn", " for update skip locked", "", "a run and its deadline"),
+    Mutant("a fork that collides", "def _fork(", "from original on conflict do nothing", "from original", "two forks"),
+    Mutant("many records under any claim", "_RECORDS = ", " and w.claim = new.claim", "", "a run and an operator"),
+    Mutant("many records in any status", "_RECORDS = ", "w.status = 'PENDING'", "true", "a run and a cancel"),
+    Mutant("many records without a lock", "_RECORDS = ", " for share of w", "", "a run and a delete"),
+    Mutant("many records that collide", "_RECORDS = ", "on conflict do nothing", "", "a run and an operator"),
+    Mutant("many outcomes under any claim", "_FINISHES = ", " and w.claim = new.claim", "", "a run and an operator"),
+    Mutant("many outcomes in any status", "_FINISHES = ", " and w.status = 'PENDING'", "", "a run and a cancel"),
+    Mutant(
+        "many begins that collide", "def _grouped",
+        "from {{rows}} on conflict do nothing", "from {{rows}}", "two starts",
+    ),
+    Mutant(
+        "many children of any claim", "def _grouped",
+        " and w.claim = new.parent_claim", "", "a parent and an operator",
+    ),
+    Mutant("many children of an ended parent", "def _grouped", "w.status = 'PENDING'", "true", "a parent and a cancel"),
+    Mutant("many children without a lock", "def _grouped", " for share of w", "", "a child and its deleted parent"),
+    Mutant(  # this was a fault once, and was found by luck
+        "compare, then look", "newcomer = time.monotonic() <",
+        """
+            left = _left_alone(conn, self.me, self.config["failover"], newcomer, list(listed))
+            lost = [row for row in left if not self._at_hand(row["id"], row["claim"], listed)]
+""",
+        """
+            before = set(self.claimed)
+            left = _left_alone(conn, self.me, self.config["failover"], newcomer, list(listed))
+            lost = [row for row in left if (row["id"], row["claim"]) not in before]
+""",
+        "a run and its sweeper",
+    ),
+    Mutant(
+        "a begin that nobody remembers", "async def _begin",
+        "executor.claimed[run.id, run.claim] = run  #", "#", "a run and its sweeper",
+    ),
+    Mutant(
+        "a dequeue that a sweep overtakes", "    def _dequeue(self, queue",
+        "with self.claiming:", "with nullcontext():", "a dequeue and its sweeper",
+    ),
+    Mutant(
+        "a sweep that overtakes a dequeue", "lost, self.seize(conn, lost)",
+        "with self.claiming:", "with nullcontext():", "a dequeue and its sweeper",
+    ),
+    Mutant(
+        "a claim that begins at 1", "def _first_claim",
+        "return secrets.randbits(48) + 1", "return 1", "the next of its ID",
+    ),
+    Mutant(
+        "a record that is not looked for", "async def settle",
+        "if not there or there[0].position != position:", "if True:", "a run and an operator",
+    ),
+    Mutant(
+        "a transaction that is not looked for", "def _transact_at",
+        "standing = _block(run.settle(position, name))", "standing = None", "every crash point",
+    ),
+    Mutant(
+        "a run that nothing stops", "    def check(self, claim",
+        "if (claim, status) != (self.claim, \"PENDING\"):", "if False:", "a run and a cancel",
+    ),
+    Mutant(
+        "a history that is not read", "async def remember",
+        "self._history.update(", "dict().update(", "every crash point",
+    ),
+    Mutant(
+        "children that begin meanwhile", "async def _end(",
+        "                if not left:\n", "                if over:\n", "a child and its deleted parent",
+    ),
+]
+
+
+def try_mutants(server_url, words):
+    """Take out each fence in turn, and print which check saw it; fail if one was seen by none."""
+    chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        seen = []
+        for mutant, (by, what) in zip(chosen, pool.map(lambda each: see_mutant(server_url, each), chosen), strict=True):
+            seen.append(by)
+            print(f"{mutant.name:40} {by or 'SURVIVES':45} {what}", flush=True)
+    print(f"{len(chosen)} mutants, {seen.count('')} survive")
+    if "" in seen:
+        raise SystemExit(1)
+
+
+def see_mutant(server_url, mutant):
+    """Which check sees a mutant, and what that said."""
+    with temporary_folder() as folder:
+        for name in HOUSE:
+            text = (HERE / name).read_text()
+            Path(folder, name).write_text(mutant.of(text) if name == "durable.py" else text)
+        ran = subprocess.run(
+            [sys.executable, "test_durable.py", "proof", "--until-broken", "--only", mutant.likely],
+            cwd=folder, env={**os.environ, "DURABLE_TEST_DATABASE_URL": server_url}, capture_output=True, text=True,
+            check=False,
+        )
+    found = re.search(r"^BROKEN +(.*?)  .*\n +(.*)", ran.stdout, flags=re.MULTILINE)
+    if ran.returncode and not found:
+        return "nothing runs", (ran.stderr or ran.stdout)[-300:].replace("\n", " ")
+    return (found[1], found[2][:100]) if found else ("", "")
+
+
+# Soak: for as long as one likes, processes work on one database, and everything that can happen to them does, in an
+# order that a seed decides.  Behind each round, when all is done, every invariant holds, and each transaction and
+# message counts once.
+
+
+def labourer(name, version):
+    """Work on whatever there is, in a process of one version."""
+    DBOS(config=settings(
+        executor_id=name, application_version=version, run_admin_server=False, log_level="CRITICAL", failover=True,
+    ))
+    queue = Queue("soak", concurrency=4, polling_interval_sec=0.2)
+
+    @DBOS.step(name="fetch")
+    def fetch(n):
+        time.sleep(0.002)
+        return n
+
+    @DBOS.transaction(name="book")
+    def book(n):
+        DBOS.connection.execute("insert into ledger values (%s)", [DBOS.step_key])
+
+    @DBOS.workflow(name="part", max_recovery_attempts=None)
+    def part(n):
+        return fetch(n)
+
+    @DBOS.workflow(name="labour", max_recovery_attempts=None)
+    def labour(n):
+        fetch(n)
+        book(n)
+        if n % 5 == 0:
+            part(n)
+        if n % 7 == 0:
+            queue.enqueue(part, n).get_result()
+        DBOS.set_event("at", n)
+        DBOS.write_stream("s", n)
+        DBOS.send(DBOS.workflow_id, n)
+        heard = DBOS.recv(timeout_seconds=600)
+        DBOS.write_stream("s", heard)
+        return heard
+
+    DBOS.launch()
+    stay()
+
+
+class Soak:
+    """Rounds of work and of faults."""
+
+    CREW = 3
+    PER_ROUND = 60
+
+    def __init__(self, server, url, seed, folder):
+        self.server, self.url, self.random, self.folder = server, url, random.Random(seed), folder
+        self.version, self.round, self.counts = 1, 0, collections.Counter()
+        self.programs = Programs(url, folder)
+        self.crew = [self.hire(f"s{n}") for n in range(self.CREW)]
+        for process in self.crew:
+            process.await_ready()
+
+    def hire(self, name):
+        process = self.programs.start(labourer, name, f"v{self.version}")
+        process.name = name
+        return process
+
+    def execute(self, statement, *parameters):
+        """Make a statement from outside, whatever state the server is in."""
+        def attempt():
+            trouble = (psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction)
+            with contextlib.suppress(*trouble), psycopg.connect(self.url, autocommit=True) as conn:
+                conn.execute("set default_transaction_read_only = off")
+                found = conn.execute(statement, parameters or None)
+                return [found.fetchall() if found.description else []]
+
+        return eventually(attempt, within=60)[0]
+
+    def supervise(self):
+        """Start again whom a launch without a database has ended, as a service manager does."""
+        for number, process in enumerate(self.crew):
+            if process.popen.poll() is not None:
+                assert "DBOSInitializationError" in process.errors(), process.errors()
+                self.counts["ended at launch"] += 1
+                self.crew[number] = self.hire(process.name)
+
+    # Faults.
+
+    def kill(self):
+        number = self.random.randrange(self.CREW)
+        self.crew[number].kill()
+        self.crew[number] = self.hire(self.crew[number].name)
+
+    def stop_and_continue(self):
+        process = self.random.choice(self.crew)
+        process.signal(signal.SIGSTOP)
+        time.sleep(self.random.uniform(0.05, 1.0))
+        process.signal(signal.SIGCONT)
+
+    def terminate(self):
+        self.execute("""select count(pg_terminate_backend(pid)) from pg_stat_activity
+                         where datname = current_database() and application_name like 'durable%' and random() < 0.5""")
+
+    def restart(self):
+        if self.server is not None:
+            pg_ctl(self.server, "restart", self.random.choice(["fast", "immediate"]))
+
+    def read_only(self):
+        name = self.execute("select quote_ident(current_database())")[0][0]
+        self.execute(f"alter database {name} set default_transaction_read_only = on")
+        self.terminate()
+        time.sleep(self.random.uniform(0.1, 0.5))
+        self.execute(f"alter database {name} reset default_transaction_read_only")
+        self.terminate()
+
+    def disk_full(self):
+        self.execute("""create or replace function full_disk() returns trigger language plpgsql as $$
+                        begin raise exception 'no space left' using errcode = '53100'; end $$""")
+        table = self.random.choice(["durable.steps", "durable.workflows", "durable.messages"])
+        self.execute(f"create trigger full_disk before insert or update on {table} execute function full_disk()")
+        time.sleep(self.random.uniform(0.1, 0.5))
+        self.execute("drop function full_disk cascade")
+
+    def steer(self, how):
+        found = self.execute(f"""select id from durable.workflows where name = 'labour' and status in {UNFINISHED}
+                                  order by random() limit 3""")
+        client = durable.DBOSClient(system_database_url=self.url, use_listen_notify=False)
+        try:
+            for (id,) in found:
+                how(client, id)
+        finally:
+            client.destroy()
+
+    def cancel_and_resume(self):
+        def how(client, id):
+            client.cancel_workflow(id)
+            client.resume_workflow(id)
+
+        self.steer(how)
+
+    def fork(self):
+        self.steer(lambda client, id: client.fork_workflow(
+            id, self.random.randint(1, 3), application_version=f"v{self.version}"))
+
+    def deploy(self):
+        """Launch a new version, and hand the unfinished work of the old one over to it."""
+        self.version += 1
+        for process in self.crew:
+            process.kill()
+        self.crew = [self.hire(process.name) for process in self.crew]
+        adopt = f"update durable.workflows set application_version = 'v{self.version}' where status in {UNFINISHED}"
+        self.execute(adopt)  # (a command of its own will do this)
+
+    FAULTS = (kill, kill, stop_and_continue, terminate, restart, read_only, disk_full, cancel_and_resume, fork, deploy)
+
+    def play(self):
+        """One round: some work, some faults in the midst of it, and the end of all of it."""
+        self.round += 1
+        self.execute(
+            """insert into durable.workflows (id, name, inputs, status, claim, queue, application_version)
+               select %s || '-' || n, 'labour', format('{"args": [%%s], "kwargs": {}}', n), 'ENQUEUED', 1,
+                      '_dbos_internal_queue', %s
+                 from generate_series(1, %s) as n on conflict do nothing""",
+            str(self.round), f"v{self.version}", self.PER_ROUND,
+        )
+        for _ in range(self.random.randint(2, 4)):
+            time.sleep(self.random.uniform(0.05, 0.6))
+            self.supervise()
+            fault = self.random.choice(self.FAULTS)
+            self.counts[fault.__name__] += 1
+            fault(self)
+        self.judge()
+
+    def judge(self):
+        left = f"select count(*) from durable.workflows where status in {UNFINISHED}"
+        with contextlib.suppress(AssertionError):
+            eventually(lambda: self.supervise() or self.execute(left) == [(0,)], within=90)
+        assert not (stuck := self.execute("select workflow_id, status, why from durable.why limit 5")), stuck
+        with psycopg.connect(self.url, autocommit=True) as conn:
+            wrong = broken(conn)
+            assert not wrong, wrong
+            twice = "select entry from ledger group by entry having count(*) > 1"
+            lost = """select workflow_id from durable.steps join durable.workflows on id = workflow_id
+                       where steps.name = 'book' and steps.error is null and forked_from is null
+                         and not exists (select from ledger where entry = workflow_id || ':' || position)"""
+            failed = "select id, status, error from durable.workflows where status <> 'SUCCESS'"
+            for query in (twice, lost, failed):
+                assert not (found := conn.execute(query).fetchall()), f"round {self.round}: {query}: {found[:5]}"
+            count = conn.execute("select count(*) from durable.workflows").fetchone()[0]
+            self.counts["workflows"] += count
+            tables = ("workflows", "steps", "messages", "events", "streams")
+            conn.execute(f"truncate ledger, {', '.join(f'durable.{table}' for table in tables)}")
+
+
+def soak(server_url, minutes, seed):
+    """Print, each minute, what was done to whom; fail at the first round behind which something does not hold."""
+    end = time.monotonic() + minutes * 60
+    with contextlib.ExitStack() as stack:
+        server = None
+        if "DURABLE_TEST_DATABASE_URL" not in os.environ:  # one of its own, to restart
+            server = stack.enter_context(embedded_postgres())
+            stack.callback(pg_ctl, server, "stop", "fast")
+            url = server.get_uri()
+        else:
+            url = stack.enter_context(new_database(server_url, f"durable_soak_{os.getpid()}"))
+        furnish(url)
+        work = Soak(server, url, seed, Path(stack.enter_context(temporary_folder())))
+        stack.callback(work.programs.end)
+        while time.monotonic() < end:
+            work.play()
+            print(f"round {work.round}: {dict(sorted(work.counts.items()))}", flush=True)
+    print(f"{work.round} rounds, {work.counts['workflows']:,} workflows, all invariants hold")
 
 
 # ==== The roof =======================================================================================
@@ -14390,8 +17096,7 @@ _PLAIN: dict[str, Callable[[str, int], float | None]] = {
 }
 
 if __name__ == "__main__":
-    commands = {"cut": cut_behind, "without": leave_out}
     if sys.argv[1:]:
-        commands.get(sys.argv[1], functools.partial(_measure_here, sys.argv[1]))(*sys.argv[2:])
+        COMMANDS.get(sys.argv[1], functools.partial(_measure_here, sys.argv[1]))(*sys.argv[2:])
     else:
         benchmark()
