@@ -4495,7 +4495,7 @@ def errand(dbos):
     return {"step": step, "transaction": transaction}
 
 
-# --- Hints -------------------------------------------------------------------------------------------
+# --- Hints --------------------------------------------------------------------------------------------
 #
 # Whoever waits learns of it at once; and when every hint is lost, a moment later.
 
@@ -4507,7 +4507,7 @@ def no_polling(monkeypatch):
         monkeypatch.setattr(durable._Executor, look, lambda *_: float("inf"), raising=False)
 
 
-# --- Threads -----------------------------------------------------------------------------------------
+# --- Threads ------------------------------------------------------------------------------------------
 #
 # Many workflows, a limit of threads, and systems that have none left.
 
@@ -4567,7 +4567,7 @@ def test_a_launch_waits_until_there_are_threads(executor, scarce, monkeypatch):
     assert threading.Thread.start is not scarce_start
 
 
-# --- Sleep -------------------------------------------------------------------------------------------
+# --- Sleep --------------------------------------------------------------------------------------------
 #
 # A wake-up that is on record, by the clock of the database.
 
@@ -4630,7 +4630,7 @@ def test_a_restart_sleeps_the_rest(dbos, sleeper, witness):
     assert witness.steps("w") == ["DBOS.sleep"]
 
 
-# --- Order -------------------------------------------------------------------------------------------
+# --- Order --------------------------------------------------------------------------------------------
 #
 # Positions are given in the order of the calls; calls without one are an error, and what was cancelled is as well.
 
@@ -4925,7 +4925,7 @@ def test_a_workflow_can_handle_a_cancellation_that_a_step_let_escape(dbos):
     assert asyncio.run(work()) == [True, "fine"]
 
 
-# --- Cancel and timeouts -----------------------------------------------------------------------------
+# --- Cancel and timeouts ------------------------------------------------------------------------------
 #
 # A workflow that is cancelled writes no more, wherever it waits; a deadline does it by itself.
 
@@ -5046,7 +5046,7 @@ def test_cancel_and_the_end_may_race(dbos, witness):
         assert told == (json.loads(row.output) if row.status == "SUCCESS" else row.status)
 
 
-# --- Queues ------------------------------------------------------------------------------------------
+# --- Queues -------------------------------------------------------------------------------------------
 #
 # Limits, order and duplicates among workflows that wait for an executor, and what becomes of them.
 
@@ -6185,7 +6185,7 @@ def test_a_restart_of_postgres_under_load_is_waited_out(second_server, tmp_path,
         programs.end()
 
 
-# --- Messages ----------------------------------------------------------------------------------------
+# --- Messages -----------------------------------------------------------------------------------------
 #
 # What was sent waits until it is received, once and in its order.
 
@@ -6506,7 +6506,7 @@ def test_thousands_wait_at_no_cost(dbos, statements, witness, monkeypatch):
         assert handle.get_result() == "wake up"
 
 
-# --- Events ------------------------------------------------------------------------------------------
+# --- Events -------------------------------------------------------------------------------------------
 #
 # What a workflow says of itself under a key: the last value counts.
 
@@ -6692,7 +6692,7 @@ def test_the_deadline_of_get_event_survives_a_restart(dbos, witness):
     assert result_of(dbos, "w") is None
 
 
-# --- Streams -----------------------------------------------------------------------------------------
+# --- Streams ------------------------------------------------------------------------------------------
 #
 # What a workflow says of itself under a key: every value, in order.  And all kinds of waiting together.
 
@@ -7163,7 +7163,7 @@ def test_killed_between_any_two_statements_nothing_is_said_twice(programs, witne
     last.end()
 
 
-# --- Schedules ---------------------------------------------------------------------------------------
+# --- Schedules ----------------------------------------------------------------------------------------
 #
 # Every tick once, whoever lives.
 
@@ -7505,7 +7505,7 @@ def test_a_dispatcher_that_fails_at_a_tick_does_not_spin(dbos, monkeypatch):
     assert max(pauses[:3]) > 0
 
 
-# --- Methods -----------------------------------------------------------------------------------------
+# --- Methods ------------------------------------------------------------------------------------------
 #
 # Workflows and steps that are methods of classes and of configured instances.
 
@@ -7644,7 +7644,7 @@ def test_a_method_of_an_undecorated_class_is_refused(dbos):
         Plain().work()
 
 
-# --- Definitions -------------------------------------------------------------------------------------
+# --- Definitions --------------------------------------------------------------------------------------
 #
 # Two functions under one name, and when they are the same one.
 
@@ -7876,7 +7876,7 @@ def test_the_code_below_a_plain_decorator_counts(version_of):
     assert version_of(decorator + program) != version_of(decorator + program.replace("amount + 1", "amount + 2"))
 
 
-# --- Steps of any function ---------------------------------------------------------------------------
+# --- Steps of any function ----------------------------------------------------------------------------
 #
 # `run_step`, in both colours, in loops and among threads.
 
@@ -8220,7 +8220,7 @@ def test_run_step_takes_a_transaction(dbos, errand, witness):
     assert witness.ledger() == {"1": 1, "2": 1}
 
 
-# --- Serializers -------------------------------------------------------------------------------------
+# --- Serializers --------------------------------------------------------------------------------------
 #
 # Values in the form that the user chose, and the classes of the file that was started.
 
@@ -8390,7 +8390,7 @@ def test_an_exception_comes_back_as_it_was_raised(dbos, witness, error):
     assert vars(caught.value) == vars(error)
 
 
-# --- Secrets ---------------------------------------------------------------------------------------
+# --- Secrets ------------------------------------------------------------------------------------------
 #
 # No message of ours shows a password.
 
@@ -8424,7 +8424,7 @@ def test_the_launch_is_told_in_one_line(executor, finished, url, witness, caplog
         assert part in told
 
 
-# --- Clean sessions ----------------------------------------------------------------------------------
+# --- Clean sessions -----------------------------------------------------------------------------------
 #
 # A transaction finds its connection as it should be, whatever the one before did to it.
 
@@ -8642,7 +8642,7 @@ def test_what_the_function_itself_does_wrong_is_its_outcome_at_once(dbos, witnes
     assert (len(tries), witness.steps("work"), witness.ledger()) == (1, ["fail"], {})
 
 
-# --- Forks ------------------------------------------------------------------------------------------
+# --- Forks --------------------------------------------------------------------------------------------
 #
 # Processes that fork, and proxies that give a session to somebody else.
 
@@ -8784,7 +8784,7 @@ def test_a_connection_that_was_begun_before_a_fork_is_given_up(dbos, monkeypatch
     dbos._executor.connect().close()
 
 
-# --- Log ---------------------------------------------------------------------------------------------
+# --- Log ----------------------------------------------------------------------------------------------
 #
 # Each line says whose it is.
 
@@ -8829,7 +8829,7 @@ def test_log_lines_tell_workflow_executor_and_version(dbos, executor, caplog):
 # Management, the views, clients, the admin API, metrics, the page, the command line; then the example, and the cuts.
 
 
-# --- Management --------------------------------------------------------------------------------------
+# --- Management ---------------------------------------------------------------------------------------
 #
 # What one can look at, steer and delete, from a program and from within workflows.
 
@@ -10644,7 +10644,7 @@ def test_a_retried_step_tells_its_tries(dbos, witness):
     assert witness.rows(recorded) == [("f", 3), ("f", 1), ("w", 3), ("w", 1)]
 
 
-# --- Offer -------------------------------------------------------------------------------------------
+# --- Offer --------------------------------------------------------------------------------------------
 #
 # Why is it not moving?  Each answer is brought about for real.
 
@@ -11000,7 +11000,7 @@ def test_the_views_read_no_finished_workflow(dbos, witness):
         assert "Seq Scan on workflows" not in plan
 
 
-# --- Client ------------------------------------------------------------------------------------------
+# --- Client -------------------------------------------------------------------------------------------
 #
 # A program without workflow code talks to those that have it.
 
@@ -11369,7 +11369,7 @@ def test_a_stopped_process_whose_workflow_was_deleted_leaves_the_next_one_alone(
     assert (witness.workflow("watch").output, witness.ledger()) == ('"second"', {"second": 1})
 
 
-# --- Admin: workflows --------------------------------------------------------------------------------
+# --- Admin: workflows ---------------------------------------------------------------------------------
 #
 # What operators see of workflows and do to them, under the names that DBOS gave it.
 
@@ -12010,7 +12010,7 @@ def test_the_page_fits_a_phone(desk, browser):
         assert browser.run("document.documentElement.scrollWidth") <= 390
 
 
-# --- Metrics -----------------------------------------------------------------------------------------
+# --- Metrics ------------------------------------------------------------------------------------------
 #
 # What Prometheus reads.
 
@@ -12118,7 +12118,7 @@ def test_what_finishes_is_counted_from_the_launch_on(served, gate):
     assert (finished(""), finished("line")) == (20, 1)
 
 
-# --- Page --------------------------------------------------------------------------------------------
+# --- Page ---------------------------------------------------------------------------------------------
 #
 # In a browser, where there is one.
 
@@ -12200,7 +12200,7 @@ def test_the_overview_tells_what_the_page_shows(desk, gate):
     assert desk.post("/overview", {"workflow_uuids": "a"}).status == 400
 
 
-# --- Deploys ---------------------------------------------------------------------------------------
+# --- Deploys ------------------------------------------------------------------------------------------
 #
 # What becomes of the unfinished work of a version when the next one is there.
 
@@ -13203,7 +13203,7 @@ def test_what_check_says_of_random_changes_is_what_comes_of_them(executor, witne
     assert 0.1 < sum(fit.fits for fit in fits.values()) / PROGRAMS < 0.9
 
 
-# --- Command line ------------------------------------------------------------------------------------
+# --- Command line -------------------------------------------------------------------------------------
 #
 # `python durable.py` shows and steers workflows from a terminal, or from a script.
 
@@ -13426,7 +13426,7 @@ def test_the_command_line_shows_the_views(dbos, line, command):
     assert len(lines) == len(json.loads(as_json)) + 1
 
 
-# --- The example -------------------------------------------------------------------------------------
+# --- The example --------------------------------------------------------------------------------------
 #
 # As a user meets it: in processes of their own, on a folder of small files, killed and stopped for real.
 
@@ -13559,7 +13559,7 @@ def test_the_example_says_what_is_wrong(example):
     assert status == 1 and "No such file" in output and "Traceback" not in output
 
 
-# --- The cut -----------------------------------------------------------------------------------------
+# --- The cut ------------------------------------------------------------------------------------------
 #
 # `python test_durable.py cut II FOLDER` writes durable.py, schema.sql and these tests up to the next banner, and
 # puts a roof on: the last lines of durable.py, without what is not there.  `without "Streams" FOLDER` leaves out one
@@ -13698,12 +13698,7 @@ def test_what_stands_above_a_banner_is_complete(storey, server_url, tmp_path):
     """It is a prefix of the whole, but for its roof, and passes its tests (.ci/run runs all of them)."""
     cut_behind(storey, tmp_path)
     for name in HOUSE:
-        above = (tmp_path / name).read_text().partition("
-
-
-COMMANDS |= {"invariants": invariants, "proof": proof}
-
-# ==== The roof ")[0].rstrip()
+        above = (tmp_path / name).read_text().partition("# ==== The roof ")[0].rstrip()
         assert (HERE / name).read_text().startswith(above)
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "replay", "test_durable.py"],
@@ -13764,13 +13759,17 @@ def test_a_room_names_the_tables_of_no_room_that_it_does_not_need():
 
 
 @pytest.mark.parametrize("room", rooms())
-def test_a_room_can_be_taken_out(room, url, witness, tmp_path):
-    """With those that say they need it; nothing else knows of it."""
+def test_a_room_can_be_taken_out(room, empty_url, tmp_path):
+    """With those that say they need it, and its tables; nothing else knows of it, nor does a test that is left."""
     leave_out(room, tmp_path)
-    call = [sys.executable, "-c", textwrap.dedent(WITHOUT_A_ROOM), url]
-    ran = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (ran.returncode, ran.stderr.count("Traceback")) == (0, 0), ran.stderr
-    assert witness.column("select distinct status from durable.workflows") == ["SUCCESS"]
+    collect = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "test_durable.py"]
+    for arguments in (["-c", textwrap.dedent(WITHOUT_A_ROOM), empty_url], collect):
+        call = [sys.executable, *arguments]
+        ran = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (ran.returncode, ran.stderr.count("Traceback")) == (0, 0), ran.stdout[-3000:] + ran.stderr
+    witness = Witness(empty_url)
+    with contextlib.closing(witness.connection):
+        assert witness.column("select distinct status from durable.workflows") == ["SUCCESS"]
 
 
 
@@ -13782,7 +13781,6 @@ def test_a_room_can_be_taken_out(room, url, witness, tmp_path):
 
 import argparse
 import multiprocessing
-import random
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from queue import Empty, SimpleQueue
 
@@ -16440,6 +16438,8 @@ def soak(server_url, minutes, seed):
             print(f"round {work.round}: {dict(sorted(work.counts.items()))}", flush=True)
     print(f"{work.round} rounds, {work.counts['workflows']:,} workflows, all invariants hold")
 
+
+COMMANDS |= {"invariants": invariants, "proof": proof}
 
 # ==== The roof =======================================================================================
 #
