@@ -965,6 +965,7 @@ def _block(body: Coroutine[Any, Any, T]) -> T:
             raise
         raise _raised(error) from _raised(error).__cause__
 
+
 @types.coroutine
 def _suspend(body: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
     """Run an operation on the event loop; what is not our own wait comes from the user's code: pass it on."""
@@ -2042,6 +2043,7 @@ def _note_lost(conn: Conn) -> None:
                 or pg_postmaster_start_time() < clock_timestamp() - make_interval(secs => {_RESTART_GRACE_S}))
     """)
 
+
 def _is_dead_letter(executor: _Executor, row: dict[str, Any]) -> Any:
     raise DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded(
         f"workflow {row['id']} was begun {row['recovery_attempts']} times without coming to an end and is not run "
@@ -2545,6 +2547,7 @@ class _Text(NamedTuple):
 
     text: str
     kind: str = "text/plain; charset=utf-8"
+
 
 _Answer = Callable[[_AdminRequest], Any]
 _ROUTES: dict[str, tuple[str, _Answer, bool]] = {}  # path, with ID in the place of one: method, who answers, at once
@@ -3217,6 +3220,7 @@ _FINISHES = _Write(
     "returning w.id, 0 as position",
     one=_FINISH,
 )
+
 
 @functools.cache
 def _grouped(statement: str) -> _Write:
@@ -3895,6 +3899,7 @@ class _OrderedRun(_Run):
             self.breach = DBOSException(_DISORDER.format(self.id))
         self.turn = _Turn()
         _turn.set(self.turn)
+
     @contextmanager
     def calling(self, position: int, name: str) -> Iterator[None]:
         """Remember it when the call at this position is cancelled, as by `asyncio.wait_for`, done or not."""
@@ -5473,6 +5478,7 @@ class _Methods(_Queueing):
         if args and next(iter(function.signature.parameters), "") in ("self", "cls"):
             raise DBOSException(f"{function.name} is a method: put @DBOS.dbos_class() on its class")
         return None, None
+
     def _receiver(self, row: dict[str, Any]) -> list[object]:
         class_name, config_name = row["class_name"], row["config_name"]
         if class_name is None:

@@ -607,6 +607,7 @@ class Loud(str):
 def nested(depth):
     return functools.reduce(lambda inner, _: [inner], range(depth), "core")
 
+
 VALUES = [
     *(None, True, False, 0, -1, 2**70, 10**5000, 0.0, -0.0, 0.1, 1e308, 5e-324),
     *(float("nan"), float("inf"), float("-inf"), 1 + 2j, decimal.Decimal("1.10")),
@@ -2130,6 +2131,7 @@ def test_a_function_registered_after_the_launch_counts_at_the_next(executor):
     dbos.launch()
     assert dbos.application_version != first
 
+
 UNSOURCED = """
     from durable import DBOS, Durable
 
@@ -2313,6 +2315,7 @@ def test_nothing_outlives_destroy_even_when_the_database_is_away(wire, executor)
 # ==== II. Self-hosting ===============================================================================
 #
 # Executors that die, databases that are away, transactions, the admin server, settings.
+
 
 import http.client
 import re
@@ -2624,6 +2627,7 @@ def test_a_small_pool_serves_many_threads(executor):
     dbos.launch()
     handles = [dbos.start_workflow(work, n) for n in range(30)]
     assert [handle.get_result() for handle in handles] == list(range(30))
+
 
 ODD_URLS = [
     "postgresql://ada:ses%zzame@127.0.0.1:1/shop",
@@ -3859,6 +3863,7 @@ def test_results_remain_available_after_deactivation(served):
     ask(served.admin_port, "GET", "/deactivate")
     assert result_of(served, "w") == 1
 
+
 RECOVER = "/dbos-workflow-recovery"
 
 
@@ -4073,6 +4078,7 @@ def test_what_guards_the_port_is_said_once(served, header):
     answer = send(served.admin_port, b"GET /deactivate HTTP/1.1\r\n" + twice)
     assert b" 400 " in answer and header in answer
     assert not served._executor.deactivated
+
 
 HEALTHZ = b"GET /dbos-healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -4370,6 +4376,7 @@ def test_a_stopped_process_that_goes_on_after_a_takeover_writes_nothing(programs
     assert witness.ledger() == {"second": 1}
     assert programs.count()["left"] == 1
 
+
 PASSING = {
     "read-only": "25006",
     "disk full": "53100",
@@ -4473,6 +4480,7 @@ from durable import DBOSNonExistentWorkflowError
 def uses(*_rooms):
     """Say which rooms a test needs that its section's room does not: without one of them it is left out."""
     return lambda test: test
+
 
 tells_who_cancelled = pytest.mark.skipif(
     not hasattr(asyncio.Task, "cancelling"), reason="Python 3.10 cannot tell whether a task of the caller was cancelled"
@@ -5957,6 +5965,7 @@ def test_versions_tell_what_is_stranded(dbos, elsewhere, line, gate, witness):
         ("v-1", 0, 1, 0, 0, False, True), ("v0", 0, 1, 0, 1, True, False), ("v1", 0, 0, 1, 1, True, False)
     ]
 
+
 POINTS = [
     *("before the first step", "in a step", "after a step", "in a transaction", "after a transaction"),
     *("in a child", "after a child", "in an enqueued child", "at the end"),
@@ -6026,6 +6035,7 @@ def test_a_crash_anywhere_loses_nothing(programs, witness, crash_at):
     twice = {"in a step": "reserve"}.get(crash_at, crash_at)
     expected = collections.Counter(["reserve", "in a child", "in an enqueued child"])
     assert programs.count() == expected + collections.Counter({twice} & set(expected))
+
 
 JOBS = 200
 
@@ -6712,6 +6722,7 @@ def test_what_a_workflow_says_of_itself_goes_to_its_own_database(dbos, abroad):
         assert work() is None
     assert (dbos.get_event("w", "k"), list(dbos.read_stream("w", "s"))) == (1, [2])
 
+
 ONLY_IN_WORKFLOWS = {
     "sleep": lambda dbos: dbos.sleep(1),
     "recv": lambda dbos: dbos.recv(timeout_seconds=0),
@@ -7364,6 +7375,7 @@ def test_an_unknown_time_zone_is_refused(executor):
     with pytest.raises(ValueError, match="Mars/Olympus"):
         executor().scheduled("* * * * *", timezone="Mars/Olympus")(lambda scheduled, actual: None)
 
+
 EVERY_SECOND = "* * * * * *"
 
 
@@ -7679,6 +7691,7 @@ def test_a_function_that_is_made_anew_and_is_the_same_is_no_error(executor):
     assert count_down(1) == 2
     with pytest.raises(DBOSConflictingRegistrationError, match="work"):
         make_application(3)
+
 
 DEFINITIONS = """
     @dbos.workflow()
@@ -8437,6 +8450,7 @@ def decorate_rows(connection):
     connection.prepare_threshold = None
     connection.adapters.register_loader("int4", psycopg.types.string.TextLoader)
 
+
 TRACES = {
     "row factory": decorate_rows,
     "settings": say("set search_path to nowhere", "set statement_timeout = '1min'", "set time zone 'Asia/Tokyo'"),
@@ -8927,6 +8941,7 @@ def test_a_reset_without_a_database_is_a_clear_error(executor):
     with pytest.raises(DBOSInitializationError, match="connect"):
         executor(system_database_url="postgresql://127.0.0.1:1/nowhere").reset_system_database()
 
+
 EDITION_2 = """
     drop index durable.workflows_ended, durable.workflows_prefix;
     update durable.version set number = 2;
@@ -9341,6 +9356,7 @@ def test_a_workflow_that_reads_a_stream_reads_the_same_in_a_replay(dbos, writer,
         with SetWorkflowID("w"):
             writer(*"xyz")
 
+
 WAITS = ["sleep", "recv", "get_event", "get_result", "read_stream"]
 
 
@@ -9504,6 +9520,7 @@ def test_each_recovery_counts_as_an_attempt(dbos, finished, witness):
         rewind(dbos, witness, "w")
         assert result_of(dbos, "w") == result_of(dbos, "w") == "hello w"
         assert dbos.get_workflow_status("w").recovery_attempts == attempts
+
 
 NEW_YEAR = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)
 
@@ -10387,6 +10404,7 @@ def test_launches_are_forgotten_by_their_end_too(dbos, executor, witness):
     names = set(witness.column("select executor_id from durable.executors"))
     assert names == {"local", "lately, stopped_at", "lately, lost_at"}
 
+
 MICROSECONDS = pytest.mark.parametrize("microsecond", [0, 123_000, 123_400, 123_500, 123_999, 999_999])
 
 
@@ -10578,6 +10596,7 @@ def test_our_own_errors_and_reports_survive_a_serializer_of_json_only(executor, 
     rewind(dbos, witness, "w", keep=99)
     assert result_of(dbos, "w") == first
 
+
 BLOCKING = {
     "sleep": (1,),
     "send": ("w", 1),
@@ -10653,6 +10672,7 @@ def test_a_retried_step_tells_its_tries(dbos, witness):
 def why(witness):
     """The reason in durable.why, for one workflow."""
     return lambda workflow_id: witness.one("select why from durable.why where workflow_id = %s", workflow_id)
+
 
 INDEXES = "select indexdef from pg_indexes where schemaname = 'durable' order by indexname"
 
@@ -11434,6 +11454,7 @@ def cancel_in_a_transaction(dbos, _client, _witness):
     dbos._executor.deactivated = False
     dbos.transaction(name="cancel")(lambda: dbos.cancel_workflow("w"))()
 
+
 OVERRULINGS = {
     "cancel": lambda dbos, _client, _witness: dbos.cancel_workflow("w"),
     "a client's cancel": lambda _dbos, client, _witness: client.cancel_workflow("w"),
@@ -11511,6 +11532,7 @@ def test_a_wrong_method_is_told_the_right_ones(served, method, path, allowed):
     assert answer.status == 405
     assert {each.strip() for each in answer.headers["Allow"].split(",")} == allowed
     assert list(answer.json) == ["error"]
+
 
 FIELDS = {
     *("WorkflowUUID", "Status", "WorkflowName", "WorkflowClassName", "WorkflowConfigName", "Input", "Output"),
@@ -11721,6 +11743,7 @@ def test_queues_list_what_waits_and_runs_in_queues(desk, gate):
     last.get_result()
     assert desk.ids("/queues") == ["delayed"]
 
+
 ODD_IDS = ["a/b", "a%2Fb", "a b", "?x=1#y", "..", "a\tb", "ä€😀", "'; drop table", "x/steps", "steps", "*", "ID"]
 
 
@@ -11842,6 +11865,7 @@ def test_a_limit_that_makes_no_sense_is_refused(desk, path, body):
     answer = desk.post(path, json.dumps(body))
     assert (answer.status, list(answer.json)) == (400, ["error"])
     assert desk.ids() == ["w", "w-2"]
+
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
@@ -12024,6 +12048,7 @@ def test_head_tells_what_get_would(desk, path):
     get, head = ((each.status, each.headers["Content-Type"], each.headers["Content-Length"]) for each in answers)
     assert get == head
     assert answers[1].text == ""
+
 
 SESSION_SETTINGS = {"DateStyle": "German", "TimeZone": "Asia/Kathmandu", "search_path": "pg_temp"}
 
@@ -12331,7 +12356,6 @@ def test_patches_are_for_the_code_of_workflows(dbos):
 
     with pytest.raises(RuntimeError, match="patch_async"):
         asyncio.run(on_a_loop())
-
 
 
 # Check.
@@ -13506,6 +13530,7 @@ def test_the_example_indexes_what_has_changed_and_no_more(example):
     assert example("search", "hazelnuts")[1].count("«hazelnuts»") == 2
     assert example("search", "note 1")[1].splitlines()[0].split()[0] != "1.txt"
 
+
 # Once 200 files are done, the queue has no place for the others.
 FULL_AT_200 = """
     create function fill() returns trigger language plpgsql as $$ begin
@@ -13572,6 +13597,7 @@ def named(section):
     """The name of a room, from its first line."""
     found = re.match(r"(?:#|--) --- (.*?) -*\n", section)
     return found and found[1]
+
 
 STOREYS = ("I", "II", "III", "IV")
 
@@ -13707,6 +13733,7 @@ def test_what_stands_above_a_banner_is_complete(storey, server_url, tmp_path):
     )
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr
 
+
 WITHOUT_A_ROOM = """
     import sys
     from durable import DBOS
@@ -13770,7 +13797,6 @@ def test_a_room_can_be_taken_out(room, empty_url, tmp_path):
     witness = Witness(empty_url)
     with contextlib.closing(witness.connection):
         assert witness.column("select distinct status from durable.workflows") == ["SUCCESS"]
-
 
 
 # --- Proof --------------------------------------------------------------------------------------------
@@ -14269,8 +14295,6 @@ def stepped_wait(*signals, timeout=None):
 
 
 plain_wait = durable._for_any
-
-
 
 
 class Peer:
@@ -16482,6 +16506,7 @@ class Figure:
     def value(self, count: int, seconds: float) -> float:
         return {"/s": count / seconds, "s": seconds, "ms": 1000 * seconds, "ms each": 1000 * seconds / count}[self.unit]
 
+
 FIGURES = [
     Figure("{:,} steps in one workflow", "steps", 1_000, 200, "/s", "0.75"),
     Figure("{:,} one-step workflows, one by one", "one_by_one", 500, 50, "/s", "0.65"),
@@ -16504,6 +16529,7 @@ class Crowd(NamedTuple):
     cpu: float
     wake: float | None
     end: float
+
 
 CROWD_LINES = {  # a field of Crowd: what it is, unit, target
     "begin": ("from the first start until all wait", "s", "10 s"),
@@ -16888,6 +16914,7 @@ def _partner(what: str, program: _Program, count: int) -> Iterator[None]:
     yield
     assert partner.wait() == 0
 
+
 _LIBRARY: dict[str, Callable[[_Program, int], float | None]] = {
     "migrate": _migrate,
     "steps": _steps,
@@ -16916,6 +16943,7 @@ def _asleep(program: _Program, count: int) -> Crowd:
 
 def _in_recv(program: _Program, count: int) -> Crowd:
     return asyncio.run(_crowd(program, program.wait, count))
+
 
 _CROWDS: dict[str, Callable[[_Program, int], Any]] = {"sleep": _asleep, "recv": _in_recv}
 
@@ -16952,6 +16980,7 @@ async def _crowd(program: _Program, function: Callable[..., Any], count: int) ->
     return Crowd(begin, memory, rate, 100 * cpu, wake, end)
 
 # The same commits by psycopg alone: the tables and the rows of durable.py, without its guards.
+
 
 _SCHEMA = Path(__file__).with_name("schema.sql")
 
@@ -17082,6 +17111,7 @@ def _plain_notifier(url: str, count: int, act: Callable[[psycopg.Connection[Any]
             sent_at = time.perf_counter()
             act(conn)
             conn.execute("select pg_notify('bench', %s)", [str(sent_at)])
+
 
 _PLAIN: dict[str, Callable[[str, int], float | None]] = {
     "steps": _plain_steps,
