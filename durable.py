@@ -7786,26 +7786,32 @@ class _Rehearsal(_OrderedRun):
         except Exception as error:
             self.parted = _Verdict(False, None, None, None, str(error))
             return
-        self.began = self.left() is not None  # else it has yet to begin: whatever the code does then is right
+        self.began = self.left() is not None
+        if not self.began:
+            return  # whatever the code does then is right
+        call = functools.partial(self.function.call, *args, **kwargs)
+        with _OptionBlock(), suppress(_Stopped):
+            if self.function.is_async:
+                self.rehearse_on_loop(call)
+            else:
+                with self.noted(), self.inside():
+                    call()
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note how the function ended by itself; what it made of the end of the rehearsal is not meant."""
         try:
-            with _OptionBlock(), self.inside():
-                if not self.began:
-                    return
-                if self.function.is_async:
-                    self.rehearse_on_loop(functools.partial(self.function.call, *args, **kwargs))
-                else:
-                    self.function.call(*args, **kwargs)
-                self.returned = self.stopped is None
-        except _Stopped:
-            pass
-        except BaseException as error:  # of the user's; what it makes of the end is not meant
+            yield
+            self.returned = self.stopped is None
+        except BaseException as error:
             self.error = error if self.stopped is None else None
 
     def rehearse_on_loop(self, call: Callable[[], Coroutine[Any, Any, Any]]) -> None:
         """Run a coroutine function on an event loop of its own, and leave no task of it behind."""
         self.loop = loop = _PrivateLoop(self)
         try:
-            loop.run_until_complete(self.in_turns(call()))
+            with self.noted(), self.inside():
+                loop.run_until_complete(self.in_turns(call()))
         finally:
             self.halt(self.stopped or _Frontier("the rehearsal is over"))
             self.idle = 1
