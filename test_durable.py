@@ -12850,7 +12850,7 @@ class SteppedPool:
 
     def getconn(self):
         idle = self.peer.stage.idle
-        conn = idle.pop() if idle else self.peer.stage.connect(SteppedSession)
+        conn = idle.pop() if idle else self.peer.stage.connect()
         self.lent.append(conn)
         me = self.peer.executor.me.get("incarnation")
         if conn.lent_to != me:  # so that the witness knows who writes
@@ -12912,7 +12912,7 @@ class SteppedExecutor(durable._Executor):
 
     def connect(self):
         keepers = self.peer.stage.keepers
-        return keepers.pop() if keepers else self.peer.stage.connect(SteppedSession)
+        return keepers.pop() if keepers else self.peer.stage.connect()
 
     def new_pool(self):
         return self.pool
@@ -12957,7 +12957,7 @@ class Peer:
         self.dbos = Durable({**stage.settings, "executor_id": name, **config})
         self.executor = SteppedExecutor(self.dbos, {**self.dbos._settings(), "system_database_url": stage.url})
         self.executor.peer, self.executor.clock_ahead, self.executor.pool = self, stage.clock_ahead, SteppedPool(self)
-        self.dbos._executor = self.executor
+        self.dbos._executor, self.dbos.peer = self.executor, self
         stage.declare(self)
 
     def enlist(self, version):
@@ -12976,6 +12976,11 @@ class Peer:
         ).fetchone()
         executor.me = {**me, "incarnation": row[0]}
         return self
+
+    def launch(self):
+        """Launch in the ordinary way, in steps."""
+        self.dbos._executor = None
+        self.dbos.launch()
 
     def cut_at(self, actor, what, kind):
         """A point where the process may die, or the actor lose its connection."""
@@ -13054,6 +13059,8 @@ class Stage:
         Stage.now = self
         self.patches.setattr(psycopg.Cursor, "execute", stepped_execute)
         self.patches.setattr(durable, "_for_any", stepped_wait)
+        self.patches.setattr(durable, "_Session", SteppedSession)
+        self.patches.setattr(durable, "_Executor", lambda registry, config: registry.peer.executor)  # see Peer.launch
         self.patches.setattr(durable, "_LANES", 3)
         return self
 
@@ -13063,11 +13070,10 @@ class Stage:
         for conn in [*self.idle, *self.keepers, self.watch]:
             conn.close()
 
-    def connect(self, kind):
+    def connect(self):
         actor, Actor.here.actor = actor_here(), None  # this takes no step
         try:
-            conn = kind.connect(self.url, **self.maker.connection_options())
-            self.maker._configure(conn)
+            conn = self.maker.connect()
             conn.execute("set synchronous_commit = off; set deadlock_timeout = '20ms'")
             self.backends.add(conn.info.backend_pid)
             return conn
@@ -13567,7 +13573,7 @@ def two_starts(stage):
 def two_launches(stage):
     abandon(stage, "book", "w")
     one, two = stage.peer("local", launched=False), stage.peer("local", launched=False)
-    yield {"one": (one, one.executor.launch), "two": (two, two.executor.launch)}
+    yield {"one": (one, one.launch), "two": (two, two.launch)}
     once(stage, "w", (1,))
 
 
