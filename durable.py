@@ -18,8 +18,6 @@ return what they returned before.
     DBOS.launch()                       # takes up what an earlier process left unfinished
     fulfil("order-17")
 
-The words:
-
     workflow    a function, and the row that remembers it
     step        a call whose result is recorded, once, at a position
     position    1, 2, 3...: the order in which a workflow calls its steps
@@ -31,20 +29,18 @@ The words:
 
 Guaranteed: a recorded step never runs again, and what it returned is what every replay sees.  One run at a
 time writes a history.  Not guaranteed: a step interrupted before its record may run twice; give the outside
-world `DBOS.step_key`, which is the same at each try.  Asked of you: a workflow's own code must be deterministic.
-Given the same inputs and step results it must call the same steps in the same order; clocks, random numbers,
-files and the network belong in steps.
+world `DBOS.step_key`, which is the same at each try.  Asked of you: a workflow's own code is deterministic, and
+calls the same steps in the same order; clocks, random numbers, files and the network belong in steps.
 
 The map.  What stands above a banner is complete, and runs, without what stands below it:
 
     I.   The engine     workflows and steps, their values and colours; killed, they go on
-    II.  Self-hosting   bad times, the dead and the living, threads, transactions, the admin server, settings
+    II.  Self-hosting   bad times, the dead and the living, transactions, the admin server, settings
     III. Rooms          each by itself: group commit, hints, sleep, cancel, queues, messages, events, streams, ...
-    IV.  Operators      management, client, admin API, metrics, page, command line
+    IV.  Operators      management, client, admin API, metrics, page, deploys, command line
 
-Names and behaviour follow the DBOS Python library 2.x, so that code moves to `dbos` and back by one import
-line.  Needs Python 3.10+, psycopg 3 with psycopg_pool, PostgreSQL 13+, and schema.sql beside this file.
-Licence: MIT.  Made to be copied into your project and read.
+Names and behaviour follow the DBOS Python library 2.x: code moves to `dbos` and back by one import line.
+Needs Python 3.10+, psycopg 3 with psycopg_pool, PostgreSQL 13+, and schema.sql beside this file.  MIT licence.
 """
 
 # ==== I. The engine ===================================================================================
@@ -58,7 +54,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import base64
-import builtins
 import contextvars
 import functools
 import hashlib
@@ -157,6 +152,9 @@ class DBOSRestoredError(DBOSException):
         super().__init__(f"{type_name}: {text}")
         self.type_name, self.text = type_name, text
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.type_name, self.text)
+
 class _Stopped(BaseException):
     """This run may no longer write its workflow's history."""
 
@@ -178,7 +176,8 @@ error = sys.modules[__name__]  # `from dbos import error` finds the classes ther
 # history has a record there, the call is recalled; if not, it is made, and recorded.  That is all a
 # replay is: the same function, the same positions, and memory where there were calls.
 #
-# What is written here as `async def` runs on a plain thread as well: see Colours.
+# What is written here as `async def` runs on a plain thread as well: `await` means to wait on the thread or on the
+# event loop, whichever drives us (see Colours).
 
 
 async def _recorded(name: str, perform: Callable[[], Awaitable[T]], child: str | None = None) -> T:
@@ -207,9 +206,7 @@ async def _checkpointed(
         return cast(T, await run.record(position, name, value, error, time.monotonic() - began, child))
 
 
-class _Record(NamedTuple):
-    """A step on record."""
-
+class _Record(NamedTuple):  # of a step
     position: int
     name: str
     output: str | None
@@ -220,7 +217,7 @@ class _Record(NamedTuple):
 class _Run:
     """One run of a workflow by this process, under one claim."""
 
-    def __init__(self, executor: _Executor, function: _Function, row: dict[str, Any], has_history: bool = True) -> None:
+    def __init__(self, executor: _Executor, function: _Function, row: dict[str, Any]) -> None:
         self.executor, self.function, self.row = executor, function, row
         self.id, self.claim = str(row["id"]), int(row["claim"])
         self.job: Callable[[], object] = lambda: _block(executor.background(self))  # for a thread
@@ -234,10 +231,11 @@ class _Run:
         self.tries: dict[int, int] = {}  # of steps that are not on record yet
         self._position = 0
         self._history: dict[int, _Record] = {}
-        self.history_to: int | None = 0 if has_history else None  # None: nothing left to read
+        self._reading: _Signal | None = None  # somebody reads more of it, and then this is set
+        self.history_to = 0 if row.get("has_history", True) else None  # None: nothing left to read
 
     def advance(self, by: int = 1) -> int:
-        """Take the next position.  Callers do so before their first wait, so that `gather` keeps the order."""
+        """Take the next position, before the first wait: tasks of one `gather` are numbered in the order of calls."""
         self._position += by
         return self._position - by + 1
 
@@ -257,11 +255,22 @@ class _Run:
         return record
 
     async def remember(self, position: int) -> None:
-        """Read the history up to here: recall is memory, and a replay makes a trip per thousand steps."""
+        """Read the history up to here: recall is memory, and a replay makes a trip per thousand steps.
+
+        Of several tasks that need it, one reads; all go on in the order of their calls, as when the steps ran.
+        """
         while self.history_to is not None and position > self.history_to:
-            chunk = await self.executor.ask(_read_history, self.id, self.history_to)
-            self._history.update((record.position, record) for record in chunk)
-            self.history_to = chunk[-1].position if len(chunk) == _HISTORY_CHUNK else None
+            if self._reading is not None:
+                await _for_any(self._reading)
+                continue
+            self._reading = _Signal()
+            try:
+                chunk = await self.executor.ask(_read_history, self.id, self.history_to)
+                self._history.update((record.position, record) for record in chunk)
+                self.history_to = chunk[-1].position if len(chunk) == _HISTORY_CHUNK else None
+            finally:
+                self._reading.set()
+                self._reading = None
 
     def same(self, record: _Record, name: str) -> _Record:
         """Refuse the record of another step than the one that is called."""
@@ -302,9 +311,7 @@ class _Run:
             raise error
         return value
 
-    def store(
-        self, what: str, value: Any, error: Exception | None
-    ) -> tuple[str | None, str | None, Exception | None]:
+    def store(self, what: str, value: Any, error: Exception | None) -> tuple[str | None, str | None, Exception | None]:
         """Turn an outcome into text: output, or error.  What cannot be stored is an error, and returned as such."""
         if error is None:
             try:
@@ -317,22 +324,20 @@ class _Run:
     async def settle(self, position: int, name: str) -> _Record | None:
         """Find out why a write was refused: return the record that is there, or stop this run.
 
-        It may be our own, whose acknowledgement was lost, or that of an earlier claim that got in first.
+        It is our own, whose acknowledgement was lost, or that of a call which another run made before it was succeeded.
         None means that nothing stands in the way: write again.
         """
         await self.standing()
         there = await self.executor.ask(_read_history, self.id, position - 1, 1)
-        if not there or there[0].position != position:
-            return None
-        return self.same(there[0], name)
+        return self.same(there[0], name) if there and there[0].position == position else None
 
     async def standing(self, finished: str = "") -> bool:
-        """Tell whether the row is ours to write; if not, raise (or return False where it is `finished`)."""
+        """Raise if the row is not ours to write.  False: it is `finished` as we wanted, so only the answer was lost."""
         claim, status = (await self.executor.ask(_claims, [self.id]))[self.id]
         if (claim, status) == (self.claim, finished):
             return False
         self.check(claim, status)
-        await _breathe(self.executor)
+        await _pause_run(self.executor, timeout=_AGAIN_S)  # refused for no reason that is left: do not spin
         return True
 
     def check(self, claim: int | None, status: str) -> None:
@@ -368,16 +373,10 @@ class _Run:
         try:
             self.go_on()  # it may have waited for a thread
             self.thread = threading.get_ident()
-            await self.prepare()
             try:
-                with _OptionBlock(), self.inside():  # a block around the call is not for the body
-                    args, kwargs = self.arguments()
-                    value = self.function.call(*args, **kwargs)
-                    if self.function.is_async:
-                        self.loop = asyncio.get_running_loop()
-                        value = await self.drive(value)
+                value = await self.call()
             except Exception as raised:
-                error = raised
+                error = _raised(raised)
             error = await self.finish(value, error)
         except (KeyboardInterrupt, SystemExit) as end:
             self.interrupted = end  # somebody wants it to stop: it stays PENDING until the next launch
@@ -388,12 +387,14 @@ class _Run:
             raise error
         return value
 
-    async def prepare(self) -> None:
-        """Get ready for the user's code."""
-
-    async def drive(self, body: Coroutine[Any, Any, Any]) -> Any:
-        """Run the function, if it is a coroutine."""
-        return await body
+    async def call(self) -> Any:
+        with _OptionBlock(), self.inside():  # a block around the call is not for the body
+            args, kwargs = self.arguments()
+            value = self.function.call(*args, **kwargs)
+            if self.function.is_async:
+                self.loop = asyncio.get_running_loop()
+                value = await value
+            return value
 
     def arguments(self) -> tuple[list[Any], dict[str, Any]]:
         """Read the arguments back; an error here is the workflow's outcome, and names it."""
@@ -421,12 +422,14 @@ class _Run:
         return error
 
 
-_STOPS: dict[str, type[_Stopped]] = {}  # how a run is stopped whose workflow was given this status
+# How a run is stopped whose workflow was given a status from outside.  (Rooms add theirs, as CANCELLED.)
+_STOPS: dict[str, type[_Stopped]] = {}
 
 
 # The fence: whatever a run writes asks its workflow's row for `claim = mine and status = 'PENDING'`.  A row
-# that is not taken was fenced off, or is on record already, and `_Run.settle` finds out which.  The share
-# lock makes a later claim wait for this record, or this record miss.
+# that is not taken was fenced off, or is on record already, and `_Run.settle` finds out which.  Who takes a workflow
+# updates its row, and so waits for our share lock: either our record is committed first, and the new run reads it, or
+# the claim has moved first, and our select finds no row.
 _RECORD = """
     insert into durable.steps
            (workflow_id, position, name, output, error, child_workflow_id, tries, started_at, completed_at)
@@ -460,11 +463,6 @@ def _claims(conn: Conn, ids: list[str]) -> dict[str, tuple[int | None, str]]:
     return dict.fromkeys(ids, (None, "deleted")) | {id: (claim, status) for id, claim, status in rows}
 
 
-async def _breathe(executor: _Executor) -> None:
-    """Pause before a write is made again that was refused without a reason: whatever it is, nothing spins."""
-    await _for_any(executor.closed, timeout=_AGAIN_S)
-
-
 @dataclass(frozen=True)
 class StepStatus:
     """What `DBOS.step_status` tells inside a step; the attempt counts from 0, None without retries."""
@@ -481,14 +479,20 @@ class _Frame(NamedTuple):
     step: StepStatus | None = None
 
 
-_frame: contextvars.ContextVar[_Frame | None] = contextvars.ContextVar("durable_frame", default=None)
+_frame = contextvars.ContextVar[_Frame | None]("durable_frame", default=None)
+
+
+def _here() -> _Frame | None:
+    """Where this code stands; raises if its executor is not this process's."""
+    frame = _frame.get()
+    if frame is not None:
+        frame.run.executor.here()
+    return frame
 
 
 def _current_run() -> _Run | None:
     """The run whose workflow function is calling; None outside workflows, and inside a step."""
-    frame = _frame.get()
-    if frame is not None:
-        frame.run.executor.here()
+    frame = _here()
     return frame.run if frame is not None and frame.step is None else None
 
 
@@ -508,9 +512,6 @@ class _Retries:
         if inspect.iscoroutinefunction(self.should_retry) and not inspect.iscoroutinefunction(fn):
             raise DBOSException(f"step {name} is a plain function, and its should_retry is async: make both alike")
 
-    def pause(self, attempt: int) -> float:
-        return min(self.interval_seconds * self.backoff_rate**attempt, _RETRY_CEILING_S)
-
 
 async def _step(name: str, retries: _Retries, call: Callable[[], Any]) -> Any:
     """Run a user's step: in a workflow run or recalled, anywhere else a plain call."""
@@ -527,6 +528,7 @@ async def _attempts(run: _Run, position: int, name: str, retries: _Retries, call
         with run.inside(StepStatus(position)):
             return await _value_of(call())
     errors: list[Exception] = []
+    wait_s = retries.interval_seconds
     for attempt in range(retries.max_attempts):
         run.tries[position] = attempt + 1
         status = StepStatus(position, attempt, retries.max_attempts)
@@ -540,7 +542,8 @@ async def _attempts(run: _Run, position: int, name: str, retries: _Retries, call
             errors.append(_dump_error(run.executor.serializer, error)[1])  # as a replay will see it
         _log.warning("step %s failed (try %d of %d): %r", name, attempt + 1, retries.max_attempts, errors[-1])
         if attempt + 1 < retries.max_attempts:
-            await _pause_run(run.executor, timeout=retries.pause(attempt))
+            await _pause_run(run.executor, timeout=min(wait_s, _RETRY_CEILING_S))
+            wait_s *= retries.backoff_rate
     raise DBOSMaxStepRetriesExceeded(
         f"step {name} failed at each of its {retries.max_attempts} tries",
         errors=errors, step_name=name, max_retries=retries.max_attempts,
@@ -571,7 +574,11 @@ async def _call(executor: _Executor, function: _Function, args: tuple[Any, ...],
                 return await run.execute()
         return await _result(executor, id)
 
-    return await _checkpointed(start.parent, start.row["position"] + 1, "DBOS.getResult", see_through, child=id)
+    try:
+        return await _checkpointed(start.parent, start.row["position"] + 1, "DBOS.getResult", see_through, child=id)
+    finally:
+        if run is not None:
+            executor.leave(run)  # perhaps before it began: the parent was to stop
 
 
 class _Start(NamedTuple):
@@ -636,8 +643,7 @@ def _generated_id(run: _Run | None, position: int) -> str:
     return f"{run.id}-{position}" if run else str(uuid.uuid4())
 
 
-_NO_OPTIONS: Mapping[str, Any] = {}
-_options = contextvars.ContextVar("durable_options", default=_NO_OPTIONS)
+_options = contextvars.ContextVar[Mapping[str, Any]]("durable_options", default=types.MappingProxyType({}))
 
 
 class _OptionBlock:
@@ -677,11 +683,11 @@ def _storable(text: str) -> bool:
 
 
 async def _begin(executor: _Executor, function: _Function, start: _Start) -> tuple[str, _Run | None]:
-    """Commit the row; return the ID, and the run if it is ours to execute now."""
+    """Commit the row; return the ID and, if it is ours, the run, which is at work from now on: execute it."""
     row = start.row
     if await _has_begun(start) or not await executor.may_begin(start):
         return row["id"], None
-    run = executor.run_type(executor, function, row, has_history=False)
+    run = executor.run_type(executor, function, row)
     executor.claimed[run.id, run.claim] = run  # before the row is there: nobody may take it for lost
     try:
         existing = await _insert(executor, start)
@@ -689,13 +695,11 @@ async def _begin(executor: _Executor, function: _Function, start: _Start) -> tup
         executor.forget(run)
         raise
     if existing is None:
-        return run.id, executor.enter(run)
-    ours = (existing["status"], existing["incarnation"]) == ("PENDING", executor.me["incarnation"])
-    if ours and existing["claim"] == run.claim:
-        run.history_to = 0  # our own row, whose acknowledgement was lost: it may have a history by now
-        return run.id, executor.enter(run)
-    executor.forget(run)
-    return run.id, None
+        run.history_to = None
+    elif (existing["claim"], existing["status"]) != (run.claim, "PENDING"):  # or it is ours, and the answer was lost
+        executor.forget(run)
+        return run.id, None
+    return run.id, executor.enter(run)
 
 
 async def _has_begun(start: _Start) -> bool:
@@ -725,7 +729,7 @@ async def _insert(executor: _Executor, start: _Start) -> dict[str, Any] | None:
             elif parent is not None:
                 await parent.settle(row["position"], row["name"])
             else:
-                await _breathe(executor)
+                await _pause_run(executor, timeout=_AGAIN_S)
         if parent is not None and (existing is not None or not is_child):
             await parent.record(row["position"], row["name"], None, None, 0.0, child=row["id"])
     return existing
@@ -774,9 +778,7 @@ async def _result(executor: _Executor, id: str, existing: bool = True) -> Any:
             await executor.watch(run)
             if run.result is not None:
                 return run.result[0]
-            if not (run.done.is_set or run.stop.is_set):
-                continue
-        with executor.expected("w", id) as hint:  # before the look, so that none falls in between
+        with executor.expected("w", id) as hint:  # (a room may give hints) before the look: none falls in between
             row = await executor.ask(_find, id)
             if row is None and existing:
                 raise DBOSNonExistentWorkflowError(f"there is no workflow {id}")
@@ -786,15 +788,15 @@ async def _result(executor: _Executor, id: str, existing: bool = True) -> Any:
             await _pause_run(executor, hint, timeout=executor.poll_s if existing else _POLL_S)
 
 
-def _raise_error(executor: _Executor, row: dict[str, Any]) -> Any:
-    raise _load_error(executor.serializer, row["error"])
+def _returned(executor: _Executor, row: dict[str, Any]) -> Any:
+    """What a workflow that ended by itself returned, or raised."""
+    if row["error"] is not None:
+        raise _load_error(executor.serializer, row["error"])
+    return executor.serializer.deserialize(row["output"])
 
 
 # What whoever waits for a workflow gets, by the status in which it came to rest.
-_ENDINGS: dict[str, Callable[[_Executor, dict[str, Any]], Any]] = {
-    "SUCCESS": lambda executor, row: executor.serializer.deserialize(row["output"]),
-    "ERROR": _raise_error,
-}
+_ENDINGS: dict[str, Callable[[_Executor, dict[str, Any]], Any]] = {"SUCCESS": _returned, "ERROR": _returned}
 
 
 async def _pause_run(executor: _Executor, *signals: _Signal, timeout: float | None = None) -> None:
@@ -812,19 +814,22 @@ class _Function:
     """A registered function: what a row's `name` means in this process."""
 
     def __init__(self, name: str, call: Any, given: Callable[..., Any], most: int | None, kind: str) -> None:
-        self.name, self.call, self.given, self.max_recovery_attempts, self.kind = name, call, given, most, kind
+        self.name, self.call, self.given, self.kind = name, call, given, kind
+        self.most = math.inf if most is None else most  # recoveries, before it is dead-lettered
         self.is_async = inspect.iscoroutinefunction(call)
         self.signature = inspect.signature(given)
-        while isinstance(given, functools.partial):
-            given = given.func
-        given = inspect.unwrap(given)
+        given = inspect.unwrap(_whole(given))
         self.source: Any = given if hasattr(given, "__code__") else type(given).__call__  # of a callable object
+
+
+def _whole(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function behind a partial one."""
+    return _whole(fn.func) if isinstance(fn, functools.partial) else fn
 
 
 def _name_of(fn: Callable[..., Any]) -> str:
     """What a function is called, the same in every process; for a callable object, its class."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
+    fn = _whole(fn)
     return str(getattr(fn, "__qualname__", type(fn).__qualname__))
 
 
@@ -839,20 +844,16 @@ class _JSONElsePickle:
     """How values become text and come back: JSON where that is exact, a marked pickle elsewhere."""
 
     _MARK = "pickle:"  # no JSON text begins like this
+    dumps: Callable[[Any], bytes] = staticmethod(pickle.dumps)
+    loads: Callable[[bytes], Any] = staticmethod(pickle.loads)
 
     def serialize(self, data: Any) -> str:
-        return json.dumps(data) if _survives_json(data) else self._MARK + base64.b64encode(self.pickle(data)).decode()
+        return json.dumps(data) if _survives_json(data) else self._MARK + base64.b64encode(self.dumps(data)).decode()
 
     def deserialize(self, serialized_data: str) -> Any:
         if serialized_data.startswith(self._MARK):
-            return self.unpickle(base64.b64decode(serialized_data[len(self._MARK) :]))
+            return self.loads(base64.b64decode(serialized_data[len(self._MARK) :]))
         return json.loads(serialized_data)
-
-    def pickle(self, data: Any) -> bytes:
-        return pickle.dumps(data)
-
-    def unpickle(self, data: bytes) -> Any:
-        return pickle.loads(data)
 
 
 _SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # two that JSON would take for one character
@@ -883,19 +884,15 @@ def _survives_json(value: Any, depth: int = 0, seen: set[int] | None = None) -> 
 
 
 def _dump_error(serializer: Any, error: Exception) -> tuple[str, Exception]:
-    """Store an exception as JSON: its type's name and its text for people, the rest for `_load_error`.
+    """Store an exception as JSON: its type's name and its text for people, a form of it for `_load_error`.
 
-    Many exceptions can be pickled but not unpickled, because their constructor does not take their
-    `args`.  So the form that goes in is one that was seen to come out: the exception itself, or its
-    class, arguments and attributes, or (for a built-in, or one of ours) its class's name instead, or else
-    only name and text.
+    Many exceptions can be pickled but not unpickled, so the form is one that was seen to come out again.
     Returned too is what to raise now: the exception, or what will stand for it at a replay.
     """
     stored = {"type": _type_name(error), "text": _text_of(error)}
-    named = {"args": list(error.args), "attributes": error.__dict__}
-    for form in (error, [type(error), error.args, error.__dict__], named):
+    for form in _FORMS:
         with suppress(Exception):
-            stored["value"] = serializer.serialize(form)
+            stored["value"] = serializer.serialize(form(error))
             copy = _load_error(serializer, json.dumps(stored))
             if type(copy) is type(error) and _text_of(copy) == stored["text"]:
                 return json.dumps(stored), error
@@ -908,23 +905,13 @@ def _dump_error(serializer: Any, error: Exception) -> tuple[str, Exception]:
 def _load_error(serializer: Any, text: str) -> Exception:
     stored = json.loads(text)
     with suppress(Exception):
-        return _rebuild_error(serializer.deserialize(stored["value"]), stored["type"])
+        form = serializer.deserialize(stored["value"])
+        return form if isinstance(form, Exception) else _REBUILT[type(form)](form, stored["type"])
     return DBOSRestoredError(stored["type"], stored["text"])
 
 
-def _rebuild_error(form: Any, name: str) -> Exception:
-    if isinstance(form, Exception):
-        return form
-    if isinstance(form, dict):
-        own = globals().get(name.removeprefix(f"{__name__}."))
-        form = own or getattr(builtins, name), form["args"], form["attributes"]
-    kind, args, attributes = form
-    if not issubclass(kind, Exception):
-        raise TypeError(f"{name} is no exception")
-    rebuilt: Exception = kind.__new__(kind, *args)
-    rebuilt.args = tuple(args)
-    rebuilt.__dict__.update(attributes)
-    return rebuilt
+_FORMS: list[Callable[[Exception], Any]] = [lambda error: error]  # in which an exception may survive
+_REBUILT: dict[type, Callable[[Any, str], Exception]] = {}  # by the type of a form, what makes an exception of it
 
 
 def _type_name(value: object) -> str:
@@ -947,13 +934,12 @@ def _text_of(value: object) -> str:
 # The operation cannot tell which of them drives it.
 
 
+@dataclass
 class _Wait(Generic[T]):
     """Something to wait for, which can be done in either colour."""
 
-    __slots__ = ("block", "on_loop")
-
-    def __init__(self, block: Callable[[], T], on_loop: Callable[[], Awaitable[T]]) -> None:
-        self.block, self.on_loop = block, on_loop
+    block: Callable[[], T]
+    on_loop: Callable[[], Awaitable[T]]
 
     def __await__(self) -> Generator[Any, Any, T]:
         return cast(T, (yield self))  # the driver does the waiting and sends what came of it
@@ -990,6 +976,9 @@ def _suspend(body: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
             return cast(T, end.value)
         try:
             value = (yield from wait.on_loop().__await__()) if isinstance(wait, _Wait) else (yield wait)
+        except GeneratorExit:  # it is thrown away, with the body perhaps before it
+            body.close()
+            raise
         except BaseException as error:
             step = functools.partial(body.throw, error)
         else:
@@ -1008,10 +997,7 @@ def _in_colour_of(fn: Callable[P, R], body: Callable[..., Coroutine[Any, Any, An
     async def awaited(*args: Any, **kwargs: Any) -> Any:
         return await _suspend(body(*args, **kwargs))
 
-    def called(*args: Any, **kwargs: Any) -> Any:
-        return _block(body(*args, **kwargs))
-
-    chosen: Any = awaited if inspect.iscoroutinefunction(fn) else called
+    chosen: Any = awaited if inspect.iscoroutinefunction(fn) else lambda *args, **kwargs: _block(body(*args, **kwargs))
     return cast(Callable[P, R], functools.wraps(fn)(chosen))
 
 
@@ -1023,19 +1009,16 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
 
 
 def _refuse_to_block_a_loop(name: str) -> None:
-    if _running_loop() is None:
-        return
-    raise RuntimeError(f"{name}() would block the running event loop: await {name}_async() instead")
+    if _running_loop() is not None:
+        raise RuntimeError(f"{name}() would block the running event loop: await {name}_async() instead")
 
 
 class _Signal:
     """A flag that is raised once, and wakes threads and coroutines alike."""
 
-    __slots__ = ("is_set", "wakers")
-
     def __init__(self) -> None:
         self.is_set = False
-        self.wakers: set[Callable[[], None]] = set()
+        self.wakers: dict[Callable[[], None], None] = {}  # in order
 
     def set(self) -> None:
         self.is_set = True
@@ -1043,31 +1026,33 @@ class _Signal:
             wake()
 
 
+@contextmanager
+def _waking(signals: Sequence[_Signal], wake: Callable[[], None]) -> Iterator[None]:
+    """Have each of the signals call `wake`."""
+    for signal in signals:
+        signal.wakers[wake] = None
+    try:
+        if any(signal.is_set for signal in signals):  # looked at after the entry above: none can slip between
+            wake()
+        yield
+    finally:
+        for signal in signals:
+            signal.wakers.pop(wake, None)
+
+
 def _for_any(*signals: _Signal, timeout: float | None = None) -> _Wait[None]:
     """Wait until one of the signals is set, or for `timeout` seconds."""
 
-    @contextmanager
-    def waking(wake: Callable[[], None]) -> Iterator[None]:
-        for signal in signals:
-            signal.wakers.add(wake)
-        try:
-            if any(signal.is_set for signal in signals):  # looked at after the entry above: none can slip between
-                wake()
-            yield
-        finally:
-            for signal in signals:
-                signal.wakers.discard(wake)
-
     def block() -> None:
         woken = threading.Event()
-        with waking(woken.set):
+        with _waking(signals, woken.set):
             woken.wait(timeout)
 
     async def on_loop() -> None:
         woken = asyncio.Event()
         timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, woken.set)
         try:
-            with waking(_waker(woken)):
+            with _waking(signals, _waker(woken)):
                 await woken.wait()
         finally:
             if timer is not None:
@@ -1091,29 +1076,29 @@ def _waker(event: asyncio.Event) -> Callable[[], None]:
 #
 # An executor is what exists from launch to destroy: connections, threads, and the runs at work.  It has a
 # name, which outlives the process, and each launch of that name has a number, its incarnation.  What an
-# earlier incarnation left PENDING is ours to take up: kill -9, launch again, and it goes on.
+# earlier incarnation left PENDING is ours to take up: kill -9, launch again, and it goes on.  (Under the same version,
+# which is a hash of the workflows' code: what another code began is not ours.  And under a name of its own: so far
+# nobody can tell a dead namesake from a living one.)
 #
 # What is below adds to this class by deriving from it, and calls `super()`; `_Executor`, in the last lines of
 # the file, is made of them all.
 
 
 class _BareExecutor:
-    """What exists from launch to destroy."""
-
     run_type: type[_Run] = _Run
     pool: ConnectionPool[Any]  # for everybody's statements
     conn: Conn | None = None  # ours alone, for as long as we live
+    place = "its database"  # where that is, for the log
     poll_s: float | None = 0.1  # how often to look for what nobody tells us
     create_task: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]] = staticmethod(asyncio.create_task)
 
     def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
-        self.registry, self.config, self.url = registry, config, str(config["system_database_url"])
+        self.registry, self.config, self.url = registry, config, str(config["system_database_url"] or "")
         self.me: dict[str, Any] = {}  # who we are, once launched
         self.serializer: Any = _JSONElsePickle()
         self.claimed: dict[tuple[str, int], _Run] = {}  # what we hold, or are about to, by ID and claim
         self.running: dict[str, _Run] = {}  # of these what is at work, by ID
         self.tasks: set[asyncio.Task[None]] = set()  # of coroutine workflows: a loop refers to its tasks weakly
-        self.stopping = threading.Event()  # nothing new is to be taken
         self.closed = _Signal()  # nothing is to go on
 
     # What the operations use: statements, waits, values.
@@ -1135,18 +1120,13 @@ class _BareExecutor:
     def ask(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> _Wait[T]:
         """The same, for operations of either colour: on this thread, or for a coroutine on one that may block."""
         call = functools.partial(self.now, statement, *args, **kwargs)
-        return _Wait(call, lambda: self.offload(call))
+        return _Wait(call, lambda: asyncio.to_thread(call))
 
     def write(self, statement: str, row: dict[str, Any]) -> _Wait[bool]:
         """Commit a row, and tell whether it was taken."""
         return self.ask(lambda conn: conn.execute(statement, row).rowcount > 0)
 
-    def offload(self, call: Callable[[], T]) -> Awaitable[T]:
-        """Do for a coroutine what would block its loop."""
-        return asyncio.to_thread(call)
-
     def wait(self, *signals: _Signal, timeout: float | None = None) -> _Wait[None]:
-        """Wait for one of the signals, or `timeout` seconds."""
         return _for_any(*signals, timeout=timeout)
 
     def expected(self, *hint: str) -> AbstractContextManager[_Signal]:
@@ -1154,7 +1134,6 @@ class _BareExecutor:
         return nullcontext(_Signal())
 
     def serialize(self, value: Any) -> str:
-        """Turn a value into text."""
         return str(self.serializer.serialize(value))
 
     # Workflows: begun, taken up, ended.
@@ -1172,19 +1151,23 @@ class _BareExecutor:
 
     def recover(self, listed: Sequence[str] = ()) -> list[str]:
         """Take up the workflows that nobody runs, and return their IDs."""
-        left = self.now(_left_behind, self.me)
-        return self.take_up(self.now(_take, self.me, [row for row in left if self.registry._function_for(row)]))
+
+        def take(conn: Conn) -> list[dict[str, Any]]:
+            """In one attempt: if its answer is lost, the next finds what it took."""
+            left = [row for row in _left_behind(conn, self.me) if (row["id"], row["claim"]) not in self.claimed]
+            return _take(conn, self.me, [row for row in left if self.registry._function_for(row)])
+
+        return self.take_up(self.now(take))
 
     def take_up(self, rows: list[dict[str, Any]]) -> list[str]:
         """Run in the background what was taken."""
         for row in rows:
             function = cast(_Function, self.registry._function_for(row))
-            run = self.run_type(cast(_Executor, self), function, row, row.get("has_history", True))
-            self.spawn(self.enter(run))
+            self.spawn(self.enter(self.run_type(cast(_Executor, self), function, row)))
         return [row["id"] for row in rows]
 
     def enter(self, run: _Run) -> _Run:
-        """This run is at work from now on, and no former one of its workflow."""
+        """This run is at work from now on, and no former one of its workflow (or of a deleted one of that ID)."""
         former = self.running.get(run.id)
         self.claimed[run.id, run.claim] = self.running[run.id] = run
         if former is not None:
@@ -1204,17 +1187,24 @@ class _BareExecutor:
             del self.running[run.id]
         run.done.set()
 
+    def leave(self, run: _Run) -> None:
+        """Whoever was to execute this run does so no longer."""
+        if not run.done.is_set:
+            self.forget(run)
+
     def spawn(self, run: _Run, loop: asyncio.AbstractEventLoop | None = None) -> None:
         """Run in the background, in the colour of the function; on the running loop where one is given."""
+        operation = functools.partial(self.background, run)
         if not run.function.is_async:
             self.start_thread(run.job)
         elif loop is None:
-            self.start_thread(lambda: asyncio.run(_awaited(self.background(run))))
+            self.start_thread(lambda: asyncio.run(_awaited(operation)))
         else:
             run.loop = loop
-            task = self.create_task(_awaited(self.background(run)))
+            task = self.create_task(_awaited(operation))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
+            task.add_done_callback(lambda _: self.leave(run))  # cancelled before it began, perhaps
 
     def start_thread(self, job: Callable[[], object], name: str = "durable-workflow") -> None:
         threading.Thread(target=job, daemon=True, name=name).start()  # a daemon keeps no interpreter from ending
@@ -1229,27 +1219,18 @@ class _BareExecutor:
             _log.debug("workflow %s (%s) failed: %r", run.id, run.function.name, error)
         except BaseException as end:
             level = logging.DEBUG if self.closed.is_set else logging.WARNING
-            _log.log(level, "workflow %s (%s) was ended by %r, and is taken up again", run.id, run.function.name, end)
+            _log.log(level, "workflow %s (%s) was ended by %r, and stays PENDING", run.id, run.function.name, end)
 
     # Life and death.
 
-    def launch(self) -> list[str]:
-        """Begin to work; what cannot begin leaves nothing behind.  Returns the IDs of what was recovered."""
-        try:
-            self.open()
-            taken = self.serve()
-        except BaseException:
-            self.close(0)
-            raise
-        atexit.register(self.fall_silent)
-        return taken
-
     def about(self) -> str:
         """Who was launched, for the log."""
-        return "{application} as executor {executor_id}, incarnation {incarnation}, version {version}".format(**self.me)
+        who = "{application} as executor {executor_id}, incarnation {incarnation}, version {version}".format(**self.me)
+        return f"{who}, on {self.place}"
 
     def open(self) -> None:
-        """Bring the schema up to date, and enter as a new incarnation."""
+        """Bring the schema up to date, and enter as a new incarnation; close() is to be called, even if this fails."""
+        atexit.register(self.closed.set)  # so that no daemon thread complains of what it loses at the interpreter's end
         self.conn = self.connect()
         self.migrate(self.conn)
         self.me = self.enlist(self.conn)
@@ -1273,65 +1254,55 @@ class _BareExecutor:
         return ConnectionPool(self.url, kwargs={"autocommit": True}, min_size=2, max_size=20, open=True)
 
     def migrate(self, conn: Conn) -> None:
-        _migrate(conn)
+        """Bring the schema up to date: one transaction, one executor at a time."""
+        with conn.transaction():
+            conn.execute("select pg_advisory_xact_lock(%s, 0)", (_LOCKS,))
+            conn.execute(Path(__file__).with_name("schema.sql").read_bytes())
 
     def serve(self) -> list[str]:
         """Take up what was left, and begin to take what comes; return the IDs of the former."""
         return self.recover()
 
     def close(self, patience_s: float) -> None:
-        """Take nothing new, wait for what runs, then end everything; what did not finish stays PENDING."""
-        self.stopping.set()
+        """Wait for what runs, then end everything; what did not finish stays PENDING."""
         deadline, here = time.monotonic() + patience_s, _running_loop()  # which we block: what is on it cannot go on
-        while (left := deadline - time.monotonic()) > 0:
-            runs = [run for run in self.at_work() if run.loop is None or run.loop is not here]
-            if not runs:
-                break
+        while (left := deadline - time.monotonic()) > 0 and (
+            runs := [run for run in tuple(self.claimed.values()) if here is None or run.loop is not here]
+        ):
             _for_any(runs[0].done, timeout=left).block()
-        self.fall_silent()
-        for run in self.at_work():
+        self.closed.set()
+        for run in tuple(self.claimed.values()):
             run.halt(_Closing("the executor was destroyed"))
         self.end()
-        atexit.unregister(self.fall_silent)
-
-    def at_work(self) -> list[_Run]:
-        return [run for run in tuple(self.claimed.values()) if not run.done.is_set]
+        atexit.unregister(self.closed.set)
 
     def end(self) -> None:
-        """Close what was opened; nothing is to go on."""
         if hasattr(self, "pool"):
             self.pool.close(timeout=1.0)
         if self.conn is not None:
             self.conn.close()
 
-    def fall_silent(self) -> None:
-        """Let nothing go on; at the interpreter's end, too, so that no daemon thread complains of what it loses."""
-        self.stopping.set()
-        self.closed.set()
 
-
-async def _awaited(operation: Coroutine[Any, Any, T]) -> T:
+async def _awaited(operation: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """An operation as a coroutine that any event loop can run."""
-    return await _suspend(operation)
+    return await _suspend(operation())
 
 
 _LOOKED_AT = ["id", "number", "claim", "status", "name", "recovery_attempts"]  # of what is to be taken up
 
 
 def _left_behind(conn: Conn, me: dict[str, Any]) -> list[dict[str, Any]]:
-    """Find the PENDING workflows of this version that earlier launches of this executor left, the oldest first."""
+    """Find the PENDING workflows of this version and executor, up to this launch of it, the oldest first."""
     query = f"""
         select {", ".join(_LOOKED_AT)} from durable.workflows
-         where status = 'PENDING' and executor_id = %(executor_id)s and incarnation < %(incarnation)s
+         where status = 'PENDING' and executor_id = %(executor_id)s and incarnation <= %(incarnation)s
            and application_version = %(version)s
          order by number
     """
     return conn.cursor(row_factory=dict_row).execute(query, me).fetchall()
 
 
-def _take(
-    conn: Conn, me: dict[str, Any], found: list[dict[str, Any]], status: str = "PENDING"
-) -> list[dict[str, Any]]:
+def _take(conn: Conn, me: dict[str, Any], found: list[dict[str, Any]], status: str = "PENDING") -> list[dict[str, Any]]:
     """Raise the claims of rows as they were found, so that whoever held them can write no more.
 
     Raising the claim that was read, and no other, is what keeps two from taking the same row: the second
@@ -1352,30 +1323,6 @@ def _take(
     return sorted(taken, key=lambda row: int(row["number"]))
 
 
-_SCHEMA_VERSION = 41  # the edition of schema.sql that this code was written for, and how many storeys of it
-
-
-def _migrate(conn: Conn) -> None:
-    """Bring the schema up to this code's edition: one transaction, one executor at a time."""
-    with conn.transaction():
-        conn.execute("select pg_advisory_xact_lock(%s, 0)", (_LOCKS,))
-        number = _edition(conn)
-        if number is not None and number > _SCHEMA_VERSION:
-            raise DBOSInitializationError(
-                f"the database's schema is edition {number}, newer than edition {_SCHEMA_VERSION} of this "
-                f"durable.py: update durable.py and schema.sql together"
-            )
-        if number != _SCHEMA_VERSION:
-            conn.execute(Path(__file__).with_name("schema.sql").read_bytes())
-
-
-def _edition(conn: Conn) -> int | None:
-    """Read which edition of the schema is there."""
-    if conn.execute("select to_regclass('durable.version')").fetchone() == (None,):
-        return None
-    return cast(tuple[int], conn.execute("select max(number) from durable.version").fetchone())[0]
-
-
 def _some(ids: list[str]) -> str:
     """A few of the IDs, and how many there are, for one line of the log."""
     shown = ", ".join(ids[:5]) + ", ..." * (len(ids) > 5)
@@ -1384,48 +1331,15 @@ def _some(ids: list[str]) -> str:
 
 # --- The public face ----------------------------------------------------------------------------------
 #
-# What a program uses.  `_Access` is what one can do with workflows without having their code; `_Engine`
-# adds the decorators, and launch and destroy.  The last lines of the file compose `Durable` of them.
+# What a program uses: handles; and the decorators, launch and destroy, of which the last lines of the file compose
+# `Durable`.
 
 
 class _Access:
-    """What one can do with workflows from anywhere; in a workflow each of these is a step."""
+    """What leads to an executor: there are others than what registers functions."""
 
     def _launched(self) -> _Executor:
         raise NotImplementedError
-
-    def _for(self, workflow_id: str) -> _Executor:
-        """The executor, for an operation on a workflow; refused is an ID that none can have."""
-        _valid_name("workflow ID", workflow_id)
-        return self._launched()
-
-    def _result_of(self, workflow_id: str, existing: bool) -> Coroutine[Any, Any, Any]:
-        executor = self._for(workflow_id)
-        return _recorded("DBOS.getResult", lambda: _result(executor, workflow_id, existing), child=workflow_id)
-
-    async def _require(self, workflow_id: str) -> None:
-        executor = self._for(workflow_id)
-
-        async def is_there() -> bool:
-            return await executor.ask(_find, workflow_id) is not None
-
-        if not await _recorded("DBOS.getStatus", is_there):
-            raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id}")
-
-    def retrieve_workflow(self, workflow_id: str, existing_workflow: bool = True) -> WorkflowHandle[Any]:
-        """Return a handle; DBOSNonExistentWorkflowError if there is no such workflow (and there should be)."""
-        _refuse_to_block_a_loop("retrieve_workflow")
-        if existing_workflow:
-            _block(self._require(workflow_id))
-        return WorkflowHandle(self, workflow_id, existing_workflow)
-
-    async def retrieve_workflow_async(
-        self, workflow_id: str, existing_workflow: bool = True
-    ) -> WorkflowHandleAsync[Any]:
-        """Do as `retrieve_workflow`, without blocking the event loop."""
-        if existing_workflow:
-            await _suspend(self._require(workflow_id))
-        return WorkflowHandleAsync(self, workflow_id, existing_workflow)
 
 
 class _Handle(Generic[R]):
@@ -1438,6 +1352,10 @@ class _Handle(Generic[R]):
         """Return the workflow's ID."""
         return self.workflow_id
 
+    async def _outcome(self) -> Any:
+        id, executor = self.workflow_id, self._durable._launched()
+        return await _recorded("DBOS.getResult", lambda: _result(executor, id, self._exists), child=id)
+
 
 class _BlockingHandle(_Handle[R]):
     def get_result(self, *, polling_interval_sec: float = _POLL_S) -> R:
@@ -1446,13 +1364,13 @@ class _BlockingHandle(_Handle[R]):
         `polling_interval_sec` is accepted as in DBOS, and means nothing here.
         """
         _refuse_to_block_a_loop("DBOS.get_result")
-        return cast(R, _block(self._durable._result_of(self.workflow_id, self._exists)))
+        return cast(R, _block(self._outcome()))
 
 
 class _AwaitedHandle(_Handle[R]):
     async def get_result(self, *, polling_interval_sec: float = _POLL_S) -> R:
         """Wait for the workflow to end, wherever it runs, and return or raise its outcome."""
-        return cast(R, await _suspend(self._durable._result_of(self.workflow_id, self._exists)))
+        return cast(R, await _suspend(self._outcome()))
 
 
 class _EngineConfig(TypedDict, total=False):
@@ -1473,23 +1391,20 @@ class _Engine(_Access):
     """Registers functions as workflows and steps, and, once launched, runs them durably."""
 
     def __init__(self, config: DBOSConfig | None = None) -> None:
+        self._executor: _Executor | None = None
         self._config = self._checked(config or {})
         self._lock = threading.RLock()  # what is registered
         self._life = threading.RLock()  # launch and destroy
-        self._executor: _Executor | None = None
         self._functions: dict[str, _Function] = {}
         self.logger = _log
 
     def __call__(self: E, *, config: DBOSConfig | None = None) -> E:
         """Configure the instance (before its launch, or once more with the same) and return it.
 
-        Raises DBOSInitializationError for an unknown setting or a value of the wrong type.
+        Raises DBOSInitializationError for a setting that makes no sense.
         """
         if config is not None:
-            checked = self._checked(config)
-            if self._executor is not None and checked != self._config:
-                raise DBOSInitializationError("it is launched already: configure it before, or destroy() it first")
-            self._config = checked
+            self._config = self._checked(config)
         return self
 
     # Registering functions.
@@ -1501,7 +1416,7 @@ class _Engine(_Access):
 
         Arguments and result are stored; it works on copies of its arguments, as a replay will.  After
         `max_recovery_attempts` recoveries it is dead-lettered; None: never.  KeyboardInterrupt and SystemExit
-        are no outcome: it stays PENDING until the next launch.  (One whose task was cancelled goes on by itself.)
+        are no outcome: it stays PENDING until the next launch; so does one whose task was cancelled, until it is found.
         Raises DBOSConflictingRegistrationError if another function has the name.
         """
 
@@ -1550,8 +1465,7 @@ class _Engine(_Access):
 
     def _register(self, function: _Function, call: Callable[P, R]) -> Callable[P, R]:
         with self._lock:
-            former = self._functions.get(function.name)
-            self._declare("function", function.name, function, former)
+            self._declare("function", function.name, function, self._functions.get(function.name))
             self._functions[function.name] = function
         call._durable_function = function  # type: ignore[attr-defined]
         return call
@@ -1602,12 +1516,13 @@ class _Engine(_Access):
         with self._life:
             if self._executor is not None:
                 return
-            self._executor = _Executor(cast(Durable, self), self._executor_settings())
+            self._executor = _Executor(cast(Durable, self), self._settings())
             try:
-                taken = self._executor.launch()
+                self._executor.open()
+                taken = self._executor.serve()
                 _log.info("launched %s; recovered: %s", self._executor.about(), _some(taken))
             except BaseException:
-                self._executor = None
+                self.destroy()  # what cannot begin leaves nothing behind
                 raise
 
     def destroy(self, *, workflow_completion_timeout_sec: float = 0, destroy_registry: bool = False) -> None:
@@ -1640,10 +1555,7 @@ class _Engine(_Access):
             self._executor.here()
 
     def _checked(self, config: Any) -> dict[str, Any]:
-        """Refuse what is not a setting; None is unset."""
-        for key in config:
-            if key not in _DEFAULTS:
-                raise DBOSInitializationError(f"unknown setting {key!r}; there are: {', '.join(_DEFAULTS)}")
+        """The config, without what is unset."""
         return {key: value for key, value in config.items() if value is not None}
 
     def _settings(self) -> dict[str, Any]:
@@ -1651,13 +1563,9 @@ class _Engine(_Access):
         settings: dict[str, Any] = {}
         for key, (variables, default) in _DEFAULTS.items():
             found = (os.environ[name] for name in variables.split() if os.environ.get(name))
-            given = self._config.get(key)
-            settings[key] = next(found, default) if given is None or given == "" else given
+            given = self._config.get(key, "")
+            settings[key] = next(found, default) if given == "" else given
         return settings
-
-    def _executor_settings(self, create: bool = True) -> dict[str, Any]:
-        """The settings, if it can be launched with them; `create`: what need not be there yet may be made."""
-        return self._settings()
 
     def _identity(self) -> dict[str, Any]:
         """What this executor is called, which version it has and what it can run."""
@@ -1777,11 +1685,10 @@ from psycopg.abc import PQGen
 
 __all__ += ["DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded"]
 
-_SCHEMA_VERSION = 42
+_SCHEMA_VERSION = 46  # the edition of schema.sql that this code was written for, and how many storeys of it
 _SWEEP_S = 3.0  # a lock that stays free from one sweep to the next is a death: missed after 3 to 6 s
 _RESTART_GRACE_S = 3.0  # after Postgres starts, time for the living to take their locks again
 _LONGEST_PAUSE_S = 1.0  # between two tries to reach a database that is away
-_IDLE_TRANSACTION_S = 300  # a transaction function that leaves its transaction idle for longer is cut off
 _TRIES = 10  # of a transaction's function, before a conflict is its outcome
 _LARGEST_VALUE = 200_000_000  # characters: JSON may double them, and a message to Postgres holds 1 GB
 _HEAD_LIMIT = 1 << 16  # bytes of a request's head, and
@@ -1819,10 +1726,6 @@ class _PatientExecutor(_BareExecutor):
     """Waits for its database, in sessions that are the same whatever the server, the database or the role says."""
 
     trouble_since = trouble_until = 0.0  # when the database last gave trouble
-
-    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
-        super().__init__(registry, config)
-        self.listens = config["use_listen_notify"]
 
     def serialize(self, value: Any) -> str:
         """Turn a value into text; ValueError if Postgres would break the connection over its size."""
@@ -1863,43 +1766,29 @@ class _PatientExecutor(_BareExecutor):
             self.trouble_since = math.inf  # said, until there was a time without trouble
             _log.warning("the database does not answer, trying again: %s", str(error).strip() or repr(error))
         _for_any(self.closed, timeout=seconds).block()
-        if self.closed.is_set:
-            raise _Closing("the executor was destroyed")
+
     def _check(self, conn: Conn) -> None:
         """In times of trouble, look whether a pooled connection is still good; else that trip is spared."""
         if time.monotonic() < self.trouble_until:
             ConnectionPool.check_connection(conn)
 
     def connection_options(self) -> dict[str, Any]:
-        # Prepared statements and settings belong to a session; behind a PgBouncer there is none to rely on.
-        options: dict[str, Any] = {"application_name": f"durable {self.config['name']}"[:63]}
-        options |= {"autocommit": True, "client_encoding": "utf8"}
-        options |= {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 4}
-        return options if self.listens else {**options, "prepare_threshold": None}
+        options = {"application_name": f"durable {self.config['name']}"[:63], "client_encoding": "utf8"}
+        timing = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 4}
+        return {**options, **timing, "autocommit": True}
 
-    def _configure(self, conn: _Connection) -> None:
-        conn.has_session = self.listens or _backend(conn) == conn.info.backend_pid
+    def set_up(self, conn: Any) -> None:
         if settings := self.session_settings(conn):
             conn.execute(settings)
 
-    def session_settings(self, conn: _Connection) -> str:
-        """What our sessions are set to, whatever the role, the database or the server says."""
-        if not conn.has_session:
-            return ""
-        newer = {"idle_session_timeout": 140000, "transaction_timeout": 170000}  # and since which Postgres
-        known = [f"set {name} = 0;" for name, since in newer.items() if conn.info.server_version >= since]
-        return f"""
-            set datestyle = 'ISO'; set extra_float_digits = 1; set standard_conforming_strings = on;
-            set default_transaction_isolation = 'read committed'; set statement_timeout = 0; set lock_timeout = 0;
-            set idle_in_transaction_session_timeout = '{_IDLE_TRANSACTION_S}s'; {" ".join(known)}
-            -- How soon the server misses us: at once in a crash, in 30 s if our host vanished.
-            set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 4;
-        """
+    def session_settings(self, conn: Any) -> str:
+        """How soon the server misses us: at once in a crash, in 30 s if our host vanished."""
+        return "set tcp_keepalives_idle = 10; set tcp_keepalives_interval = 5; set tcp_keepalives_count = 4;"
 
     def connect(self) -> _Connection:
         conn = _Session.connect(self.url, **self.connection_options())
         try:
-            self._configure(conn)
+            self.set_up(conn)
         except BaseException:
             conn.close()
             raise
@@ -1908,24 +1797,19 @@ class _PatientExecutor(_BareExecutor):
     def new_pool(self) -> ConnectionPool[Any]:
         size = self.config["sys_db_pool_size"]
         return ConnectionPool(
-            self.url, connection_class=_Session, kwargs=self.connection_options(),
-            configure=self._configure, check=self._check, min_size=min(2, size), max_size=size, open=True,
+            self.url, connection_class=_Session, kwargs=self.connection_options(), configure=self.set_up,
+            check=self._check, min_size=min(2, size), max_size=size, open=True,
             timeout=1.0,  # give up soon: whoever needs a connection asks again
             reconnect_timeout=1.0,
         )
-
-
-def _backend(conn: Conn) -> int:
-    """Which process serves this connection now; psycopg knows which one answered when it was opened."""
-    return int((conn.execute("select pg_backend_pid()", prepare=False).fetchone() or (0,))[0])
 
 
 # --- The living and the dead --------------------------------------------------------------------------
 #
 # For as long as it lives, an executor holds an advisory lock on its incarnation.  So Postgres is the failure
 # detector: after kill -9 the lock is free at once, while a process that is only slow, or stopped by a debugger,
-# keeps it.  A free lock is not yet a death (a connection can drop, a server restart), so it must stay free from
-# one sweep to the next; and should the verdict be wrong, the claim makes it harmless.
+# keeps it.  A free lock is not yet a death (a connection can drop, a server restart), so it must stay free for
+# a while; and should the verdict be wrong, the claim makes it harmless.
 
 
 class _LivingExecutor(_PatientExecutor):
@@ -1933,6 +1817,7 @@ class _LivingExecutor(_PatientExecutor):
 
     def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
         super().__init__(registry, config)
+        self.stopping = threading.Event()  # nothing new is to be taken
         self.claiming = threading.Lock()  # from a claim in the table to its entry in `running`
         self.interrupted: set[tuple[str, int]] = set()  # runs that KeyboardInterrupt or SystemExit ended: left alone
         self.reported: set[tuple[Any, ...]] = set()  # what was logged as unknown
@@ -1966,6 +1851,10 @@ class _LivingExecutor(_PatientExecutor):
                 thread.join(5.0)
         super().end()
 
+    def close(self, patience_s: float) -> None:
+        self.stopping.set()
+        super().close(patience_s)
+
     def say_goodbye(self, conn: Conn) -> None:
         """Note that this incarnation ended in good order."""
         conn.execute("update durable.executors set stopped_at = now() where incarnation = %(incarnation)s", self.me)
@@ -1983,15 +1872,16 @@ class _LivingExecutor(_PatientExecutor):
                 self.hear(conn)
             except psycopg.Error as error:
                 conn.close()
-                with suppress(_Closing):
-                    self.pause(random.uniform(0.05, 0.1), error)
+                self.pause(random.uniform(0.05, 0.1), error)
 
     def announce(self, conn: Conn) -> None:
         """Say on a new connection that we live."""
         self._held = self.hold(conn)
 
     def hold(self, conn: Conn) -> bool:
-        return _hold(conn, self.me["incarnation"], self.listens)
+        """Take the lock that says we live; False: an earlier connection of ours still has it."""
+        row = conn.execute("select pg_try_advisory_lock(%s, %s)", (_LOCKS, self.me["incarnation"])).fetchone()
+        return bool(row and row[0])
 
     def hear(self, conn: Conn) -> None:
         """Notice within a second that the connection is lost."""
@@ -2011,7 +1901,7 @@ class _LivingExecutor(_PatientExecutor):
                 except Exception:
                     _log.exception("the dispatcher failed, and goes on")
                     next_times.append(time.monotonic() + _POLL_S)
-            self.work.wait(max(0.0, min(next_times) - time.monotonic()))
+            self.work.wait(min(_SWEEP_S, max(0.0, min(next_times) - time.monotonic())))
 
     # The sweep.
 
@@ -2050,12 +1940,12 @@ class _LivingExecutor(_PatientExecutor):
     def _at_hand(self, id: str, claim: int, listed: Sequence[str]) -> bool:
         """Whether we run this, or leave it alone because it was interrupted and no operator asked for it."""
         alone = self.me["executor_id"] not in listed
-        return (id, claim) in self.claimed or (alone and (id, claim) in self.interrupted)  # it goes from this to that
+        return (id, claim) in self.claimed or (alone and (id, claim) in self.interrupted)  # `forget` does both
 
     def seize(self, conn: Conn, lost: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Take those that are known here; dead-letter those that have taken their process down too often."""
         known = [(row, function) for row in lost if (function := self.registry._function_for(row)) is not None]
-        worn = [row for row, function in known if row["recovery_attempts"] > _most(function)]
+        worn = [row for row, function in known if row["recovery_attempts"] > function.most]
         able = [row for row, _ in known if row not in worn]
         return _take(conn, self.me, able) + _take(conn, self.me, worn, "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
 
@@ -2102,7 +1992,7 @@ class _LivingExecutor(_PatientExecutor):
         super().forget(run)
 
     def enter(self, run: _Run) -> _Run:
-        self.interrupted -= {key for key in self.interrupted if key[0] == run.id}
+        self.interrupted -= {key for key in tuple(self.interrupted) if key[0] == run.id}
         return super().enter(run)
 
     async def may_begin(self, start: _Start) -> bool:
@@ -2111,12 +2001,6 @@ class _LivingExecutor(_PatientExecutor):
             if id == start.row["id"]:
                 self.take_up(await self.ask(_take, self.me, [{"id": id, "claim": claim}]))
         return await super().may_begin(start)
-
-
-def _most(function: _Function) -> float:
-    """After how many attempts a workflow is dead-lettered."""
-    most = function.max_recovery_attempts
-    return math.inf if most is None else most
 
 
 _ALIVE = "(select incarnation from durable.living)"  # a lock that somebody holds is an executor that lives
@@ -2128,7 +2012,8 @@ def _left_alone(
     """Read what is PENDING of this version under our own incarnation, the executors that are listed, and the dead.
 
     An incarnation that stopped in good order is dead.  One whose lock is free is believed so at one look by a
-    process that has just come up under its name; for everybody else the lock must stay free until the next sweep.
+    process that has just come up under its name; for everybody else half a sweep must have passed since somebody first
+    saw it free.
     """
     query = f"""
         select {", ".join(f"w.{column}" for column in _LOOKED_AT)}
@@ -2156,19 +2041,6 @@ def _note_lost(conn: Conn) -> None:
            and (lost_at is not null
                 or pg_postmaster_start_time() < clock_timestamp() - make_interval(secs => {_RESTART_GRACE_S}))
     """)
-
-def _hold(conn: Conn, incarnation: int, lasting: bool) -> bool:
-    """Take the lock that says "alive"; False: an earlier connection of ours still has it.
-
-    Behind a PgBouncer in transaction mode a session is nobody's for long, so there (`lasting` off) the
-    lock belongs to a transaction that stays open.  It has written nothing, so it holds up no vacuum.
-    """
-    if not lasting:
-        conn.execute("begin")
-    call = "pg_try_advisory_lock" if lasting else "pg_try_advisory_xact_lock"
-    row = conn.execute(f"select {call}(%s, %s)", (_LOCKS, incarnation)).fetchone()
-    return bool(row and row[0])
-
 
 def _is_dead_letter(executor: _Executor, row: dict[str, Any]) -> Any:
     raise DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded(
@@ -2200,8 +2072,8 @@ def _transaction(name: str, isolation: str, call: Callable[[], Any]) -> Any:
         return _transact_at(run, position, name, isolation, call)
 
 
-_reserved: contextvars.ContextVar[tuple[int, str] | None]
-_reserved = contextvars.ContextVar("durable_reserved", default=None)  # position and name, taken already
+# Position and name, taken already.
+_reserved = contextvars.ContextVar[tuple[int, str] | None]("durable_reserved", default=None)
 
 
 def _transact_at(run: _Run, position: int, name: str, isolation: str, call: Callable[[], Any]) -> Any:
@@ -2296,7 +2168,7 @@ def _set(variable: contextvars.ContextVar[T], value: T) -> Iterator[None]:
 
 # The record of a transaction, in that transaction's last round trip.  Unlike _RECORD it fails where it
 # would do nothing (no row under this claim: null in a key; a record there: a duplicate), so that the
-# COMMIT sent right behind it becomes a rollback of the user's work too.
+# COMMIT sent right behind it is skipped, and the user's work rolled back too.
 _RECORD_OR_FAIL = """
     insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
     values ((select id from durable.workflows
@@ -2319,7 +2191,6 @@ def _undone(conn: _Connection, error: Exception) -> bool:
 class _Connection(psycopg.Connection[Any]):
     """A connection of ours; while it is lent to a transaction function, committing is not that one's to do."""
 
-    has_session = True  # it is not one of many that a proxy lends backends to, a transaction at a time
     stage = ""  # of a transaction: it is to "begin", then it is the "function"'s, then it writes the "record"
     after: list[Callable[[], object]]  # what to tell whom once the transaction is committed
 
@@ -2404,7 +2275,6 @@ class _Transacting(_Engine):
                     f"and await DBOS.run_step_async(None, {known_as}, ...) in async code"
                 )
 
-
             @functools.wraps(fn)
             def call(*args: P.args, **kwargs: P.kwargs) -> R:
                 frame = _here()
@@ -2429,14 +2299,6 @@ class _Transacting(_Engine):
         if ours is None:
             raise _NotThereNow("DBOS.connection is for code inside a DBOS.transaction")
         return ours.seen()
-
-
-def _here() -> _Frame | None:
-    """Where this code stands; raises if its executor is not this process's."""
-    frame = _frame.get()
-    if frame is not None:
-        frame.run.executor.here()
-    return frame
 
 
 # --- Admin --------------------------------------------------------------------------------------------
@@ -2569,10 +2431,8 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
             self._answer(*self._route())
         except _Refusal as refusal:
             self._refuse(refusal.status, str(refusal), **refusal.headers)
-        except DBOSNonExistentWorkflowError as error:
-            self._refuse(404, str(error))
         except DBOSException as error:
-            self._refuse(400, str(error))
+            self._refuse(404 if isinstance(error, DBOSNonExistentWorkflowError) else 400, str(error))
         except _Stopped:
             self._refuse(503, "the executor is being destroyed")
         except OSError:
@@ -2602,7 +2462,13 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
 
     def _route(self) -> tuple[int, str, str]:
         """Find who answers, and turn the answer into status, type and text."""
-        parts = [_decoded(part) for part in self.path.partition("?")[0].split("/")]  # a %2F is part of an ID
+        path = self.path.partition("?")[0]
+        try:
+            if re.search("%(?![0-9A-Fa-f]{2})", path):
+                raise ValueError("a % that is not followed by two hexadecimal digits")
+            parts = [urllib.parse.unquote(part, errors="strict") for part in path.split("/")]  # a %2F is part of an ID
+        except ValueError as error:
+            raise _Refusal(400, f"the path {path!r} is wrongly encoded: {error}") from None
         if "".join(parts[2:3]) and f"/{parts[1]}/ID" in _ROUTES:
             self.id, parts[2] = parts[2], "ID"
         path = "/".join(parts)
@@ -2734,8 +2600,7 @@ class _AdministeredExecutor(_LivingExecutor):
         return super().serve()
 
     def about(self) -> str:
-        where = _without_password(self.url) or "its database"
-        return f"{super().about()}, on {where}; admin server: {self.admin.url if self.admin else 'none'}"
+        return f"{super().about()}; admin server: {self.admin.url if self.admin else 'none'}"
 
     def end(self) -> None:
         if self.admin is not None:
@@ -2745,24 +2610,12 @@ class _AdministeredExecutor(_LivingExecutor):
     async def may_begin(self, start: _Start) -> bool:
         if not self.deactivated or start.parent is not None:
             return await super().may_begin(start)
-        existing = await self.ask(_find, start.row["id"])
-        if existing is None:
+        if await self.ask(_find, start.row["id"]) is None:
             raise DBOSException(
                 f"executor {self.me['executor_id']} is deactivated and starts no new workflows: "
                 f"start {start.row['name']} on another, or enqueue it"
             )
-        self.registry._same_workflow(existing, start.row)
-        return False
-
-
-def _decoded(path: str) -> str:
-    """A path without its percent encoding."""
-    try:
-        if re.search("%(?![0-9A-Fa-f]{2})", path):
-            raise ValueError("a % that is not followed by two hexadecimal digits")
-        return urllib.parse.unquote(path, errors="strict")
-    except ValueError as error:
-        raise _Refusal(400, f"the path {path!r} is wrongly encoded: {error}") from None
+        return await super().may_begin(start)
 
 
 def _is_loopback(host: str) -> bool:
@@ -2783,18 +2636,16 @@ class _HostingConfig(TypedDict, total=False):
     admin_host: str
     admin_token: str
     failover: bool
-    use_listen_notify: bool
     sys_db_pool_size: int
     run_migrations: bool
 
 
 _DEFAULTS |= {
     "run_admin_server": ("", True), "admin_port": ("", 3001), "admin_host": ("DBOS__ADMIN_HOST", "127.0.0.1"),
-    "admin_token": ("DBOS__ADMIN_TOKEN", None), "failover": ("DBOS__FAILOVER", False), "use_listen_notify": ("", True),
+    "admin_token": ("DBOS__ADMIN_TOKEN", None), "failover": ("DBOS__FAILOVER", False),
     "sys_db_pool_size": ("", 20), "run_migrations": ("", True),
 }
 
-_URL_VARIABLES = ("DBOS_SYSTEM_DATABASE_URL", "DATABASE_URL")
 _SECRETS = ("system_database_url", "admin_token")  # whose values no message shows
 _LIMITS = {"sys_db_pool_size": (2, 1000), "admin_port": (0, 65535)}
 
@@ -2822,44 +2673,10 @@ def _postgres_url(url: str | None, create: bool = True) -> str:
     return f"postgresql://{url[begin.end():]}"
 
 
-def _reach(url: str, given: str | None, connect: Callable[[], Conn]) -> Conn:
-    """Connect; or say why not, from where the URL is, and nothing that may be a part of its password."""
-    try:
-        return connect()
-    except (psycopg.Error, ValueError, OverflowError) as error:  # as of a host that is no name, a port too large
-        failure = error
-    where = _without_password(url)
-    if where:
-        raise DBOSInitializationError(
-            f"cannot connect to the {where} (of {_giver(given)}): {str(failure).strip()}"
-        ) from failure
-    raise DBOSInitializationError(  # the failure is neither quoted nor chained: it may take a password for a host
-        f"cannot connect to the database of {_giver(given)}, which cannot be read without doubt, so no more is said "
-        f"of it: it must be a postgresql:// URL, its port a number, and what is special in its user or password "
-        f"percent-encoded (@ is %40, : %3A, / %2F, ? %3F, # %23, % %25, a space %20)"
-    )
-
-
 def _giver(url: str | None) -> str:
     """Where a URL came from, for errors about it: a variable of the environment, or else the setting."""
-    variables = (name for name in _URL_VARIABLES if url and os.environ.get(name) == url)
+    variables = (name for name in _DEFAULTS["system_database_url"][0].split() if url and os.environ.get(name) == url)
     return next(variables, "system_database_url")
-
-
-def _without_password(url: str) -> str:
-    """Where a database is, and nothing else of its URL: a secret may stand in many places.
-
-    Nothing at all if that might be one: something special in a password moves the rest of it elsewhere.
-    """
-    try:
-        parts = psycopg.conninfo.conninfo_to_dict(url)
-    except psycopg.ProgrammingError:
-        return ""
-    told = {key: str(parts[key]) for key in ("host", "hostaddr", "port", "dbname", "user", "service") if key in parts}
-    moved = "@" in told.get("host", "") + told.get("dbname", "") or ":" in told.get("user", "")
-    if moved or url.count("@") > 1 or not re.fullmatch("[0-9,]*", told.get("port", "")):
-        return ""
-    return f"database {psycopg.conninfo.make_conninfo(**told)}"
 
 
 def _embedded_url(create: bool) -> str:
@@ -2897,19 +2714,33 @@ class _SettledExecutor(_TransactingExecutor):
             # Nothing is looked up before we have the lock: a session remembers what was not there.
             conn.execute("select pg_advisory_xact_lock(%s, 0)", (_LOCKS,))
             number = _edition(conn)
-            if number != _SCHEMA_VERSION and not self.config["run_migrations"]:
+            if number is not None and number > _SCHEMA_VERSION:
+                raise DBOSInitializationError(
+                    f"the database's schema is edition {number}, newer than edition {_SCHEMA_VERSION} of this "
+                    f"durable.py: update durable.py and schema.sql together"
+                )
+            if number == _SCHEMA_VERSION:
+                return
+            if not self.config["run_migrations"]:
                 raise DBOSInitializationError(
                     f"the database's schema is {'missing' if number is None else f'edition {number}'}, this "
                     f"durable.py needs edition {_SCHEMA_VERSION}, and run_migrations is off: apply it with "
                     f"`python {Path(__file__).name} migrate`"
                 )
-            while number not in (None, _SCHEMA_VERSION):  # others are at work: have all locks before what takes long,
+            while number is not None:  # others are at work: have all locks before what takes long,
                 with suppress(psycopg.errors.DeadlockDetected), conn.transaction():  # or let go and try again
                     conn.execute(_LOCK_ALL)
                     break
             super().migrate(conn)
 
     def open(self) -> None:
+        guarded = self.config["admin_token"] or _is_loopback(self.config["admin_host"])
+        if self.config["run_admin_server"] and not guarded:
+            raise DBOSInitializationError(
+                f"the admin server may listen on {self.config['admin_host']} only with an admin_token: "
+                f"set one (DBOS__ADMIN_TOKEN), or keep to 127.0.0.1"
+            )
+        self.url = _postgres_url(self.url)
         try:
             super().open()
         except psycopg.Error as error:
@@ -2922,7 +2753,15 @@ class _SettledExecutor(_TransactingExecutor):
         """Connect, or say in one sentence why not; later on, a database that is away is waited for."""
         if self.me:
             return super().connect()
-        return cast(_Connection, _reach(self.url, self.registry._settings()["system_database_url"], super().connect))
+        try:
+            return super().connect()
+        except (psycopg.Error, ValueError, OverflowError) as error:  # as of a host that is no name, a port too large
+            failure = error
+        raise self.unreachable(failure)
+
+    def unreachable(self, failure: Exception) -> DBOSInitializationError:
+        """What to raise if a launch finds no database."""
+        return DBOSInitializationError(f"cannot connect to the database: {str(failure).strip()}")
 
     def serve(self) -> list[str]:
         """Warn of stranded work, before anything is recovered."""
@@ -2930,7 +2769,10 @@ class _SettledExecutor(_TransactingExecutor):
         if stranded:
             _log.warning(
                 "unfinished workflows of other application versions wait, and no live executor serves them: %s",
-                ", ".join(f"{count} of version {version}" for version, count in stranded),
+                ", ".join(
+                    f"{count} of version {version}" + (f" (since when {', '.join(changed)} changed)" if changed else "")
+                    for version, count, changed in stranded
+                ),
             )
         return super().serve()
 
@@ -2943,10 +2785,17 @@ _LOCK_ALL = """
 """
 
 
-def _stranded(conn: Conn, version: str) -> list[tuple[str, int]]:
-    """Count the unfinished workflows of other versions that no live executor serves, by version."""
+def _edition(conn: Conn) -> int | None:
+    """Read which edition of the schema is there."""
+    if conn.execute("select to_regclass('durable.version')").fetchone() == (None,):
+        return None
+    return cast(tuple[int], conn.execute("select max(number) from durable.version").fetchone())[0]
+
+
+def _stranded(conn: Conn, version: str) -> list[tuple[str, int, list[str] | None]]:
+    """Count the unfinished workflows of other versions that no live executor serves; and which functions changed."""
     query = """
-        select application_version, delayed + enqueued + pending from durable.versions
+        select application_version, delayed + enqueued + pending, changed from durable.versions
          where stranded and application_version <> %s order by application_version
     """
     return conn.execute(query, (version,)).fetchall()
@@ -2959,7 +2808,11 @@ class _Hosting(_Engine):
             raise DBOSInitializationError(f"the config is a {_type_name(config)}; it must be a dict")
         for key in config.keys() & _FOREIGN_KEYS:
             _log.warning("the setting %r of the DBOS library has no effect in durable.py", key)
+        for key in config.keys() - _FOREIGN_KEYS - _DEFAULTS.keys():
+            raise DBOSInitializationError(f"unknown setting {key!r}; there are: {', '.join(_DEFAULTS)}")
         checked = super()._checked({key: value for key, value in config.items() if key not in _FOREIGN_KEYS})
+        if self._executor is not None and checked != self._config:
+            raise DBOSInitializationError("it is launched already: configure it before, or destroy() it first")
         kinds = get_type_hints(DBOSConfig)
         for key, value in checked.items():
             kind, (least, most) = kinds[key], _LIMITS.get(key, (None, None))
@@ -2976,20 +2829,8 @@ class _Hosting(_Engine):
             settings["failover"] = settings["failover"].lower() in ("1", "true", "yes", "on")
         for key, value in settings.items():
             if isinstance(value, str) and not _storable(value):
-                name = _giver(value) if key == "system_database_url" else key
-                shown = "what it is" if key in _SECRETS else repr(value)
-                raise DBOSInitializationError(f"the setting {name!r} is {shown}: no NUL characters or lone surrogates")
+                raise DBOSInitializationError(f"the setting {key!r} has NUL characters or lone surrogates in it")
         return settings
-
-    def _executor_settings(self, create: bool = True) -> dict[str, Any]:
-        settings = self._settings()
-        guarded = settings["admin_token"] or _is_loopback(settings["admin_host"])
-        if settings["run_admin_server"] and not guarded:
-            raise DBOSInitializationError(
-                f"the admin server may listen on {settings['admin_host']} only with an admin_token: "
-                f"set one (DBOS__ADMIN_TOKEN), or keep to 127.0.0.1"
-            )
-        return settings | {"system_database_url": _postgres_url(settings["system_database_url"], create)}
 
     @property
     def database_url(self) -> str:
@@ -3018,20 +2859,10 @@ class _Hosting(_Engine):
 # itself: its section here, in schema.sql and in the tests.  A room's first line names the rooms that it needs.
 # Here is what several of them share.
 
-import ast
-import bisect
-import importlib.util
 import weakref
-import zoneinfo
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from datetime import date, datetime, timedelta, timezone, tzinfo
-from queue import SimpleQueue
 
-_SCHEMA_VERSION = 43
+_SCHEMA_VERSION = 47
 
 _UNFINISHED = ("DELAYED", "ENQUEUED", "PENDING")  # as Python writes a tuple, SQL reads a list
 _TYPES = {  # of the values that a start brings along, where they are not text
@@ -3065,6 +2896,12 @@ def _text_for(what: str, executor: _Executor, value: Any) -> str:
         return executor.serialize(value)
     except Exception as cause:
         raise DBOSException(f"the {what}, a {_type_name(value)}, cannot be stored: {cause}") from cause
+
+
+def _executor_for(access: _Access, workflow_id: str) -> _Executor:
+    """The executor, for an operation on a workflow; refused is an ID that none can have."""
+    _valid_name("workflow ID", workflow_id)
+    return access._launched()
 
 
 def _own_run(name: str) -> _Run:
@@ -3105,7 +2942,8 @@ class _Knowing(_Engine):
 
     def _known(self) -> list[dict[str, Any]]:
         """What this process can run, with the most recoveries of each."""
-        return [{"name": f.name, "most": f.max_recovery_attempts} for f in tuple(self._functions.values())]
+        functions = tuple(self._functions.values())
+        return [{"name": f.name, "most": None if f.most == math.inf else f.most} for f in functions]
 
     def _register(self, function: _Function, call: Callable[P, R]) -> Callable[P, R]:
         registered = super()._register(function, call)
@@ -3434,6 +3272,13 @@ _HINT_PAUSE_S = 0.002  # hints that come closer together than this travel togeth
 _LOOK_CHUNK = 1000  # waiters that a look is made for, each second, where hints arrive too
 
 
+class _HintsConfig(TypedDict, total=False):
+    use_listen_notify: bool
+
+
+_DEFAULTS["use_listen_notify"] = ("", True)
+
+
 class _Hints:
     """Who in this process waits for which hint, and the hints on their way to other processes.
 
@@ -3555,7 +3400,7 @@ class _HintedExecutor(_LivingExecutor):
     def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
         super().__init__(registry, config)
         self.hints = _Hints(cast(_Executor, self))
-        self.tells = self.listens
+        self.listens = self.tells = config["use_listen_notify"]
         self.awaited_elsewhere: set[_Run] = set()  # runs that more than their callers may wait for
         self.next_look = 0.0
         self.duties.append(self._look)
@@ -3613,6 +3458,9 @@ class _HintedExecutor(_LivingExecutor):
 # Needs: Hints.  A thread for each workflow at work, up to a limit; beyond it they queue.  Where the system has
 # no further thread, work waits for those that there are.  Coroutine workflows that no caller awaits run on the
 # event loop of the launch, as long as it runs, or on one of our own.
+
+from concurrent.futures import Future
+from queue import SimpleQueue
 
 _OWN_THREADS = 8  # of the pool, the listener, the dispatcher, the admin server, and one for calls
 
@@ -3809,8 +3657,9 @@ class _ThreadedExecutor(_HintedExecutor):
                 threads.try_again()
         return self.next_try
 
-    def offload(self, call: Callable[[], T]) -> Awaitable[T]:
-        return self.callers.call(call)
+    def ask(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> _Wait[T]:
+        call = super().ask(statement, *args, **kwargs).block
+        return _Wait(call, lambda: self.callers.call(call))
 
     def wait(self, *signals: _Signal, timeout: float | None = None) -> _Wait[None]:
         """The same wait, with this thread's place lent to others meanwhile."""
@@ -3826,8 +3675,10 @@ class _ThreadedExecutor(_HintedExecutor):
     async def watch(self, run: _Run) -> None:
         """Run what we wait for on this thread, if no other can be had."""
         waits = run.thread == 0  # asked first: to look for its job among ten thousand others takes a while
-        queues = await _Wait(lambda: waits and self.threads.help_with(run.job), lambda: asyncio.sleep(0, False))
-        await _pause_run(cast(_Executor, self), run.done, run.stop, timeout=_POLL_S if queues else None)
+        queues = True
+        while queues and not (run.done.is_set or run.stop.is_set):
+            queues = await _Wait(lambda: waits and self.threads.help_with(run.job), lambda: asyncio.sleep(0, False))
+            await _pause_run(cast(_Executor, self), run.done, run.stop, timeout=_POLL_S if queues else None)
 
     def open(self) -> None:
         self._await_threads(_OWN_THREADS)
@@ -3989,12 +3840,14 @@ class _Sleeping(_Engine):
 # workflow's own code.  Calls that threads make at the same time have no order, and are an error.  And what a
 # workflow saw cancelled, as by a timeout of its own, a replay must see cancelled, though it be done by now.
 
+from concurrent.futures import ThreadPoolExecutor
+
 
 class _OrderedRun(_Run):
     """A run that sees to it that a replay makes its calls in the same order."""
 
-    def __init__(self, executor: _Executor, function: _Function, row: dict[str, Any], has_history: bool = True) -> None:
-        super().__init__(executor, function, row, has_history)
+    def __init__(self, executor: _Executor, function: _Function, row: dict[str, Any]) -> None:
+        super().__init__(executor, function, row)
         self.turn: _Turn | None = None  # what its code does now, if it is a coroutine
         self.task: Any = None  # likewise
         self.breach: DBOSException | None = None  # it left the order of its calls to chance
@@ -4099,10 +3952,12 @@ class _OrderedRun(_Run):
                 f"cancelled, perhaps by itself; catch the error where that is awaited"
             ) from stray
 
-    async def prepare(self) -> None:
+    async def call(self) -> Any:
         await self.remember(1)  # before any timer of the workflow's own can measure how long that takes
+        return await (self.in_turns(super().call()) if self.function.is_async else super().call())
 
-    async def drive(self, body: Coroutine[Any, Any, Any]) -> Any:
+    async def in_turns(self, body: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine, as the workflow's own code."""
         self.task = asyncio.current_task()
         try:
             return await _in_turns(body, self)
@@ -4128,6 +3983,9 @@ def _in_turns(body: Coroutine[Any, Any, T], run: _OrderedRun) -> Generator[Any, 
             run.turn.waits = True
         try:
             value = yield wait
+        except GeneratorExit:
+            body.close()
+            raise
         except BaseException as error:
             step = functools.partial(body.throw, error)
         else:
@@ -4464,6 +4322,8 @@ class _Cancelling(_Access):
 # take the rows observe.  Nobody owns a queue: any executor of the right version that knows the function may take
 # the next row.
 
+from contextlib import ExitStack
+
 __all__ += ["Queue", "QueueRateLimit", "SetEnqueueOptions", "DBOSQueueDeduplicatedError"]
 
 _INTERNAL_QUEUE = "_dbos_internal_queue"  # the library's name, kept so that tools know it
@@ -4663,7 +4523,7 @@ class _QueueingExecutor(_TimedExecutor, _ThreadedExecutor, _HintedExecutor, _Gro
     def seize(self, conn: Conn, lost: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """What came from a queue goes back to its place there, so that the queue's limits hold through a recovery."""
         known = [(row, self.registry._function_for(row)) for row in lost if row["queue"] is not None]
-        back = [row for row, function in known if function and row["recovery_attempts"] <= _most(function)]
+        back = [row for row, function in known if function and row["recovery_attempts"] <= function.most]
         rest = [row for row in lost if row not in back]
         return _take(conn, self.me, back, "ENQUEUED") + super().seize(conn, rest)
 
@@ -4752,7 +4612,8 @@ class _QueueingExecutor(_TimedExecutor, _ThreadedExecutor, _HintedExecutor, _Gro
             return 0
         room = min(_DEQUEUE_BATCH, self.threads.room())
         if queue.worker_concurrency is not None:
-            ours = sum(run.row.get("queue") == queue.name and run.stopped is None for run in self.at_work())
+            runs = tuple(self.claimed.values())
+            ours = sum(run.row.get("queue") == queue.name and run.stopped is None for run in runs)
             room = min(room, queue.worker_concurrency - ours)
         return room
 
@@ -5122,7 +4983,7 @@ class _Messaging(_Access):
         topic = _NO_TOPIC if topic is None else _valid_key("topic", topic)
         if idempotency_key is not None:
             _valid_key("idempotency key", idempotency_key)
-        await _send_message(self._for(destination_id), destination_id, message, topic, idempotency_key)
+        await _send_message(_executor_for(self, destination_id), destination_id, message, topic, idempotency_key)
 
     send, send_async = _twins(_send)
 
@@ -5188,14 +5049,14 @@ _AWAITED["e"] = "exists (select from durable.events as e where e.workflow_id = a
 class _Events(_Access):
     async def _get_event(self, workflow_id: str, key: str, timeout_seconds: float = 60) -> Any:
         """Wait until a workflow has set an event, and return its value; None once the time is up."""
-        executor, wait_s = self._for(workflow_id), _checked_seconds("timeout_seconds", timeout_seconds)
+        executor, wait_s = _executor_for(self, workflow_id), _checked_seconds("timeout_seconds", timeout_seconds)
         return await _event(executor, workflow_id, _valid_key("event key", key), wait_s)
 
     get_event, get_event_async = _twins(_get_event)
 
     async def _get_all_events(self, workflow_id: str) -> dict[str, Any]:
         """Read all that a workflow has set so far."""
-        executor = self._for(workflow_id)
+        executor = _executor_for(self, workflow_id)
 
         async def look() -> dict[str, Any]:
             events = await executor.ask(_events_of, workflow_id)
@@ -5223,6 +5084,7 @@ class _Announcing(_Engine):
 #
 # Needs: Messages.  What a workflow says of itself under a key: every value, in order.
 
+from collections.abc import AsyncGenerator
 
 # A value behind the last of a stream that is not closed.  Two that are written at the same moment may want
 # the same offset: one of them fails, and is written again.
@@ -5310,7 +5172,7 @@ class _Streams(_Access):
         # In a workflow each value is a step: what it has seen when it dies is what it sees again.
         if type(offset) is not int or offset < 0:
             raise ValueError(f"offset is {offset!r}; it must be a whole number from 0")
-        executor, key = self._for(workflow_id), _valid_key("stream key", key)
+        executor, key = _executor_for(self, workflow_id), _valid_key("stream key", key)
         most = _HISTORY_CHUNK if _current_run() is None else 1
         return _recorded("DBOS.readStream", lambda: _read_values(executor, workflow_id, key, offset, most))
 
@@ -5334,6 +5196,10 @@ class _Streaming(_Engine):
 #
 # Needs: Queues.  Nobody owns a schedule: every executor enqueues each tick, under an ID made of its time, and
 # the first one counts.
+
+import bisect
+import zoneinfo
+from datetime import date, datetime, timedelta, timezone, tzinfo
 
 _CATCH_UP = timedelta(hours=1)  # ticks that an executor makes up for after the database, or itself, stood still
 
@@ -5656,6 +5522,8 @@ class DBOSConfiguredInstance:
 # One name, one function: what tells a definition that is made again (a cell of a notebook, importlib.reload, a
 # file that is both `__main__` and imported) from another of that name; and exactly which code a version has.
 
+import ast
+
 
 class _Declaring(_Engine):
     def __init__(self, config: DBOSConfig | None = None) -> None:
@@ -5944,7 +5812,12 @@ async def _off_loop(threads: _Threads | None, call: Callable[[], T]) -> T:
 # --- Serializers --------------------------------------------------------------------------------------
 #
 # How values become text can be chosen: JSON alone, for those who will not unpickle what a database says, or
-# something of one's own.  And what the program's main file defines is pickled so that others find it.
+# something of one's own.  What the program's main file defines is pickled so that others find it; and exceptions
+# survive whatever their constructor looks like.
+
+import builtins
+import importlib.util
+from abc import ABC, abstractmethod
 
 __all__ += ["Serializer", "JSONSerializer"]
 
@@ -5987,12 +5860,12 @@ _DEFAULTS["serializer"] = ("", None)
 class _MainJSONElsePickle(_JSONElsePickle):
     """The default, with pickles that another main file understands."""
 
-    def pickle(self, data: Any) -> bytes:
+    def dumps(self, data: Any) -> bytes:
         pickled = io.BytesIO()
         _Pickler(pickled).dump(data)
         return pickled.getvalue()
 
-    def unpickle(self, data: bytes) -> Any:
+    def loads(self, data: bytes) -> Any:
         return _Unpickler(io.BytesIO(data)).load()
 
 
@@ -6069,6 +5942,33 @@ def _names_of(file: str) -> list[str]:
     return [name for name, each in loaded.items() if os.path.basename(each) == base and os.path.realpath(each) == path]
 
 
+# Exceptions whose constructor does not take their `args` survive as class, arguments and attributes; built-in ones and
+# ours without any pickle, by their class's name.
+
+_FORMS += [
+    lambda error: [type(error), error.args, error.__dict__],
+    lambda error: {"args": list(error.args), "attributes": error.__dict__},
+]
+
+
+def _rebuild(form: list[Any], name: str) -> Exception:
+    kind, args, attributes = form
+    if not issubclass(kind, Exception):
+        raise TypeError(f"{name} is no exception")
+    rebuilt: Exception = kind.__new__(kind, *args)
+    rebuilt.args = tuple(args)
+    rebuilt.__dict__.update(attributes)
+    return rebuilt
+
+
+def _rebuild_by_name(form: dict[str, Any], name: str) -> Exception:
+    own = globals().get(name.removeprefix(f"{__name__}."))
+    return _rebuild([own or getattr(builtins, name), form["args"], form["attributes"]], name)
+
+
+_REBUILT |= {list: _rebuild, dict: _rebuild_by_name}
+
+
 # There is one DBOS, also where this file is imported under two names (`durable` and `shop.durable`).
 if __name__ != "__main__" and vars(sys.modules.get(__name__, types)) is globals():
     for _name in _names_of(__file__):
@@ -6076,11 +5976,69 @@ if __name__ != "__main__" and vars(sys.modules.get(__name__, types)) is globals(
             sys.modules[__name__] = sys.modules[_name]
 
 
+# --- Secrets ------------------------------------------------------------------------------------------
+#
+# No message, log line or traceback of ours holds a password, however odd the URL.
+
+
+class _DiscreetExecutor(_SettledExecutor):
+    """Says where its database is, and nothing that may be a part of its password."""
+
+    def open(self) -> None:
+        super().open()
+        self.place = _without_password(self.url) or self.place
+
+    def unreachable(self, failure: Exception) -> DBOSInitializationError:
+        giver, where = _giver(self.config["system_database_url"]), _without_password(self.url)
+        if where:
+            told = DBOSInitializationError(f"cannot connect to the {where} (of {giver}): {str(failure).strip()}")
+            told.__cause__ = failure
+            return told
+        return DBOSInitializationError(  # the failure is neither quoted nor chained: it may take a password for a host
+            f"cannot connect to the database of {giver}, which cannot be read without doubt, so no more is said "
+            f"of it: it must be a postgresql:// URL, its port a number, and what is special in its user or password "
+            f"percent-encoded (@ is %40, : %3A, / %2F, ? %3F, # %23, % %25, a space %20)"
+        )
+
+
+def _without_password(url: str) -> str:
+    """Where a database is, and nothing else of its URL: a secret may stand in many places.
+
+    Nothing at all if that might be one: something special in a password moves the rest of it elsewhere.
+    """
+    try:
+        parts = psycopg.conninfo.conninfo_to_dict(url)
+    except psycopg.ProgrammingError:
+        return ""
+    told = {key: str(parts[key]) for key in ("host", "hostaddr", "port", "dbname", "user", "service") if key in parts}
+    moved = "@" in told.get("host", "") + told.get("dbname", "") or ":" in told.get("user", "")
+    if moved or url.count("@") > 1 or not re.fullmatch("[0-9,]*", told.get("port", "")):
+        return ""
+    return f"database {psycopg.conninfo.make_conninfo(**told)}"
+
+
 # --- Clean sessions -----------------------------------------------------------------------------------
 #
-# What a transaction function does to its connection ends with the transaction: the function gets the session as
-# an object of its own, and one message at the commit undoes settings, roles, temporary tables, cursors, LISTEN,
-# locks and PREPARE.  And of the errors that it may see, only those of this session are tried again.
+# Sessions are the same whatever the role, the database or the server says.  And what a transaction function does to
+# its connection ends with the transaction: the function gets the session as an object of its own, and one message at
+# the commit undoes settings, roles, temporary tables, cursors, LISTEN, locks and PREPARE.  Of the errors that it may
+# see, only those of this session are tried again.
+
+
+_IDLE_TRANSACTION_S = 300  # a transaction function that leaves its transaction idle for longer is cut off
+
+
+class _CleanExecutor(_PatientExecutor):
+    def session_settings(self, conn: Any) -> str:
+        """What our sessions are set to, whatever the role, the database or the server says."""
+        newer = {"idle_session_timeout": 140000, "transaction_timeout": 170000}  # and since which Postgres
+        known = [f"set {name} = 0;" for name, since in newer.items() if conn.info.server_version >= since]
+        return f"""
+            set datestyle = 'ISO'; set extra_float_digits = 1; set standard_conforming_strings = on;
+            set default_transaction_isolation = 'read committed'; set statement_timeout = 0; set lock_timeout = 0;
+            set idle_in_transaction_session_timeout = '{_IDLE_TRANSACTION_S}s'; {" ".join(known)}
+            {super().session_settings(conn)}
+        """
 
 
 class _CleanConnection(_Connection):
@@ -6160,17 +6118,17 @@ _UNLOCK = "select pg_advisory_unlock_all()"
 
 # --- Two databases ------------------------------------------------------------------------------------
 #
-# Executors of several databases may live in one process, and a workflow of one use another.
+# Needs: Secrets.  Executors of several databases may live in one process, and a workflow of one use another.
 
 
 class _PlacedExecutor(_TransactingExecutor):
     """Knows where its database is, and so whose history is in it."""
 
-    place: tuple[Any, ...] = ()  # where the database is, however the URL puts it
+    address: tuple[Any, ...] = ()  # where the database is, however the URL puts it
 
     def connect(self) -> _Connection:
         conn = super().connect()
-        self.place = (conn.info.host, conn.info.port, conn.info.dbname)
+        self.address = (conn.info.host, conn.info.port, conn.info.dbname)
         return conn
 
     def hosts(self, other: _Executor) -> bool:
@@ -6179,7 +6137,7 @@ class _PlacedExecutor(_TransactingExecutor):
         Where it is not, the effect belongs here and the record there: at least once, so under a key or an
         ID made of the workflow's ID and the position, which a second try finds taken.
         """
-        return self.place == other.place
+        return self.address == other.address
 
     def complete(self, row: dict[str, Any], parent: _Run | None) -> None:
         super().complete(row, parent)
@@ -6203,10 +6161,10 @@ class _PlacedExecutor(_TransactingExecutor):
         return super().now(statement, *args, **kwargs)
 
 
-# --- Forks and proxies --------------------------------------------------------------------------------
+# --- Forks --------------------------------------------------------------------------------------------
 #
 # A process that was forked from a launched one has none of it: it holds on to no socket of the parent's, and
-# every durable call in it is an error.  A proxy that pools transactions is noticed at launch.
+# every durable call in it is an error.
 
 
 _sessions: weakref.WeakSet[Conn] = weakref.WeakSet()  # the connections of this process
@@ -6240,28 +6198,6 @@ class _ForkedExecutor(_LivingExecutor):
     def close(self, patience_s: float) -> None:
         if self.pid == os.getpid():  # nothing of a parent's is ours to close
             super().close(patience_s)
-
-    def connect(self) -> _Connection:
-        conn = super().connect()
-        if not self.me:
-            self._refuse_a_pooler(conn)
-        return conn
-
-    def _refuse_a_pooler(self, conn: Conn) -> None:
-        """Look whether a session stays with one backend: what we listen to, and the lock that says "alive", must.
-
-        Behind a proxy, one that pools transactions lets two sessions have one backend in turn.  (Others may
-        use its backends meanwhile, so one look is not enough.)
-        """
-        own = _backend(conn)
-        if not self.listens or own == conn.info.backend_pid:
-            return
-        with _Session.connect(self.url, **self.connection_options()) as other:
-            if any(_backend(other) == own or _backend(conn) != own for _ in range(10)):
-                raise DBOSInitializationError(
-                    f"the {_without_password(self.url) or 'database'} is behind a proxy that pools transactions, such "
-                    f"as a PgBouncer: set use_listen_notify to False, or give the URL of Postgres itself"
-                )
 
 
 class _Forked(_Engine):
@@ -6303,6 +6239,60 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+
+
+# --- Proxies ------------------------------------------------------------------------------------------
+#
+# Needs: Hints, Secrets, Clean sessions.  Behind a proxy that pools transactions, such as a PgBouncer, a session is
+# nobody's for long: nothing may be set in it, prepared or listened to.  Such a proxy is noticed at launch.
+
+
+class _ProxiedExecutor(_CleanExecutor, _HintedExecutor):
+    """Works behind such a proxy, if `use_listen_notify` is off."""
+
+    def connection_options(self) -> dict[str, Any]:
+        return super().connection_options() | ({} if self.listens else {"prepare_threshold": None})
+
+    def session_settings(self, conn: Any) -> str:
+        """Nothing, if this is one of many connections that a proxy lends backends to, a transaction at a time."""
+        if not hasattr(conn, "has_session"):
+            conn.has_session = self.listens or _backend(conn) == conn.info.backend_pid
+        return super().session_settings(conn) if conn.has_session else ""
+
+    def hold(self, conn: Conn) -> bool:
+        """Let the lock belong to a transaction that stays open.  It has written nothing, so it holds up no vacuum."""
+        if self.listens:
+            return super().hold(conn)
+        conn.execute("begin")
+        row = conn.execute("select pg_try_advisory_xact_lock(%s, %s)", (_LOCKS, self.me["incarnation"])).fetchone()
+        return bool(row and row[0])
+
+    def connect(self) -> _Connection:
+        conn = super().connect()
+        if not self.me:
+            self._refuse_a_pooler(conn)
+        return conn
+
+    def _refuse_a_pooler(self, conn: Conn) -> None:
+        """Look whether a session stays with one backend: what we listen to, and the lock that says "alive", must.
+
+        Behind a proxy, one that pools transactions lets two sessions have one backend in turn.  (Others may
+        use its backends meanwhile, so one look is not enough.)
+        """
+        own = _backend(conn)
+        if not self.listens or own == conn.info.backend_pid:
+            return
+        with _Session.connect(self.url, **self.connection_options()) as other:
+            if any(_backend(other) == own or _backend(conn) != own for _ in range(10)):
+                raise DBOSInitializationError(
+                    f"the {_without_password(self.url) or 'database'} is behind a proxy that pools transactions, such "
+                    f"as a PgBouncer: set use_listen_notify to False, or give the URL of Postgres itself"
+                )
+
+
+def _backend(conn: Conn) -> int:
+    """Which process serves this connection now; psycopg knows which one answered when it was opened."""
+    return int((conn.execute("select pg_backend_pid()", prepare=False).fetchone() or (0,))[0])
 
 
 # --- Log ----------------------------------------------------------------------------------------------
@@ -6372,16 +6362,15 @@ def _set_up_logging(level: str) -> None:
 # So far programs have everything.  This storey is for the people who run them: see and steer workflows from
 # code, from a program that has none of it, by HTTP, in a browser and on the command line.
 
-import argparse
-import shutil
-import textwrap
 
-_SCHEMA_VERSION = 44
+_SCHEMA_VERSION = 48
 
 # --- Management ---------------------------------------------------------------------------------------
 #
-# Needs: Cancel and timeouts, Queues, Serializers.  What one can do to workflows with or without their code: look,
-# resume, fork, delete.  In a workflow each of it is a step.
+# Needs: Cancel and timeouts, Queues, Events, Streams, Serializers.  What one can do to workflows with or without
+# their code: look, resume, fork, delete.  In a workflow each of it is a step.
+
+from datetime import datetime
 
 __all__ += ["WorkflowStatus", "StepInfo"]
 
@@ -6423,9 +6412,34 @@ class _Management(_Cancelling):
         Raises DBOSAwaitedWorkflowCancelledError, DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded and
         DBOSNonExistentWorkflowError.
         """
-        return await self._result_of(workflow_id, existing=True)
+        _valid_name("workflow ID", workflow_id)
+        return await _Handle[Any](self, workflow_id)._outcome()
 
     get_result, get_result_async = _twins(_get_result)
+
+    async def _require(self, workflow_id: str) -> None:
+        executor = _executor_for(self, workflow_id)
+
+        async def is_there() -> bool:
+            return await executor.ask(_find, workflow_id) is not None
+
+        if not await _recorded("DBOS.getStatus", is_there):
+            raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id}")
+
+    def retrieve_workflow(self, workflow_id: str, existing_workflow: bool = True) -> WorkflowHandle[Any]:
+        """Return a handle; DBOSNonExistentWorkflowError if there is no such workflow (and there should be)."""
+        _refuse_to_block_a_loop("retrieve_workflow")
+        if existing_workflow:
+            _block(self._require(workflow_id))
+        return WorkflowHandle(self, workflow_id, existing_workflow)
+
+    async def retrieve_workflow_async(
+        self, workflow_id: str, existing_workflow: bool = True
+    ) -> WorkflowHandleAsync[Any]:
+        """Do as `retrieve_workflow`, without blocking the event loop."""
+        if existing_workflow:
+            await _suspend(self._require(workflow_id))
+        return WorkflowHandleAsync(self, workflow_id, existing_workflow)
 
     async def _first_of(self, handles: Sequence[_Handle[Any]]) -> int:
         ids = [handle.workflow_id for handle in handles]
@@ -6456,7 +6470,7 @@ class _Management(_Cancelling):
 
     async def _get_workflow_status(self, workflow_id: str) -> WorkflowStatus | None:
         """Read how a workflow stands; None if there is none."""
-        executor = self._for(workflow_id)
+        executor = _executor_for(self, workflow_id)
         row = await _recorded("DBOS.getStatus", lambda: executor.ask(_look_up, workflow_id))
         return None if row is None else _status_of(executor.serializer, row)
 
@@ -6464,7 +6478,7 @@ class _Management(_Cancelling):
 
     async def _list_workflow_steps(self, workflow_id: str) -> list[StepInfo]:
         """Read a workflow's recorded steps, in order."""
-        executor = self._for(workflow_id)
+        executor = _executor_for(self, workflow_id)
         rows = await _recorded("DBOS.listWorkflowSteps", lambda: executor.ask(_steps_of, workflow_id))
         return [cast(StepInfo, _read_outcome(executor.serializer, row)) for row in rows]
 
@@ -6569,7 +6583,7 @@ class _Management(_Cancelling):
             raise ValueError(f"start_step is {start_step!r}; it must be a whole number")
         if application_version is not None:
             _valid_name("application version", application_version)
-        executor, run = self._for(workflow_id), _current_run()
+        executor, run = _executor_for(self, workflow_id), _current_run()
         position = run.advance() if run else 0
         row = {
             "id": workflow_id, "new_id": _next_id(run, position), "start_step": max(1, start_step),
@@ -6580,7 +6594,7 @@ class _Management(_Cancelling):
             while (origin := await executor.ask(_fork, row)) is None:
                 if await executor.ask(_look_up, workflow_id) is None:
                     raise DBOSNonExistentWorkflowError(f"there is no workflow {workflow_id} to fork")
-                await _breathe(executor)
+                await _pause_run(executor, timeout=_AGAIN_S)
             if origin != (workflow_id,):
                 raise DBOSConflictingWorkflowError(f"{row['new_id']} is taken, and not by a fork of {workflow_id}")
             executor.hints.send("q", _INTERNAL_QUEUE)
@@ -6655,8 +6669,10 @@ class _Managing(_Queueing):
         with self._life:
             if self._executor is not None:
                 raise DBOSException("launched: reset_system_database() is for before the launch; destroy() first")
-            url = _postgres_url(system_database_url or self._settings()["system_database_url"])
-            with _Executor(cast(Durable, self), self._settings() | {"system_database_url": url}).connect() as conn:
+            settings = self._settings()
+            executor = _Executor(cast(Durable, self), settings)
+            executor.url = _postgres_url(system_database_url or settings["system_database_url"])
+            with executor.connect() as conn:
                 _empty(conn)
 
 
@@ -6970,8 +6986,8 @@ _HAS_HISTORY.append("w.forked_from is not null")  # from the workflow that it wa
 
 # --- Offer --------------------------------------------------------------------------------------------
 #
-# Needs: Queues.  What an executor would take stands in the database, so that the view durable.why can say of each
-# unfinished workflow why it is not moving.
+# Needs: Queues, Methods.  What an executor would take stands in the database, so that the view durable.why can say
+# of each unfinished workflow why it is not moving.
 
 
 class _OfferingExecutor(_QueueingExecutor):
@@ -7092,9 +7108,15 @@ class _Client(_Management):
             "use_listen_notify": use_listen_notify, "sys_db_pool_size": system_database_pool_size,
             "run_migrations": False, "run_admin_server": False,
         }))
-        self._executor = _Executor(registry, registry._executor_settings(create=False))
+        self._executor = _Executor(registry, registry._settings())
+        self._executor.url = _postgres_url(self._executor.url, create=False)
         self._executor.serves = False
-        self._executor.launch()
+        try:
+            self._executor.open()
+            self._executor.serve()
+        except BaseException:
+            self.destroy()
+            raise
 
     def destroy(self) -> None:
         """Close all connections.  Can be called again."""
@@ -7591,10 +7613,780 @@ def _tries(conn: Conn, id: str | None) -> dict[int, int]:
     return dict(conn.execute(query, (id,)).fetchall())
 
 
+# --- Deploys ------------------------------------------------------------------------------------------
+#
+# Needs: Order, Offer.  No workflow is run by code that it does not belong to, so a deploy leaves the unfinished work
+# of the old code where it is.  Here is the way out.  `check` rehearses it: the function of the new code runs against
+# what is on record, up to the first call that is not.  `adopt` gives what fits to the new version.  `patch` lets
+# changed code do as before for those who have passed the place of the change.
+
+import ctypes
+import selectors
+from contextlib import closing
+from dataclasses import replace
+
+__all__ += ["Fit"]
+
+_REHEARSED_TOGETHER = 100  # workflows whose histories are read at a time
+_SWALLOWED = 1000  # calls that are refused after the end before they are held
+_STANDSTILL_S = 5.0  # a rehearsal that makes no call for so long is given up
+
+
+class _Frontier(_Stopped):
+    """A rehearsal has come to its end: nobody is to go on."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether the code that is here can go on with a workflow, and why (not)."""
+
+    workflow_id: str
+    name: str
+    application_version: str
+    status: str
+    fits: bool
+    position: int | None  # where its history ends, or the code parts from it
+    on_record: str | None  # what stands there,
+    calls: str | None  # and what the code calls
+    why: str
+    adopted: bool = False
+
+
+class _Verdict(NamedTuple):
+    """What a rehearsal says; see Fit."""
+
+    fits: bool
+    position: int | None
+    on_record: str | None
+    calls: str | None
+    why: str
+
+
+# What puts on record, behind its own position, until when it waits.
+_WITH_DEADLINE = ("DBOS.recv", "DBOS.getEvent")
+
+
+class _Rehearsal(_OrderedRun):
+    """A run of other code that only recalls.
+
+    It fits if every record is recalled by a call of its name, and then comes a call that is not on record, or the
+    end.  A plain function ends there.  A coroutine may have other tasks that are not as far: who has no record waits,
+    and the whole ends when nothing moves any more.
+    """
+
+    def __init__(
+        self, executor: _Executor, function: _Function, row: dict[str, Any], records: list[_Record],
+        read: Callable[[str, int], list[_Record]],
+    ) -> None:
+        super().__init__(executor, function, row)
+        self._read = read
+        self._add(records)
+        self.moved_at = time.monotonic()
+        self.last: tuple[int, str] | None = None  # the call that was recalled last
+        self.first: tuple[int, str] | None = None  # the first call that is not on record, or waits
+        self.waits = False  # at least one task has come so far
+        self.parted: _Verdict | None = None
+        self.error: BaseException | None = None  # what the function raised
+        self.began = self.returned = False
+        self.idle = self.swallowed = 0  # how often nothing moved after the end, or something still did
+
+    # Recall.
+
+    def _add(self, records: list[_Record]) -> None:
+        self._history.update((record.position, record) for record in records)
+        self.history_to = records[-1].position if len(records) == _HISTORY_CHUNK else None
+
+    def left(self) -> _Record | None:
+        """The first record that no call has recalled."""
+        while not self._history and self.history_to is not None:
+            self._add(self._read(self.id, self.history_to))
+        return min(self._history.values(), default=None)
+
+    async def remember(self, position: int) -> None:
+        while self.history_to is not None and position > self.history_to:
+            self._add(self._read(self.id, self.history_to))
+
+    async def recall(self, position: int, name: str) -> _Record | None:
+        self.moved_at = time.monotonic()
+        await self.remember(position + 1)
+        if name in _WITH_DEADLINE and getattr(self._history.get(position + 1), "name", None) == "DBOS.sleep":
+            del self._history[position + 1]
+        if position in self._history:
+            self.last = (position, name)
+        record = await super().recall(position, name)
+        if record is None:
+            self.first = min(self.first or (position, name), (position, name))
+            await _Wait(self.end, self.wait_for_others)
+        return record
+
+    async def note_cuts(self) -> None:
+        self.cut.clear()  # what a workflow cancels here is on record, or comes behind the end
+
+    def same(self, record: _Record, name: str) -> _Record:
+        if record.name != name:
+            why = f"position {record.position} is {_said(record.name)} on record, and now calls {_said(name)}"
+            self.parted = self.parted or _Verdict(False, record.position, record.name, name, why)
+            self.end()
+        return record
+
+    # Waits, and the end.
+
+    def end(self) -> None:
+        """Let no task go on."""
+        self.halt(self.stopped or _Frontier("the rehearsal is over"))
+        self.go_on()
+
+    def go_on(self) -> None:
+        if self.stopped is not None:
+            self.swallowed += 1
+            if self.swallowed > _SWALLOWED:
+                threading.Event().wait()  # it would call for ever: its thread is lost, but does not spin
+        super().go_on()
+
+    async def wait_for_others(self) -> None:
+        """Wait until nothing moves any more."""
+        self.waits = True
+        await self.wait_forever()
+
+    async def wait_forever(self) -> None:
+        await _for_any(self.stop).on_loop()
+        self.go_on()
+
+    def rest(self, timeout: float | None) -> _Wait[None]:
+        """The place of a wait that is not over: of a sleep, or (without a timeout) for a cancel that is on record."""
+        if timeout is not None:
+            self.first = self.first or self.last
+        return _Wait(self.end, self.wait_forever if timeout is None else self.wait_for_others)
+
+    def at_rest(self, moves_later: bool) -> bool:
+        """Nothing moves now: tell whether to wait for what `moves_later`, a clock or a thread."""
+        if self.stopped is None and moves_later and (not self.waits or self.left() is not None):
+            return True
+        self.idle += 1
+        if self.idle > 3:
+            raise self.stopped or _Frontier()  # somebody holds on to what should end: leave them
+        self.halt(self.stopped or _Frontier("the rehearsal is over"))
+        for task in asyncio.all_tasks(self.loop) if self.idle > 1 else ():
+            task.cancel()
+        return False
+
+    # From the beginning to the end.
+
+    def rehearse(self) -> None:
+        """Run the function on this thread, up to where its history ends."""
+        self.thread = threading.get_ident()
+        try:
+            args, kwargs = self.arguments()
+        except Exception as error:
+            self.parted = _Verdict(False, None, None, None, str(error))
+            return
+        self.began = self.left() is not None  # else it has yet to begin: whatever the code does then is right
+        try:
+            with _OptionBlock(), self.inside():
+                if not self.began:
+                    return
+                if self.function.is_async:
+                    self.rehearse_on_loop(functools.partial(self.function.call, *args, **kwargs))
+                else:
+                    self.function.call(*args, **kwargs)
+                self.returned = self.stopped is None
+        except _Stopped:
+            pass
+        except BaseException as error:  # of the user's; what it makes of the end is not meant
+            self.error = error if self.stopped is None else None
+
+    def rehearse_on_loop(self, call: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        """Run a coroutine function on an event loop of its own, and leave no task of it behind."""
+        self.loop = loop = _PrivateLoop(self)
+        try:
+            loop.run_until_complete(self.in_turns(call()))
+        finally:
+            self.halt(self.stopped or _Frontier("the rehearsal is over"))
+            self.idle = 1
+            tasks = asyncio.all_tasks(loop)
+            for task in tasks:
+                task.cancel()
+            with suppress(_Stopped):
+                if tasks:
+                    loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+                loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+
+    def verdict(self) -> _Verdict:
+        """Say what came of it."""
+        left, error = self.left(), self.error or self.breach
+        behind = f"behind position {self.last[0]} ({_said(self.last[1])})" if self.last else "before its first call"
+        if self.parted is not None:
+            return self.parted
+        if not self.began:
+            return _Verdict(True, None, None, None, "fits: it has yet to begin")
+        position, on_record = (left.position, left.name) if left else self.last or (None, None)
+        there, calls = f"position {position} ({_said(on_record)}) is on record", None
+        if error is not None:
+            why = f"raises {_type_name(error)} {behind}: {_text_of(error)}"
+        elif left is not None and self.returned:
+            why = f"ends before its history does: {there}"
+        elif self.first is not None and left is not None:
+            where, calls = self.first
+            why = f"calls {_said(calls)} at position {where}, where nothing is on record, though {there}"
+        elif self.first is not None:
+            where, calls = self.first
+            return _Verdict(True, where, None, calls, f"fits, up to position {where} ({_said(calls)})")
+        elif self.returned:
+            return _Verdict(True, position, on_record, None, f"fits, to its end {behind}")
+        else:
+            why = f"comes to no call {behind}" + (f", though {there}" if left else "")
+        return _Verdict(False, position, on_record, calls, why)
+
+
+def _said(name: str | None) -> str:
+    """What a call is named, for people."""
+    return "nothing" if name is None else name.removeprefix("DBOS.")
+
+
+class _PrivateLoop(asyncio.SelectorEventLoop):
+    """Where a coroutine is rehearsed, alone; no time is spent there: where only timers are left, the next is now."""
+
+    def __init__(self, run: _Rehearsal) -> None:
+        self.rehearsal, self.skipped_s, self.jobs = run, 0.0, 0
+        super().__init__(_Idler(self))
+        self.set_exception_handler(lambda *_: None)  # of what was cut off, nobody fetches the result
+
+    def time(self) -> float:
+        return super().time() + self.skipped_s
+
+    def run_in_executor(self, *call: Any) -> asyncio.Future[Any]:  # type: ignore[override]
+        self.jobs += 1
+        future = super().run_in_executor(*call)
+        future.add_done_callback(self._done)
+        return future
+
+    def _done(self, _: object) -> None:
+        self.jobs -= 1
+
+    def await_others(self, selector: _Idler, timeout: float | None) -> float:
+        """Nothing is ready: say for how long to wait, for a thread or a socket."""
+        elsewhere = self.jobs > 0 or len(selector.get_map()) > 1
+        if not self.rehearsal.at_rest(elsewhere or timeout is not None):
+            return 0.0
+        if elsewhere:
+            return min(1.0, timeout or 1.0)
+        self.skipped_s += timeout or 0.0
+        return 0.0
+
+
+class _Idler(selectors.DefaultSelector):
+    """Tells when there is nothing to do."""
+
+    def __init__(self, loop: _PrivateLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if ready or (timeout is not None and timeout <= 0):
+            return ready
+        return super().select(self._loop.await_others(self, timeout))
+
+
+# Many rehearsals: one after the other, on a thread that can be left to itself.
+
+
+class _Stage:
+    """Rehearses; what stands still is interrupted, and if that does not help, left alone, with its thread."""
+
+    def __init__(self) -> None:
+        self.stuck: dict[str, str] = {}  # functions that stood still, and the workflow in which they did
+
+    def play(self, runs: Sequence[_Rehearsal]) -> None:
+        left = deque(runs)
+        while left := deque(run for run in left if run.function.name not in self.stuck):
+            scene = _Scene(left)
+            contextvars.Context().run(threading.Thread(target=scene.play, name="durable-check", daemon=True).start)
+            try:
+                run = scene.stands_still()
+            finally:
+                scene.is_left = True
+            if run is not None:
+                self.stuck[run.function.name] = run.id
+                run.halt(run.stopped or _Frontier("it stood still"))
+                scene.interrupt(run)
+
+
+class _Scene:
+    """A thread that rehearses what is left, until it is over or is left itself."""
+
+    def __init__(self, left: deque[_Rehearsal]) -> None:
+        self.run: _Rehearsal | None = None
+        self.over, self.is_left = threading.Event(), False
+        self._left, self._lock = left, threading.Lock()
+
+    def play(self) -> None:
+        with suppress(_Stopped):  # an interrupt that comes late
+            while self._next():
+                cast(_Rehearsal, self.run).rehearse()
+        self.over.set()
+
+    def _next(self) -> bool:
+        with self._lock:
+            run = self._left.popleft() if self._left and not self.is_left else None
+            if run is not None:
+                run.moved_at = time.monotonic()
+            self.run = run
+            return run is not None
+
+    def stands_still(self) -> _Rehearsal | None:
+        """Wait for the end: None; or until a rehearsal stands still: that one, and none begins behind it."""
+        while not self.over.wait(_STANDSTILL_S / 10):
+            with self._lock:
+                if self.run is not None and time.monotonic() > self.run.moved_at + _STANDSTILL_S:
+                    self.is_left = True
+                    return self.run
+        return None
+
+    def interrupt(self, run: _Rehearsal) -> None:
+        """Raise something in the thread until it ends, for a second; user code can hold on to it for ever."""
+        throw, thread = ctypes.pythonapi.PyThreadState_SetAsyncExc, ctypes.c_ulong(run.thread)
+        for wanted in (_Frontier, _Frontier, _Frontier, None):  # in the end, none that would come at a bad time
+            with self._lock:
+                if self.run is not run:
+                    return
+                throw(thread, wanted and ctypes.py_object(wanted))
+            if self.over.wait(0.25):
+                return
+
+
+class _RehearsingExecutor(_BareExecutor):
+    """Asks the database nothing for a rehearsal, and lets it wait for nothing."""
+
+    def now(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        run = _rehearsal()
+        if run is not None:
+            run.end()
+        return super().now(statement, *args, **kwargs)
+
+    def ask(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> _Wait[T]:
+        run = _rehearsal()
+        return super().ask(statement, *args, **kwargs) if run is None else cast(_Wait[T], run.rest(0.0))
+
+    def wait(self, *signals: _Signal, timeout: float | None = None) -> _Wait[None]:
+        run = _rehearsal()
+        return super().wait(*signals, timeout=timeout) if run is None else run.rest(timeout)
+
+
+def _rehearsal() -> _Rehearsal | None:
+    """The rehearsal that this code runs in."""
+    frame = _frame.get()
+    return frame.run if frame is not None and isinstance(frame.run, _Rehearsal) else None
+
+
+_log.addFilter(lambda record: _rehearsal() is None)  # what the workflow logs was logged when it ran
+
+
+# Which workflows, and what becomes of them.
+
+
+def _of_others(
+    conn: Conn, version: str, ids: list[str] | None, versions: list[str] | None
+) -> Iterator[list[dict[str, Any]]]:
+    """Read the unfinished workflows of other versions, in order of arrival, some at a time."""
+    columns = [*_LOOKED_AT, "inputs", "application_version", "executor_id", "incarnation"]
+    query = f"""
+        select {", ".join(f"w.{column}" for column in columns)}
+          from durable.unfinished as u join durable.workflows as w on w.id = u.id
+         where u.status <> 'MAX_RECOVERY_ATTEMPTS_EXCEEDED' and u.application_version <> %(version)s
+           and (%(ids)s::text[] is null or u.id = any(%(ids)s))
+           and (%(versions)s::text[] is null or u.application_version = any(%(versions)s))
+         order by u.number
+    """
+    with conn.cursor(name="durable_of_others", row_factory=dict_row) as cursor:
+        cursor.execute(query, {"version": version, "ids": ids, "versions": versions})
+        while rows := cursor.fetchmany(_REHEARSED_TOGETHER):
+            yield rows
+
+
+def _read_histories(conn: Conn, ids: list[str]) -> dict[str, list[_Record]]:
+    """Read the beginnings of several histories."""
+    query = """
+        select w.id, s.* from unnest(%s::text[]) as w(id)
+         cross join lateral (select position, name, output, error, child_workflow_id from durable.steps
+                              where workflow_id = w.id order by position limit %s) as s
+         order by w.id, s.position
+    """
+    histories: dict[str, list[_Record]] = {id: [] for id in ids}
+    for id, *record in conn.execute(query, (ids, _HISTORY_CHUNK)):
+        histories[id].append(_Record(*record))
+    return histories
+
+
+def _rehearse(executor: _Executor, conn: Conn, stage: _Stage, rows: list[dict[str, Any]]) -> list[Fit]:
+    """Let the code that is here run against the histories of these workflows."""
+    histories = _read_histories(conn, [row["id"] for row in rows])
+    read = functools.partial(_read_history, conn)
+    functions = {row["id"]: executor.registry._function_for(row) for row in rows}
+    runs = {
+        row["id"]: _Rehearsal(executor, function, row, histories[row["id"]], read)
+        for row in rows if (function := functions[row["id"]]) is not None
+    }
+    stage.play(tuple(runs.values()))
+    return [_fit(row, runs.get(row["id"]), stage) for row in rows]
+
+
+def _fit(row: dict[str, Any], run: _Rehearsal | None, stage: _Stage) -> Fit:
+    """What came of a rehearsal."""
+    about = row["id"], row["name"], row["application_version"], row["status"]
+    if run is None:
+        missing = "/".join(filter(None, (row[name] for name in _NAMES)))
+        return Fit(*about, False, None, None, None, f"there is no {missing} in this code")
+    first = stage.stuck.get(row["name"], row["id"])
+    if first != row["id"] and not run.thread:
+        return Fit(*about, False, None, None, None, f"was left out: {row['name']} stood still in workflow {first}")
+    return Fit(*about, **run.verdict()._asdict())
+
+
+def _judge(
+    executor: _Executor, conn: Conn, ids: list[str] | None = None, versions: list[str] | None = None,
+    known: Iterable[tuple[str, int]] = (), tell: Callable[[int], object] = lambda done: None,
+) -> Iterator[list[tuple[dict[str, Any], Fit]]]:
+    """Rehearse the unfinished workflows of other versions, but not those that are `known` by ID and claim."""
+    stage, done = _Stage(), 0
+    _propagate_context()
+    with conn.transaction():  # as of one moment, and nothing is written
+        conn.execute("set transaction isolation level repeatable read, read only")
+        for found in _of_others(conn, executor.me["version"], ids, versions):
+            rows = [row for row in found if (row["id"], row["claim"]) not in known]
+            yield list(zip(rows, _rehearse(executor, conn, stage, rows), strict=True))
+            done += len(rows)
+            tell(done)
+
+
+def _give(
+    conn: Conn, me: dict[str, Any], checked: list[tuple[dict[str, Any], Fit]], patience_s: float, newcomer: bool
+) -> list[Fit]:
+    """Give what fits, and no live executor runs, to our version; say of each what became of it.
+
+    Guarded by the claim, the status and the version under which it was checked, so of two who adopt at once one gets
+    it.  The claim is raised, so an executor that is only cut off finds nothing of it when it comes back.
+    """
+    query = f"""
+        update durable.workflows as w
+           set application_version = %(version)s, claim = w.claim + 1, updated_at = clock_timestamp()
+          from json_to_recordset(%(found)s) as found(id text, claim bigint, status text, application_version text)
+          join durable.workflows as its on its.id = found.id
+          left join durable.executors as e on e.incarnation = its.incarnation
+         where w.id = found.id and w.claim = found.claim and w.status = found.status
+           and w.application_version = found.application_version and (w.status <> 'PENDING' or {_DEAD})
+        returning w.id
+    """
+    fitting = {row["id"]: row for row, fit in checked if fit.fits}
+    names = ("id", "claim", "status", "application_version")
+    found = json.dumps([{name: row[name] for name in names} for row in fitting.values()])
+    with conn.transaction():
+        _note_lost(conn)
+        conn.execute("select from durable.workflows where id = any(%s) order by id for update", (list(fitting),))
+        asked = {**me, "found": found, "patience_s": patience_s, "newcomer": newcomer}
+        adopted = {id for (id,) in conn.execute(query, asked)}
+    now = _claims(conn, [id for id in fitting if id not in adopted])
+    hints = {("q", row["queue"]) for id, row in fitting.items() if id in adopted and row["status"] == "ENQUEUED"}
+    hints |= {("c", id) for id, row in fitting.items() if id in adopted and row["status"] == "PENDING"}
+    _notify(conn, 0, hints)
+
+    def outcome(row: dict[str, Any], fit: Fit) -> Fit:
+        if row["id"] not in now:
+            return replace(fit, adopted=fit.fits)
+        runs = now[row["id"]] == (row["claim"], "PENDING")
+        why = f"a live executor runs it, {row['executor_id']}" if runs else "it has moved on meanwhile"
+        return replace(fit, why=f"{fit.why}, and stays: {why}")
+
+    return [outcome(row, fit) for row, fit in checked]
+
+
+def _await_the_living(conn: Conn) -> None:
+    """Just after Postgres came up nobody can be told from the dead: wait until the living have their locks again."""
+    conn.execute(f"""
+        select pg_sleep(greatest(0, extract(epoch from pg_postmaster_start_time() - clock_timestamp())
+                                    + {_RESTART_GRACE_S} + 0.01))
+    """)
+
+
+# Of a PENDING workflow's executor `e`: it is dead, by the rules of _left_alone.
+_DEAD = """
+    (e.incarnation is null or e.stopped_at is not null
+     or e.lost_at < clock_timestamp() - make_interval(secs => %(patience_s)s)
+     or (e.lost_at is not null and %(newcomer)s and e.executor_id = %(executor_id)s))
+"""
+
+
+def _without_executors(
+    conn: Conn, me: dict[str, Any], patience_s: float, newcomer: bool
+) -> dict[str, tuple[int, int, datetime]]:
+    """Find the other versions that have work and no live executor; and for each a sign that changes with its work."""
+    _note_lost(conn)
+    query = f"""
+        select application_version, count(*), max(number), max(updated_at) from durable.unfinished as u
+         where status <> 'MAX_RECOVERY_ATTEMPTS_EXCEEDED' and application_version <> %(version)s
+           and not exists (select from durable.executors as e
+                            where e.application_version = u.application_version and not coalesce({_DEAD}, false))
+         group by application_version
+    """
+    rows = conn.execute(query, {**me, "patience_s": patience_s, "newcomer": newcomer})
+    return {version: tuple(sign) for version, *sign in rows}
+
+
+class _DeploysConfig(TypedDict, total=False):
+    adopt: bool
+
+
+_DEFAULTS["adopt"] = ("DBOS__ADOPT", False)
+
+
+class _AdoptingExecutor(_RehearsingExecutor, _OfferingExecutor):
+    """Adopts, where it is told to, what no live executor serves: once for each version, and what that gets later."""
+
+    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
+        super().__init__(registry, config)
+        self.misfits: dict[tuple[str, int], str] = {}  # what it did not adopt, by ID and claim, and why
+        self.signs: dict[str, tuple[int, int, datetime]] = {}  # of the work of the versions that it has looked at
+
+    def serve(self) -> list[str]:
+        if self.config["adopt"] and not self.stopping.is_set():
+            self.start_own_thread("durable-adopt", self._keep_adopting)
+        return super().serve()
+
+    def _keep_adopting(self) -> None:
+        """Look as often as a sweep does, on a thread of its own: rehearsals may take a while."""
+        while not self.closed.is_set:
+            try:
+                self.adopt_stranded()
+            except _Closing:
+                return
+            except Exception as error:
+                level = logging.WARNING if _may_pass(error) else logging.ERROR
+                _log.log(level, "nothing could be adopted, and is tried again: %s", error)
+            _for_any(self.closed, timeout=_SWEEP_S).block()
+
+    def adopt_stranded(self) -> None:
+        """Adopt what fits of the versions that no live executor serves; note why the rest does not."""
+        if self.deactivated or self.stopping.is_set():
+            return
+        newcomer = time.monotonic() < self.launched_at + _RESTART_GRACE_S + _SWEEP_S / 2
+        signs = self.now(_without_executors, self.me, _SWEEP_S / 2, newcomer)
+        news = [version for version, sign in signs.items() if self.signs.get(version) != sign]
+        if not news:
+            return
+        fits = self.judge_others(None, news, _SWEEP_S / 2, newcomer)
+        self.signs = signs
+        adopted = [fit.workflow_id for fit in fits if fit.adopted]
+        if adopted:
+            _log.info("adopted from %s: %s", ", ".join(news), _some(adopted))
+        misfits = Counter((fit.name, fit.why) for fit in fits if not fit.fits)
+        for (name, why), number in misfits.items():
+            _log.warning("%d workflows of %s keep their version, and wait for it: %s", number, name, why)
+        if misfits:
+            self.now(_note_misfits, self.me["incarnation"], {id: why for (id, _), why in self.misfits.items()})
+
+    def judge_others(
+        self, ids: list[str] | None, versions: list[str] | None, patience_s: float, newcomer: bool,
+        tell: Callable[[int], object] = lambda done: None,
+    ) -> list[Fit]:
+        """Check, and adopt what fits."""
+        fits: list[Fit] = []
+        known = self.misfits.keys() if versions is not None else ()
+        with closing(self.connect()) as conn:
+            for checked in _judge(cast(_Executor, self), conn, ids, versions, known, tell):
+                fits += self.now(_give, self.me, checked, patience_s, newcomer)
+                self.misfits.update({(row["id"], row["claim"]): fit.why for row, fit in checked if not fit.fits})
+                if self.stopping.is_set():
+                    break
+        self.next_sweep = 0.0
+        self.work.set()
+        return fits
+
+
+def _note_misfits(conn: Conn, incarnation: int, misfits: dict[str, str]) -> None:
+    """Tell everybody, by durable.why, what an executor did not adopt, and why."""
+    query = "update durable.executors set misfits = %s where incarnation = %s"
+    conn.execute(query, (json.dumps(misfits), incarnation))
+
+
+class _Deploying(_Engine):
+    def _settings(self) -> dict[str, Any]:
+        settings = super()._settings()
+        if isinstance(settings["adopt"], str):
+            settings["adopt"] = settings["adopt"].lower() in ("1", "true", "yes", "on")
+        return settings
+
+    def launch(self) -> None:
+        if _visiting:
+            raise _NotLaunched("this module is looked at, and not launched")
+        super().launch()
+
+    def _launched(self) -> _Executor:
+        run = _rehearsal()
+        return super()._launched() if run is None else run.executor
+
+    def _me(self, what: str) -> Any:
+        run = _rehearsal()
+        return super()._me(what) if run is None else run.executor.me.get(what)
+
+    async def _check(self, workflow_ids: list[str] | None = None) -> list[Fit]:
+        """Say of each unfinished workflow of another version whether the code that is here can go on with it.
+
+        Its function runs against what is on record, up to the first call that is not: no step is called, nothing is
+        written or sent.  (What the workflow's own code does between its calls, it does.)  Before a launch, too: then
+        with the version that a launch would have.  It needs no more than the right to read.
+        """
+        return await self._visit(lambda: self._checked_fits(workflow_ids))
+
+    check, check_async = _twins(_check)
+
+    async def _adopt(self, workflow_ids: list[str] | None = None) -> list[Fit]:
+        """Check, and give what fits to this version, unless a live executor runs it; the rest stays as it is.
+
+        Then it is recovered like anything else: what was PENDING by the executor of that name (or another, see
+        `failover`), what was ENQUEUED or DELAYED in its place and at its time.
+        """
+        return await self._visit(lambda: self._adopted_fits(workflow_ids))
+
+    adopt, adopt_async = _twins(_adopt)
+
+    def _visit(self, call: Callable[[], T]) -> _Wait[T]:
+        if _frame.get() is not None:
+            raise DBOSException("DBOS.check and DBOS.adopt are for the world outside, not for workflows and steps")
+        return _Wait(call, lambda: asyncio.to_thread(call))
+
+    def _checked_fits(
+        self, ids: list[str] | None, tell: Callable[[int], object] = lambda done: None
+    ) -> list[Fit]:
+        with self._visitor() as executor, closing(executor.connect()) as conn:
+            return [fit for checked in _judge(executor, conn, ids, tell=tell) for _, fit in checked]
+
+    def _adopted_fits(
+        self, ids: list[str] | None, tell: Callable[[int], object] = lambda done: None
+    ) -> list[Fit]:
+        with self._visitor() as executor:
+            if executor is not self._executor:
+                executor.pool = executor.new_pool()
+            executor.now(_await_the_living)
+            return executor.judge_others(ids, None, 0.0, False, tell)
+
+    @contextmanager
+    def _visitor(self) -> Iterator[_Executor]:
+        """The executor; where none is launched, one that only has connections."""
+        if self._executor is not None:
+            yield self._launched()
+            return
+        executor = _Executor(cast(Durable, self), {**self._settings(), "use_listen_notify": False})
+        executor.url = _postgres_url(executor.url, create=False)
+        with closing(executor.connect()) as conn:
+            number = _edition(conn)
+            if number is None or number > _SCHEMA_VERSION:
+                raise DBOSInitializationError(
+                    f"the database's schema is {'missing' if number is None else f'edition {number}'}, and this "
+                    f"durable.py knows those up to edition {_SCHEMA_VERSION}"
+                )
+            executor.clock_ahead = _clock(conn) - time.monotonic()
+        executor.me = {**self._identity(), "incarnation": 0}
+        try:
+            yield executor
+        finally:
+            executor.close(0)
+
+
+class _NotLaunched(BaseException):
+    """Ends the import of a module whose workflows are to be checked where it would begin to work."""
+
+
+_visiting = False  # an application is imported to look at its workflows, and not to be launched
+
+
+def _application(target: str) -> Durable:
+    """Import an application, up to its launch, and return its instance: `module`, or `module:attribute`."""
+    global _visiting
+    path, _, attribute = target.partition(":")
+    name = path.removesuffix(".py").replace(os.sep, ".")
+    sys.path.insert(0, os.getcwd())
+    _visiting = True
+    with suppress(_NotLaunched):
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            raise DBOSException(f"there is no module {name!r} here: name it as `import` would, where it runs")
+        if name not in sys.modules:
+            sys.modules[name] = importlib.util.module_from_spec(spec)  # stays there, wherever the import ends
+            spec.loader.exec_module(sys.modules[name])
+    module = sys.modules[name]
+    if attribute:
+        return cast(Durable, functools.reduce(getattr, attribute.split("."), cast(Any, module)))
+    found = {id(each): each for each in vars(module).values() if isinstance(each, Durable)}
+    if len(found) > 1:
+        raise DBOSException(f"{name} has {len(found)} instances: say which, as {name}:ATTRIBUTE")
+    return next(iter(found.values()), DBOS)
+
+
+# Patches.
+
+
+def _ahead(run: _Run, name: str) -> tuple[bool, bool]:
+    """Say whether the history goes on with this record, and whether it goes on at all.
+
+    Without a wait: no other call may take the next position meanwhile.
+    """
+    position = run._position + 1
+    _block(run.remember(position))
+    there = run._history.get(position)
+    return there is not None and there.name == name, any(known >= position for known in run._history)
+
+
+class _Patching(_Engine):
+    async def _patch(self, patch_name: str) -> bool:
+        """Say whether this workflow is to do as the new code does: `if DBOS.patch("two receipts"): ... else: ...`
+
+        True in one that begins, or has not come to this place yet, which is put on record; False in one that
+        passed it before the patch was there, and goes on as it began.
+        """
+        run, name = _own_run("patch"), f"DBOS.patch-{_valid_name('patch', patch_name)}"
+        marked, goes_on = _ahead(run, name)
+        if goes_on and not marked:
+            run.go_on()
+            return False
+        await _mark(run, name)
+        return True
+
+    patch, patch_async = _twins(_patch)
+
+    async def _deprecate_patch(self, patch_name: str) -> bool:
+        """Stand where `patch` stood, once no workflow is unfinished that passed it before: True.
+
+        It passes the marks that are on record and makes none; when those have ended, too, it can go.
+        """
+        run, name = _own_run("deprecate_patch"), f"DBOS.patch-{_valid_name('patch', patch_name)}"
+        marked, _ = _ahead(run, name)
+        if marked:
+            await _mark(run, name)
+        return True
+
+    deprecate_patch, deprecate_patch_async = _twins(_deprecate_patch)
+
+
+async def _mark(run: _Run, name: str) -> None:
+    """Make, or pass, the mark of a patch."""
+
+    async def nothing() -> None:
+        pass
+
+    await _checkpointed(run, run.advance(), name, nothing)
+
+
 # --- Command line -------------------------------------------------------------------------------------
 #
-# Needs: Client, Page.  `python durable.py` looks at workflows, and steers them, while executors run or while none
-# does.  It has not their code and trusts nothing that is stored: values are shown as text, and no pickle is opened.
+# Needs: Client, Page, Deploys.  `python durable.py` looks at workflows, and steers them, while executors run or while
+# none does.  Where it has not their code it trusts nothing that is stored: values are shown as text, and no pickle is
+# opened.
+
+import argparse
+import contextlib
+import shutil
+import textwrap
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -7624,6 +8416,9 @@ def _arguments() -> argparse.ArgumentParser:
     command("executors", "list the executors, alive and dead")
     command("versions", "list application versions, and the work that waits for each")
     command("why", "say why workflows are not moving", ID={"nargs": "*"})
+    module = {"metavar": "MODULE[:ATTRIBUTE]", "help": "the application, as one would import it"}
+    command("check", "say which unfinished workflows of other versions this code can go on with", MODULE=module)
+    command("adopt", "give those to this code's version", MODULE=module, ID={"nargs": "*"})
     command("gc", "delete finished workflows", older_than={"type": float, "required": True, "metavar": "DAYS"})
     return parser
 
@@ -7725,24 +8520,70 @@ def _cell(name: str, value: Any) -> str:
         value = datetime.fromtimestamp(value / 1000).astimezone().isoformat(" ", "milliseconds")
     if name == "error" and isinstance(value, dict):
         value = f"{value.get('type')}: {value.get('text')}"
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        value = ", ".join(value)
     text = "" if value is None else value if isinstance(value, str) else json.dumps(value)
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
+def _deploy(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Check or adopt with the code of an application, which imports this file by its name: ask that one."""
+    with contextlib.redirect_stdout(sys.stderr):  # whatever the application prints
+        library = importlib.import_module(Path(__file__).stem)
+        app = library._application(options.MODULE)
+        if getattr(options, "url", None):
+            app._config = {**app._config, "system_database_url": options.url}
+        ids, on_terminal = getattr(options, "ID", None) or None, sys.stderr.isatty()
+        does = app._checked_fits if options.command == "check" else app._adopted_fits
+        fits = [vars(fit) for fit in does(ids, _tell_progress if on_terminal else lambda done: None)]
+        print(end="\n" * (on_terminal and bool(fits)), file=sys.stderr)
+    missing = set(ids or ()) - {fit["workflow_id"] for fit in fits}
+    if missing:
+        raise DBOSNonExistentWorkflowError(f"there is no unfinished workflow of another version {', '.join(missing)}")
+    return fits
+
+
+def _tell_progress(done: int) -> None:
+    print(f"\r{done:,} workflows checked", end="", file=sys.stderr, flush=True)
+
+
+def _print_fits(fits: list[dict[str, Any]], adopts: bool) -> None:
+    """Print what is the same of many workflows once, with the first of them."""
+    if not fits:
+        return print("no workflow of another version is unfinished")
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for fit in fits:
+        alike.setdefault(tuple(fit[name] for name in ("name", "application_version", "adopted", "why")), []).append(fit)
+    rows = [
+        {"workflows": len(those), "first": those[0]["workflow_id"], **those[0]}
+        for those in sorted(alike.values(), key=lambda those: bool(those[0]["fits"]))
+    ]
+    shown = ("workflows", "name", "application_version", "first", "fits", *(["adopted"] if adopts else []), "why")
+    _print_table([{name: row[name] for name in shown} for row in rows])
+
+
 def _main() -> int:
-    """Run one command; 0: done, 1: it could not be, and one line on stderr says why."""
+    """Run one command; 0: done, 1: it could not be, and one line on stderr says why.
+
+    Of check and adopt, 1 says that some do not fit, and 2 that it could not be found out.
+    """
     options = _arguments().parse_args()
     url, as_json = getattr(options, "url", None), getattr(options, "json", False)
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     _log.addHandler(logging.NullHandler())
+    deploys = options.command in ("check", "adopt")  # an application is imported, and may raise anything
+    expected = (Exception,) if deploys else (DBOSException, psycopg.Error, ValueError, OSError)
     try:
         if options.command == "migrate":
             given = {"system_database_url": url or "", "use_listen_notify": False}
-            executor = _Executor(registry := Durable(cast(DBOSConfig, given)), registry._executor_settings())
+            executor = _Executor(registry := Durable(cast(DBOSConfig, given)), registry._settings())
+            executor.url = _postgres_url(executor.url)
             with executor.connect() as conn:
                 executor.migrate(conn)
             rows: Any = [{"schema": _SCHEMA_VERSION}]
+        elif deploys:
+            rows = _deploy(options)
         else:
             client = DBOSClient(  # it waits for nothing, so it need not listen: any proxy will do
                 system_database_url=url, serializer=JSONSerializer(), system_database_pool_size=2,
@@ -7759,16 +8600,21 @@ def _main() -> int:
             _print_table([{"field": name, "value": text} for name, value in workflow if (text := _cell(name, value))])
             print()
             _print_table(rows["steps"])
+        elif deploys:
+            _print_fits(rows, options.command == "adopt")
         else:
             _print_table(rows)
         sys.stdout.flush()
+        if deploys and not all(fit["fits"] for fit in rows):
+            return 1
     except BrokenPipeError:  # as in `durable.py list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 130
-    except (DBOSException, psycopg.Error, ValueError, OSError) as error:
-        print(f"durable: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    except expected as error:
+        text = str(error) if not deploys or hasattr(error, "message") else repr(error)
+        print(f"durable: {' '.join(text.split())}", file=sys.stderr)
+        return 2 if deploys else 1
     return 0
 
 
@@ -7785,7 +8631,10 @@ class WorkflowHandleAsync(_AwaitedStatusHandle[R], _AwaitedHandle[R]):
     """A workflow that was started, enqueued or retrieved; its methods are awaited."""
 
 
-class DBOSConfig(_LogConfig, _SerializerConfig, _ThreadsConfig, _HostingConfig, _EngineConfig, total=False):
+class DBOSConfig(
+    _DeploysConfig, _LogConfig, _SerializerConfig, _ThreadsConfig, _HintsConfig, _HostingConfig, _EngineConfig,
+    total=False,
+):
     """What `DBOS(config=...)` takes; the defaults and the environment's part are in README.md."""
 
 
@@ -7794,18 +8643,19 @@ class _Session(_KeptConnection, _CleanConnection, _Connection):
 
 
 class _Executor(
-    _CountingExecutor, _GuestExecutor, _OfferingExecutor, _ForkedExecutor, _PlacedExecutor, _SerializingExecutor,
-    _SchedulingExecutor, _QueueingExecutor, _TimedExecutor, _OrderedExecutor, _ClockedExecutor, _ThreadedExecutor,
-    _HintedExecutor, _GroupingExecutor, _LocalExecutor, _SettledExecutor, _AdministeredExecutor, _TransactingExecutor,
-    _LivingExecutor, _PatientExecutor, _BareExecutor,
+    _AdoptingExecutor, _RehearsingExecutor, _CountingExecutor, _GuestExecutor, _OfferingExecutor, _ForkedExecutor,
+    _PlacedExecutor, _ProxiedExecutor, _CleanExecutor, _SerializingExecutor, _SchedulingExecutor, _QueueingExecutor,
+    _TimedExecutor, _OrderedExecutor, _ClockedExecutor, _ThreadedExecutor, _HintedExecutor, _GroupingExecutor,
+    _LocalExecutor, _DiscreetExecutor, _SettledExecutor, _AdministeredExecutor, _TransactingExecutor, _LivingExecutor,
+    _PatientExecutor, _BareExecutor,
 ):
     """What exists from launch to destroy."""
 
 
 class Durable(
-    _Managing, _Management, _Logged, _Forked, _Stepping, _Declaring, _Methods, _Scheduling, _Streaming, _Streams,
-    _Announcing, _Events, _Receiving, _Messaging, _Queueing, _Cancelling, _Ordered, _Sleeping, _Knowing, _Hosting,
-    _Transacting, _Engine,
+    _Deploying, _Patching, _Managing, _Management, _Logged, _Forked, _Stepping, _Declaring, _Methods, _Scheduling,
+    _Streaming, _Streams, _Announcing, _Events, _Receiving, _Messaging, _Queueing, _Cancelling, _Ordered, _Sleeping,
+    _Knowing, _Hosting, _Transacting, _Engine,
 ):
     """Registers functions as workflows and steps, and, once launched, runs them durably.
 

@@ -49,7 +49,8 @@ create table if not exists durable.executors (
     queues              jsonb       not null default '[]',  -- each with its limits
     deactivated         boolean     not null default false, -- it recovers, but takes nothing new
     failover            boolean     not null default false, -- it also recovers executors of other names
-    interrupted         jsonb       not null default '[]'   -- IDs of workflows that Ctrl-C or sys.exit() ended
+    interrupted         jsonb       not null default '[]',  -- IDs of workflows that Ctrl-C or sys.exit() ended
+    misfits             jsonb       not null default '{}'   -- IDs of those that it did not adopt, each with its reason
 );
 
 create table if not exists durable.workflows (
@@ -130,15 +131,18 @@ alter table durable.executors
     add column if not exists queues jsonb not null default '[]',
     add column if not exists deactivated boolean not null default false,
     add column if not exists failover boolean not null default false,
-    add column if not exists interrupted jsonb not null default '[]';
+    add column if not exists interrupted jsonb not null default '[]',
+    add column if not exists misfits jsonb not null default '{}';
 alter table durable.steps add column if not exists tries integer not null default 1;
 
--- Which edition this file is, by the storeys of it: 41 has the first, 44 all four.
-insert into durable.version (number) select 41 where not exists (select from durable.version where number >= 41);
+-- Which edition this file is, by the storeys of it: 45 has the first, 48 all four.
+insert into durable.version (number) select 45 where not exists (select from durable.version where number >= 45);
 
 -- ==== II. Self-hosting ==============================================================================
 --
 -- Who lives, and what waits for whom.  However many workflows have ended, these views are as quick.
+
+update durable.version set number = 46 where number = 45;
 
 -- For durable.unfinished.
 create index if not exists workflows_dead on durable.workflows (id)
@@ -146,7 +150,8 @@ create index if not exists workflows_dead on durable.workflows (id)
 
 -- Which executors live?  Those whose lock somebody holds.
 create or replace view durable.living as
-select incarnation, executor_id, application, application_version, known, queues, deactivated, failover, launched_at
+select incarnation, executor_id, application, application_version, known, queues, deactivated, failover, launched_at,
+       misfits
   from durable.executors
  where incarnation in (select objid::integer from pg_locks
                         where locktype = 'advisory' and classid = 730624 and objsubid = 2 and granted
@@ -160,14 +165,22 @@ select id, number, status, name, class_name, config_name, queue, priority, appli
  where status = 'DELAYED' or status = 'ENQUEUED' or (status = 'PENDING' and incarnation is not null)
     or status = 'MAX_RECOVERY_ATTEMPTS_EXCEEDED';
 
--- Which versions have executors or work, and which have work that nobody will do?
+-- Which versions have executors or work, and which have work that nobody will do?  `changed` are the functions of
+-- a version that have other code, or none, in the one that its application was launched with last.
 create or replace view durable.versions as
 select application_version, coalesce(delayed, 0) as delayed, coalesce(enqueued, 0) as enqueued,
        coalesce(pending, 0) as pending, coalesce(executors, 0) as executors,
        (select max(launched_at) from durable.executors as e where e.application_version = v.application_version)
            as launched_at,
        coalesce(delayed + enqueued + pending, 0) > 0 and coalesce(executors, 0) = 0
-           and (application_version is not null or not exists (select from durable.living)) as stranded
+           and (application_version is not null or not exists (select from durable.living)) as stranded,
+       (select array_agg(its.key order by its.key)
+          from (select application, workflows from durable.executors as e
+                 where e.application_version = v.application_version order by incarnation desc limit 1) as latest
+         cross join jsonb_each_text(latest.workflows) as its
+         where its.value is distinct from (select e.workflows ->> its.key from durable.executors as e
+                                            where e.application = latest.application
+                                            order by incarnation desc limit 1)) as changed
   from ((select application_version, count(*) filter (where status = 'DELAYED') as delayed,
                 count(*) filter (where status = 'ENQUEUED') as enqueued,
                 count(*) filter (where status = 'PENDING') as pending
@@ -177,11 +190,11 @@ select application_version, coalesce(delayed, 0) as delayed, coalesce(enqueued, 
                      from durable.living group by application_version) as life using (application_version)) as v
  order by stranded desc, launched_at desc;
 
-update durable.version set number = 42 where number = 41;
-
 -- ==== III. Rooms ====================================================================================
 --
 -- What each room needs.
+
+update durable.version set number = 47 where number = 46;
 
 -- --- Cancel and timeouts ----------------------------------------------------------------------------
 
@@ -210,6 +223,82 @@ create index if not exists workflows_rate on durable.workflows (queue, dequeued_
 -- A deduplication ID is held until its workflow ends, and is free again then.
 create unique index if not exists workflows_deduplication on durable.workflows (queue, deduplication_id)
     where deduplication_id is not null and status in ('DELAYED', 'ENQUEUED', 'PENDING');
+
+-- Enqueues a workflow, from psql, a trigger or any language, and returns its ID: in the transaction of whoever
+-- calls it, so that it commits or rolls back with everything else there, and wakes workers when it commits.
+--
+--     select durable.enqueue('fulfil', 'orders', '["order-17", 2]', '{"gift": true}');
+--
+-- The arguments are JSON, and come to the function as Python reads it.  The rest means what it does in
+-- EnqueueOptions of durable.py: without `app_version`, executors of any version may run it; an ID that is there
+-- is returned as it is, if it is that of the same function; a deduplication ID that an unfinished workflow of the
+-- queue has is a unique_violation.
+create or replace function durable.enqueue(
+    workflow_name    text,
+    queue_name       text,
+    args             jsonb            default '[]',
+    kwargs           jsonb            default '{}',
+    workflow_id      text             default null,
+    app_version      text             default null,
+    deduplication_id text             default null,
+    priority         integer          default null,
+    delay_seconds    double precision default null,
+    workflow_timeout double precision default null,
+    class_name       text             default null,
+    instance_name    text             default null
+) returns text language plpgsql as $$
+#variable_conflict use_variable
+declare
+    new_id  text := coalesce(workflow_id, gen_random_uuid()::text);
+    there   durable.workflows;
+    holder  text;
+    problem text := case
+        when coalesce(jsonb_typeof(args), 'null') <> 'array' then 'args must be a JSON array'
+        when coalesce(jsonb_typeof(kwargs), 'null') <> 'object' then 'kwargs must be a JSON object'
+        when coalesce(btrim(workflow_name), '') = '' then 'workflow_name must not be empty'
+        when coalesce(btrim(queue_name), '') = '' then 'queue_name must not be empty'
+        when btrim(new_id) = '' or btrim(deduplication_id) = '' then 'an ID must not be empty'
+        when greatest(octet_length(workflow_name), octet_length(queue_name), octet_length(new_id),
+                      octet_length(deduplication_id)) > 1000 then 'a name or an ID is longer than 1000 bytes'
+        when priority < 0 then 'priority must be from 0 (first)'
+        when not delay_seconds between 0 and 1e9 then 'delay_seconds must be a number of seconds from 0'
+        when not (workflow_timeout > 0 and workflow_timeout <= 1e9) then 'workflow_timeout must be above 0 seconds'
+        end;
+begin
+    if problem is not null then
+        raise exception 'durable.enqueue: %', problem using errcode = 'invalid_parameter_value';
+    end if;
+    loop
+        insert into durable.workflows
+               (id, name, class_name, config_name, inputs, status, claim, application_version, queue, priority,
+                deduplication_id, delayed_until, timeout_s)
+        values (new_id, workflow_name, class_name, instance_name,
+                jsonb_build_object('args', args, 'kwargs', kwargs)::text,
+                case when delay_seconds is null then 'ENQUEUED' else 'DELAYED' end,
+                (random() * 281474976710655)::bigint + 1, app_version, queue_name, coalesce(priority, 0),
+                deduplication_id, clock_timestamp() + make_interval(secs => delay_seconds), workflow_timeout)
+            on conflict do nothing;
+        if found then
+            perform pg_notify('durable', '0 ' || json_build_array('q', queue_name));
+            return new_id;
+        end if;
+        select * into there from durable.workflows as w where w.id = new_id;
+        if found and (there.name, there.class_name, there.config_name)
+                     is distinct from (workflow_name, class_name, instance_name) then
+            raise exception 'workflow ID % belongs to a workflow of %, not of %: use another ID',
+                            new_id, there.name, workflow_name using errcode = 'unique_violation';
+        elsif found then
+            return new_id;
+        end if;
+        select w.id into holder from durable.workflows as w
+         where w.queue = queue_name and w.deduplication_id = enqueue.deduplication_id
+           and w.status in ('DELAYED', 'ENQUEUED', 'PENDING');
+        if found then
+            raise exception 'workflow % was not enqueued on %: unfinished workflow % has the deduplication ID %',
+                            new_id, queue_name, holder, deduplication_id using errcode = 'unique_violation';
+        end if;
+    end loop;
+end $$;
 
 -- --- Messages ---------------------------------------------------------------------------------------
 
@@ -257,11 +346,11 @@ create table if not exists durable.streams (
     unique (workflow_id, token)
 );
 
-update durable.version set number = 43 where number = 42;
-
 -- ==== IV. Operators =================================================================================
 --
 -- What management looks for, and the operator's question.
+
+update durable.version set number = 48 where number = 47;
 
 -- --- Management -------------------------------------------------------------------------------------
 
@@ -284,6 +373,9 @@ with unfinished as materialized (
     select *, row_number() over (partition by status, queue, application_version order by priority, number) - 1 as ahead
       from durable.unfinished),
 living as materialized (select * from durable.living),
+misfits as materialized (
+    select key as id, min(format('%s does not go on with it: %s', application_version, value)) as says
+      from living, jsonb_each_text(misfits) group by key),
 kinds as materialized (
     select jsonb_build_array(application_version, executor_id, queue, name, class_name, config_name) as kind, able.*
       from (select distinct application_version, executor_id, queue, name, class_name, config_name from unfinished) as u
@@ -352,7 +444,7 @@ select u.id as workflow_id, u.status, u.name, u.queue, u.application_version, u.
                    when running >= each * serving then
                        format('%s of %s places are taken (worker_concurrency)', running, each * serving)
                    else 'no limit holds it, so executors take it as soon as they have a thread free' end
-       end as why
+       end || coalesce('; version ' || m.says, '') as why
   from unfinished as u
   join kinds as k on k.kind = jsonb_build_array(u.application_version, u.executor_id, u.queue, u.name, u.class_name,
                                                 u.config_name)
@@ -362,6 +454,5 @@ select u.id as workflow_id, u.status, u.name, u.queue, u.application_version, u.
   left join lateral (select * from durable.steps where u.status = 'PENDING' and workflow_id = u.id
                       order by position desc limit 1) as s on true
   left join durable.workflows as c on c.id = s.child_workflow_id and c.completed_at is null
+  left join misfits as m on m.id = u.id and of_version = 0
  order by since;
-
-update durable.version set number = 44 where number = 43;
