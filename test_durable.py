@@ -14618,8 +14618,9 @@ class Stage:
         if not self.one(unfinished):
             return
         names = list({peer.name for peer in self.peers})
-        successor = self.peer("successor")
-        for _ in range(20):
+        versions = {peer.executor.me["version"] for peer in self.peers if peer.executor.me}
+        successors = [self.peer("successor", version=version) for version in sorted(versions)]
+        for successor in successors * 20:
             successor.executor.recover(names)
             successor.executor.now(durable._release_delayed)
             for each in successor.dbos._queues.values():
@@ -15069,7 +15070,30 @@ def receiver_and_operator(stage):
     assert heard == ["1", "2"], f"received was {heard}"
 
 
-# (A run and an adopter, a change of version while it is at work, is to come here with that command.)
+def adopting(peer):
+    """Adopt a workflow; who loses the connection meanwhile, is told, and asks again."""
+
+    def script():
+        for _ in range(3):
+            with contextlib.suppress(psycopg.OperationalError):
+                return peer.dbos.adopt(["w"])
+
+    return script
+
+
+@pair("a run and an adopter", heavy=True)
+def run_and_adopter(stage):
+    one, two = stage.peer("local"), stage.peer("other", version="v2")
+    yield {"run": (one, call(one.book, "w")), "adopter": (two, adopting(two))}
+    once(stage, "w", (1,))
+
+
+@pair("a sweeper and an adopter", heavy=True)
+def sweeper_and_adopter(stage):
+    abandon(stage, "book", "w")
+    one, two = stage.peer("local"), stage.peer("other", version="v2")
+    yield {"sweeper": (one, one.executor.recover), "adopter": (two, adopting(two))}
+    once(stage, "w", (1,), most=2)
 
 
 @pair("a run and a resume")
@@ -16137,6 +16161,10 @@ MUTANTS = [
     ),
     Mutant("a deadline without a lock", "def _expire(conn", " for update skip locked", "", "a run and its deadline"),
     Mutant("a fork that collides", "def _fork(", "from original on conflict do nothing", "from original", "two forks"),
+    Mutant("an adoption of any claim", "def _give(", " and w.claim = found.claim", "", "adopter"),
+    Mutant("an adoption in any status", "def _give(", " and w.status = found.status", "", "adopter"),
+    Mutant("an adoption from the living", "def _give(", " and (w.status <> 'PENDING' or {_DEAD})", "", "adopter"),
+    Mutant("an adoption that raises no claim", "def _give(", ", claim = w.claim + 1", "", "adopter"),
     Mutant("many records under any claim", "_RECORDS = ", " and w.claim = new.claim", "", "a run and an operator"),
     Mutant("many records in any status", "_RECORDS = ", "w.status = 'PENDING'", "true", "a run and a cancel"),
     Mutant("many records without a lock", "_RECORDS = ", " for share of w", "", "a run and a delete"),
@@ -16184,7 +16212,7 @@ MUTANTS = [
     ),
     Mutant(
         "a record that is not looked for", "async def settle",
-        "if not there or there[0].position != position:", "if True:", "a run and an operator",
+        "if there and there[0].position == position", "if False", "a run and an operator",
     ),
     Mutant(
         "a transaction that is not looked for", "def _transact_at",
