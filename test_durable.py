@@ -4477,6 +4477,12 @@ import uuid
 from durable import DBOSNonExistentWorkflowError
 
 
+EDITION_2 = """
+    drop index durable.workflows_ended, durable.workflows_prefix;
+    update durable.version set number = 2;
+"""
+
+
 def uses(*_rooms):
     """Say which rooms a test needs that its section's room does not: without one of them it is left out."""
     return lambda test: test
@@ -8942,10 +8948,6 @@ def test_a_reset_without_a_database_is_a_clear_error(executor):
         executor(system_database_url="postgresql://127.0.0.1:1/nowhere").reset_system_database()
 
 
-EDITION_2 = """
-    drop index durable.workflows_ended, durable.workflows_prefix;
-    update durable.version set number = 2;
-"""
 
 
 def test_a_database_is_brought_up_while_executors_write_in_it(empty_url, executor):
@@ -13768,7 +13770,7 @@ def test_each_storey_of_the_schema_raises_the_edition(empty_url):
             (edition,) = connection.execute("select max(number) from durable.version").fetchone()
             return edition
 
-        assert [edition_after(storey) for storey in (1, 2, 2, 3, 4, 4, 3, 1)] == [41, 42, 42, 43, 44, 44, 44, 44]
+        assert [edition_after(storey) for storey in (1, 2, 2, 3, 4, 4, 3, 1)] == [45, 46, 46, 47, 48, 48, 48, 48]
 
 
 def test_a_room_names_the_tables_of_no_room_that_it_does_not_need():
