@@ -13988,6 +13988,11 @@ BY_HAND = {
     "test_a_pipe_that_closes_early_is_no_error": {"an outcome only in final states", "a run is counted"},
     "test_a_list_reads_what_it_lists": {"an outcome only in final states", "a run is counted"},
     "test_the_views_read_no_finished_workflow": {"an outcome only in final states", "a run is counted"},
+    "test_code_that_does_not_end_is_no_hang": {"a run is counted"},
+    "test_what_check_says_of_random_changes_is_what_comes_of_them": {
+        "a complete history has no gap", "what is said is on record", "a child has its start",
+        "a message is received once", "a wait has its deadline",
+    },
 }
 
 
@@ -13997,7 +14002,10 @@ def invariants_hold(request):
     yield
     if "url" in request.fixturenames:
         with psycopg.connect(request.getfixturevalue("url"), autocommit=True) as conn:
-            assert set(broken(conn)) <= BY_HAND.get(request.node.originalname, set())
+            wrong, known = broken(conn), BY_HAND.get(request.node.originalname, set())
+            if known:  # nothing of it is for the next test
+                conn.execute("truncate durable.workflows, durable.steps, durable.messages")
+            assert set(wrong) <= known, wrong
 
 
 # Actors.  Two or three of them (a run and its sweeper, a dequeue and a recovery) are stepped through the interleavings
