@@ -4476,7 +4476,6 @@ import uuid
 
 from durable import DBOSNonExistentWorkflowError
 
-
 EDITION_2 = """
     drop index durable.workflows_ended, durable.workflows_prefix;
     update durable.version set number = 2;
