@@ -2320,7 +2320,6 @@ def test_nothing_outlives_destroy_even_when_the_database_is_away(wire, executor)
 import http.client
 import re
 import shutil
-import traceback
 
 from durable import DBOSConflictingRegistrationError, DBOSInitializationError
 
@@ -2531,28 +2530,6 @@ def accepts(port):
         return True
 
 
-@pytest.mark.parametrize(("mode", "listens"), [("transaction", False), ("session", True)])
-def test_a_proxy_is_fine_with_the_setting_or_if_it_pools_sessions(bouncer, executor, witness, mode, listens):
-    """Workflows run, transactions too, and the lock is held."""
-    dbos = executor(system_database_url=bouncer(mode), use_listen_notify=listens)
-
-    @dbos.transaction()
-    def write(n):
-        dbos.connection.execute("set search_path to nowhere, public")
-        dbos.connection.execute("insert into ledger values (%s)", [str(n)])
-
-    @dbos.workflow()
-    def work():
-        for n in range(8):
-            write(n)
-
-    dbos.launch()
-    work()
-    assert witness.ledger() == {str(n): 1 for n in range(8)}
-    holders = "select count(*) from pg_locks where locktype = 'advisory' and classid = %s and objid = %s"
-    assert witness.one(holders, durable._LOCKS, dbos.incarnation) == 1
-
-
 def test_a_failed_launch_can_be_tried_again(wire, executor):
     """After a launch that failed nothing is left over, and the next one works."""
     threads = threading.active_count()
@@ -2656,16 +2633,6 @@ ODD_URLS = [
     "dbname=postgresql://ada:ses@ame@127.0.0.1:1/shop",
     b"postgresql://ada:sesame@127.0.0.1:1/shop",
 ]
-
-
-@pytest.mark.parametrize("odd", ODD_URLS)
-def test_no_error_tells_the_password_however_odd_the_url(executor, caplog, odd):
-    """Not whole and not in part, neither in the message nor in what its traceback shows."""
-    caplog.set_level(logging.DEBUG)
-    with pytest.raises(DBOSInitializationError) as caught:
-        executor(system_database_url=odd).launch()
-    told = "".join(traceback.format_exception(caught.value)) + caplog.text
-    assert [part for part in ("sesame", "ses", "ame@", '"ame', "'ame", "ame\n", "123") if part in shown(told)] == []
 
 
 def shown(told):
@@ -8412,6 +8379,18 @@ def test_an_exception_comes_back_as_it_was_raised(dbos, witness, error):
 #
 # No message of ours shows a password.
 
+import traceback
+
+
+@pytest.mark.parametrize("odd", ODD_URLS)
+def test_no_error_tells_the_password_however_odd_the_url(executor, caplog, odd):
+    """Not whole and not in part, neither in the message nor in what its traceback shows."""
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(DBOSInitializationError) as caught:
+        executor(system_database_url=odd).launch()
+    told = "".join(traceback.format_exception(caught.value)) + caplog.text
+    assert [part for part in ("sesame", "ses", "ame@", '"ame', "'ame", "ame\n", "123") if part in shown(told)] == []
+
 
 @pytest.mark.parametrize("variable", ["DATABASE_URL", "DBOS_SYSTEM_DATABASE_URL"])
 @pytest.mark.parametrize("wrong", ["mysql://ada@127.0.0.1/shop", "postgresql://ada:x@y@127.0.0.1:1/shop", "nonsense"])
@@ -8803,6 +8782,33 @@ def test_a_connection_that_was_begun_before_a_fork_is_given_up(dbos, monkeypatch
     dbos._executor.connect().close()
 
 
+# --- Proxies --------------------------------------------------------------------------------------------
+#
+# A proxy that pools transactions, and what works behind it.
+
+
+@pytest.mark.parametrize(("mode", "listens"), [("transaction", False), ("session", True)])
+def test_a_proxy_is_fine_with_the_setting_or_if_it_pools_sessions(bouncer, executor, witness, mode, listens):
+    """Workflows run, transactions too, and the lock is held."""
+    dbos = executor(system_database_url=bouncer(mode), use_listen_notify=listens)
+
+    @dbos.transaction()
+    def write(n):
+        dbos.connection.execute("set search_path to nowhere, public")
+        dbos.connection.execute("insert into ledger values (%s)", [str(n)])
+
+    @dbos.workflow()
+    def work():
+        for n in range(8):
+            write(n)
+
+    dbos.launch()
+    work()
+    assert witness.ledger() == {str(n): 1 for n in range(8)}
+    holders = "select count(*) from pg_locks where locktype = 'advisory' and classid = %s and objid = %s"
+    assert witness.one(holders, durable._LOCKS, dbos.incarnation) == 1
+
+
 # --- Log ----------------------------------------------------------------------------------------------
 #
 # Each line says whose it is.
@@ -8945,8 +8951,6 @@ def test_a_reset_without_a_database_is_a_clear_error(executor):
     """As a launch would be."""
     with pytest.raises(DBOSInitializationError, match="connect"):
         executor(system_database_url="postgresql://127.0.0.1:1/nowhere").reset_system_database()
-
-
 
 
 def test_a_database_is_brought_up_while_executors_write_in_it(empty_url, executor):
@@ -13320,6 +13324,7 @@ def test_workflows_are_steered_from_the_command_line(dbos, letters, sleeper, com
     assert {each["workflow_id"] for each in told("list")} == {"asleep", forked, restarted}
 
 
+@uses("Proxies")
 def test_the_command_line_works_through_a_proxy_that_pools_transactions(bouncer, dbos, sleeper, url, command):
     """It needs no session of its own, and those who have one get its hints."""
     begin(dbos, sleeper, id="asleep")
