@@ -5693,22 +5693,6 @@ def test_what_cannot_be_enqueued_in_sql_is_refused(dbos, witness, arguments, sai
         witness.run(f"select durable.enqueue({arguments})")
 
 
-def test_the_trigger_of_the_readme_fulfils_what_is_inserted(dbos, queue, witness):
-    """As it stands there: the row and its workflow are there together."""
-    readme = (HERE / "README.md").read_text()
-    (trigger,) = re.findall(r"```sql\n(create function fulfil_order.*?)```", readme, re.DOTALL)
-    queue = dbos.register_queue("orders")
-    dbos.workflow(name="fulfil")(lambda number, item: f"{number}: {item}")
-    witness.run("create table orders (id integer generated always as identity, item text)")
-    try:
-        witness.run(trigger)
-        witness.run("insert into orders (item) values ('lamp'), ('bulb')")
-        assert [result_of(dbos, f"order-{n}") for n in (1, 2)] == ["1: lamp", "2: bulb"]
-        assert queue.name == witness.workflow("order-1").queue
-    finally:
-        witness.run("drop table orders; drop function fulfil_order")
-
-
 def most_at_once(notes):
     return max(itertools.accumulate(1 if each.text == "start" else -1 for each in notes))
 
@@ -10666,6 +10650,22 @@ def test_a_retried_step_tells_its_tries(dbos, witness):
         dbos.fork_workflow("w", 3).get_result()
     recorded = "select workflow_id, tries from durable.steps order by workflow_id, position"
     assert witness.rows(recorded) == [("f", 3), ("f", 1), ("w", 3), ("w", 1)]
+
+
+def test_the_trigger_of_the_readme_fulfils_what_is_inserted(dbos, queue, witness):
+    """As it stands there: the row and its workflow are there together."""
+    readme = (HERE / "README.md").read_text()
+    (trigger,) = re.findall(r"```sql\n(create function fulfil_order.*?)```", readme, re.DOTALL)
+    queue = dbos.register_queue("orders")
+    dbos.workflow(name="fulfil")(lambda number, item: f"{number}: {item}")
+    witness.run("create table orders (id integer generated always as identity, item text)")
+    try:
+        witness.run(trigger)
+        witness.run("insert into orders (item) values ('lamp'), ('bulb')")
+        assert [result_of(dbos, f"order-{n}") for n in (1, 2)] == ["1: lamp", "2: bulb"]
+        assert queue.name == witness.workflow("order-1").queue
+    finally:
+        witness.run("drop table orders; drop function fulfil_order")
 
 
 # --- Offer --------------------------------------------------------------------------------------------
