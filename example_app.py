@@ -192,7 +192,7 @@ def index(folder: str, anew: bool, last: WorkflowStatus | None, every: str | Non
         print("It goes on with an unfinished run: what is done will not be done again", flush=True)
         run = last.workflow_id
     else:
-        with SetWorkflowID(f"{folder} {datetime.now():%Y-%m-%d %H:%M:%S}"):
+        with SetWorkflowID(f"{folder} {datetime.now().isoformat(' ', 'milliseconds')}"):
             run = DBOS.start_workflow(index_folder, folder, anew).workflow_id
     if schedule:
         schedule(index_again)
