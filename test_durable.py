@@ -6477,6 +6477,7 @@ def test_thousands_wait_at_no_cost(dbos, statements, witness, monkeypatch):
 # What a workflow says of itself under a key: the last value counts.
 
 
+@uses("Order")
 @tells_who_cancelled
 def test_a_race_of_a_timer_and_a_message_ends_alike_in_a_replay(dbos, witness):
     """The loser, which the workflow cancelled, does not win because time has passed or a message has come since."""
