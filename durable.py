@@ -7627,6 +7627,7 @@ def _tries(conn: Conn, id: str | None) -> dict[int, int]:
 # changed code do as before for those who have passed the place of the change.
 
 import ctypes
+import importlib.util
 import selectors
 from contextlib import closing
 from dataclasses import replace
