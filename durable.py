@@ -934,7 +934,7 @@ def _text_of(value: object) -> str:
 # The operation cannot tell which of them drives it.
 
 
-@dataclass
+@dataclass(slots=True)  # one is made for each statement and each wait
 class _Wait(Generic[T]):
     """Something to wait for, which can be done in either colour."""
 
@@ -1016,6 +1016,8 @@ def _refuse_to_block_a_loop(name: str) -> None:
 
 class _Signal:
     """A flag that is raised once, and wakes threads and coroutines alike."""
+
+    __slots__ = ("is_set", "wakers")
 
     def __init__(self) -> None:
         self.is_set = False
