@@ -15093,13 +15093,18 @@ def words_and_operator(stage):
     assert said == ['"a"', '"b"', "end"] or stage.status("w") is None, f"the stream is {said}"
 
 
+def hearing(peer):
+    """Enqueue a workflow that receives, and send it two messages."""
+    with SetWorkflowID("w"):
+        peer.queue.enqueue(peer.hear)
+    for message in (1, 2):
+        peer.dbos.send("w", message, "t")
+
+
 @pair("a receiver and an operator who takes it")
 def receiver_and_operator(stage):
     one, two = stage.peer("local"), stage.peer("other")
-    with SetWorkflowID("w"):
-        one.queue.enqueue(one.hear)
-    for message in (1, 2):
-        one.dbos.send("w", message, "t")
+    hearing(one)
 
     def take():
         two.executor.recover(["local"])
@@ -15301,10 +15306,7 @@ def letter(stage):
 @pair("a receiver and a cancel")
 def receiver_and_cancel(stage):
     one, two = stage.peer("local"), stage.peer("other")
-    with SetWorkflowID("w"):
-        one.queue.enqueue(one.hear)
-    for message in (1, 2):
-        one.dbos.send("w", message, "t")
+    hearing(one)
     yield {
         "receiver": (one, lambda: one.executor._dequeue(one.queue)),
         "cancel": (two, lambda: two.dbos.cancel_workflow("w")),
@@ -15314,10 +15316,7 @@ def receiver_and_cancel(stage):
 @pair("a receiver and a delete")
 def receiver_and_delete(stage):
     one, two = stage.peer("local"), stage.peer("other")
-    with SetWorkflowID("w"):
-        one.queue.enqueue(one.hear)
-    for message in (1, 2):
-        one.dbos.send("w", message, "t")
+    hearing(one)
     yield {
         "receiver": (one, lambda: one.executor._dequeue(one.queue)),
         "delete": (two, lambda: two.dbos.delete_workflow("w")),
