@@ -1747,16 +1747,15 @@ class _PatientExecutor(_BareExecutor):
 
     def patiently(self, attempt: Callable[[], T]) -> T:
         """Make an attempt until it succeeds or fails for a reason that will not pass."""
-        for pause in _pauses():
-            if self.closed.is_set:
-                break
+        pauses = _pauses()
+        while not self.closed.is_set:
             self.here()
             try:
                 return attempt()
             except Exception as error:
                 if not _may_pass(error):
                     raise
-                self.pause(pause, error)
+                self.pause(next(pauses), error)
         raise _Closing("the executor was destroyed")
 
     def pause(self, seconds: float, error: BaseException) -> None:
@@ -3916,7 +3915,8 @@ class _OrderedRun(_Run):
             self.elsewhere.discard(position)
 
     async def recall(self, position: int, name: str) -> _Record | None:
-        await self.note_cuts()
+        if self.cut:
+            await self.note_cuts()
         record = await super().recall(position, name)
         if record is not None and record.error == _CUT_OFF:
             await _pause_run(self.executor, self.done)  # until the workflow cancels it again
@@ -3927,7 +3927,7 @@ class _OrderedRun(_Run):
 
         Not while the cancel is under way: it may be that of the whole run, which will see nothing.
         """
-        if not self.cut or _is_cancelled() or getattr(self.task, "cancelling", int)():
+        if _is_cancelled() or getattr(self.task, "cancelling", int)():
             return
         for position, name in tuple(self.cut.items()):
             row = {
@@ -3972,7 +3972,8 @@ class _OrderedRun(_Run):
             self.turn = None
 
     async def finish(self, value: Any, error: Exception | None) -> Exception | None:
-        await self.note_cuts()
+        if self.cut:
+            await self.note_cuts()
         return await super().finish(value, self.breach or error)
 
 
@@ -6177,6 +6178,7 @@ class _PlacedExecutor(_TransactingExecutor):
 
 _sessions: weakref.WeakSet[Conn] = weakref.WeakSet()  # the connections of this process
 _forks = 0  # how often it was forked
+_process = os.getpid()  # its ID, which every durable call compares: as a variable, that costs nothing
 
 
 class _KeptConnection(_Connection):
@@ -6194,27 +6196,27 @@ class _KeptConnection(_Connection):
 class _ForkedExecutor(_LivingExecutor):
     def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
         super().__init__(registry, config)
-        self.pid = os.getpid()
+        self.pid = _process
 
     def here(self) -> None:
-        if self.pid != os.getpid():
+        if self.pid != _process:
             raise _NotThereNow(
                 "launched before a fork, which no connection survives: call what is durable in the parent (or start "
                 "processes by spawn instead of fork), or launch in the child"
             )
 
     def close(self, patience_s: float) -> None:
-        if self.pid == os.getpid():  # nothing of a parent's is ours to close
+        if self.pid == _process:  # nothing of a parent's is ours to close
             super().close(patience_s)
 
 
 class _Forked(_Engine):
     def launch(self) -> None:
         with self._life:
-            if self._executor is not None and self._executor.pid != os.getpid():
+            if self._executor is not None and self._executor.pid != _process:
                 self._executor = None
             frame = _frame.get()
-            if frame is not None and frame.run.executor.pid != os.getpid():
+            if frame is not None and frame.run.executor.pid != _process:
                 _frame.set(None)  # forked within a workflow, which goes on in the parent
             super().launch()
 
@@ -6230,6 +6232,8 @@ def _after_fork_in_child() -> None:
     The sockets would keep its sessions open, with the lock that says "alive", after its end; and whatever we
     write into them it would take for its own.  They are put out, not closed: psycopg closes them yet.
     """
+    global _process
+    _process = os.getpid()
     nothing = os.open(os.devnull, os.O_RDWR)
     for conn in tuple(_sessions):
         with suppress(psycopg.Error):  # closed already
