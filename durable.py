@@ -356,16 +356,9 @@ class _Run:
         self.stopped = reason
         self.stop.set()
 
-    @contextmanager
-    def inside(self, step: StepStatus | None = None) -> Iterator[None]:
-        """Let the user's code run here: that of the workflow, or of a step."""
-        if step is not None:
-            self.go_on()  # asked for the last time: the step was found not to be on record a while ago
-        token = _frame.set(_Frame(self, step))
-        try:
-            yield
-        finally:
-            _frame.reset(token)
+    def inside(self, step: StepStatus | None = None) -> AbstractContextManager[None]:
+        """Where the user's code runs: that of the workflow, or of a step."""
+        return _Inside(self, step)
 
     async def execute(self) -> Any:
         """Run the function to its end, write the outcome, and return or raise it."""
@@ -480,6 +473,21 @@ class _Frame(NamedTuple):
 
 
 _frame = contextvars.ContextVar[_Frame | None]("durable_frame", default=None)
+
+
+class _Inside(AbstractContextManager[None]):
+    """A `with` block around the user's code, in which it is known where that stands."""
+
+    def __init__(self, run: _Run, step: StepStatus | None) -> None:
+        self.run, self.step = run, step
+
+    def __enter__(self) -> None:
+        if self.step is not None:
+            self.run.go_on()  # asked for the last time: the step was found not to be on record a while ago
+        self.token = _frame.set(_Frame(self.run, self.step))
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        _frame.reset(self.token)
 
 
 def _here() -> _Frame | None:
@@ -3901,18 +3909,8 @@ class _OrderedRun(_Run):
         self.turn = _Turn()
         _turn.set(self.turn)
 
-    @contextmanager
-    def calling(self, position: int, name: str) -> Iterator[None]:
-        """Remember it when the call at this position is cancelled, as by `asyncio.wait_for`, done or not."""
-        if threading.get_ident() != self.thread and _frame.get() is not None and _reserved.get() is None:
-            self.elsewhere.add(position)
-        try:
-            yield
-        except asyncio.CancelledError:
-            self.cut[position] = name
-            raise
-        finally:
-            self.elsewhere.discard(position)
+    def calling(self, position: int, name: str) -> AbstractContextManager[None]:
+        return _Calling(self, position, name)
 
     async def recall(self, position: int, name: str) -> _Record | None:
         if self.cut:
@@ -3944,20 +3942,8 @@ class _OrderedRun(_Run):
                 self.go_on()
             self.cut.pop(position, None)
 
-    @contextmanager
-    def inside(self, step: StepStatus | None = None) -> Iterator[None]:
-        """Let the user's code run; what it raises is its outcome, unless somebody wants this task to end."""
-        try:
-            with super().inside(step):
-                yield
-        except asyncio.CancelledError as stray:
-            if _is_cancelled():
-                raise
-            code = f"step {step.step_id} of workflow" if step else "workflow"
-            raise DBOSException(
-                f"{code} {self.id} raised CancelledError, and nobody had cancelled it: something that it awaited was "
-                f"cancelled, perhaps by itself; catch the error where that is awaited"
-            ) from stray
+    def inside(self, step: StepStatus | None = None) -> AbstractContextManager[None]:
+        return _InsideTask(self, step)
 
     async def call(self) -> Any:
         await self.remember(1)  # before any timer of the workflow's own can measure how long that takes
@@ -3975,6 +3961,35 @@ class _OrderedRun(_Run):
         if self.cut:
             await self.note_cuts()
         return await super().finish(value, self.breach or error)
+
+
+class _Calling(AbstractContextManager[None]):
+    """Around a call of the workflow: remembers it if it is cancelled, as by `asyncio.wait_for`, done or not."""
+
+    def __init__(self, run: _OrderedRun, position: int, name: str) -> None:
+        self.run, self.position, self.name = run, position, name
+
+    def __enter__(self) -> None:
+        if threading.get_ident() != self.run.thread and _frame.get() is not None and _reserved.get() is None:
+            self.run.elsewhere.add(self.position)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, asyncio.CancelledError):
+            self.run.cut[self.position] = self.name
+        self.run.elsewhere.discard(self.position)
+
+
+class _InsideTask(_Inside):
+    """Around the user's code: what that raises is its outcome, unless somebody wants this task to end."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        super().__exit__(kind, error, trace)
+        if isinstance(error, asyncio.CancelledError) and not _is_cancelled():
+            code = f"step {self.step.step_id} of workflow" if self.step else "workflow"
+            raise DBOSException(
+                f"{code} {self.run.id} raised CancelledError, and nobody had cancelled it: something that it awaited "
+                f"was cancelled, perhaps by itself; catch the error where that is awaited"
+            ) from error
 
 
 @types.coroutine
