@@ -3387,7 +3387,8 @@ class _Hints:
 def _notify(conn: Conn, sender: int, keys: Iterable[tuple[str, ...]]) -> None:
     """Give hints to the other processes.  (What does not fit a notification is found by polling.)"""
     payloads = [payload for key in keys if len(payload := f"{sender} {json.dumps(key)}") < 7900]
-    conn.execute("select pg_notify(%s, payload) from unnest(%s::text[]) as payload", (_CHANNEL, payloads))
+    query = "select pg_notify(%s, payload) from json_array_elements_text(%s) as payload"  # dumped faster than an array
+    conn.execute(query, (_CHANNEL, json.dumps(payloads)))
 
 
 # For which of the awaited hints is there something to be seen?  By their letters.
