@@ -7651,6 +7651,7 @@ def _tries(conn: Conn, id: str | None) -> dict[int, int]:
 import ctypes
 import importlib.util
 import selectors
+from collections.abc import Container
 from contextlib import closing
 from dataclasses import replace
 
@@ -8021,13 +8022,16 @@ _log.addFilter(lambda record: _rehearsal() is None)  # what the workflow logs wa
 # Which workflows, and what becomes of them.
 
 
+_STEPS_OF = "(select count(*) from durable.steps where workflow_id = {}.id)"  # on record
+
+
 def _of_others(
     conn: Conn, version: str, ids: list[str] | None, versions: list[str] | None
 ) -> Iterator[list[dict[str, Any]]]:
     """Read the unfinished workflows of other versions, in order of arrival, some at a time."""
     columns = [*_LOOKED_AT, "inputs", "application_version", "executor_id", "incarnation"]
     query = f"""
-        select {", ".join(f"w.{column}" for column in columns)}
+        select {", ".join(f"w.{column}" for column in columns)}, {_STEPS_OF.format("w")} as steps
           from durable.unfinished as u join durable.workflows as w on w.id = u.id
          where u.status <> 'MAX_RECOVERY_ATTEMPTS_EXCEEDED' and u.application_version <> %(version)s
            and (%(ids)s::text[] is null or u.id = any(%(ids)s))
@@ -8081,7 +8085,7 @@ def _fit(row: dict[str, Any], run: _Rehearsal | None, stage: _Stage) -> Fit:
 
 def _judge(
     executor: _Executor, conn: Conn, ids: list[str] | None = None, versions: list[str] | None = None,
-    known: Iterable[tuple[str, int]] = (), tell: Callable[[int], object] = lambda done: None,
+    known: Container[tuple[str, int]] = (), tell: Callable[[int], object] = lambda done: None,
 ) -> Iterator[list[tuple[dict[str, Any], Fit]]]:
     """Rehearse the unfinished workflows of other versions, but not those that are `known` by ID and claim."""
     stage, done = _Stage(), 0
@@ -8101,20 +8105,23 @@ def _give(
     """Give what fits, and no live executor runs, to our version; say of each what became of it.
 
     Guarded by the claim, the status and the version under which it was checked, so of two who adopt at once one gets
-    it.  The claim is raised, so an executor that is only cut off finds nothing of it when it comes back.
+    it.  The claim is raised, so an executor that is only cut off finds nothing of it when it comes back; and what such
+    a one has put on record since the check was not checked, so a history that has grown stays.
     """
     query = f"""
         update durable.workflows as w
            set application_version = %(version)s, claim = w.claim + 1, updated_at = clock_timestamp()
-          from json_to_recordset(%(found)s) as found(id text, claim bigint, status text, application_version text)
+          from json_to_recordset(%(found)s) as found(id text, claim bigint, status text, application_version text,
+                                                        steps bigint)
           join durable.workflows as its on its.id = found.id
           left join durable.executors as e on e.incarnation = its.incarnation
          where w.id = found.id and w.claim = found.claim and w.status = found.status
            and w.application_version = found.application_version and (w.status <> 'PENDING' or {_DEAD})
+           and found.steps = {_STEPS_OF.format("w")}
         returning w.id
     """
     fitting = {row["id"]: row for row, fit in checked if fit.fits}
-    names = ("id", "claim", "status", "application_version")
+    names = ("id", "claim", "status", "application_version", "steps")
     found = json.dumps([{name: row[name] for name in names} for row in fitting.values()])
     with conn.transaction():
         _note_lost(conn)
@@ -8226,13 +8233,19 @@ class _AdoptingExecutor(_RehearsingExecutor, _OfferingExecutor):
     ) -> list[Fit]:
         """Check, and adopt what fits."""
         fits: list[Fit] = []
-        known = self.misfits.keys() if versions is not None else ()
-        with closing(self.connect()) as conn:
-            for checked in _judge(cast(_Executor, self), conn, ids, versions, known, tell):
-                fits += self.now(_give, self.me, checked, patience_s, newcomer)
-                self.misfits.update({(row["id"], row["claim"]): fit.why for row, fit in checked if not fit.fits})
-                if self.stopping.is_set():
-                    break
+        known = set(self.misfits if versions is not None else ())
+
+        def attempt() -> None:
+            """Judge what is not yet judged: the connection may break, and another go on."""
+            with closing(self.connect()) as conn:
+                for checked in _judge(cast(_Executor, self), conn, ids, versions, known, tell):
+                    fits.extend(self.now(_give, self.me, checked, patience_s, newcomer))
+                    known.update((row["id"], row["claim"]) for row, _ in checked)
+                    self.misfits.update({(row["id"], row["claim"]): fit.why for row, fit in checked if not fit.fits})
+                    if self.stopping.is_set():
+                        break
+
+        self.patiently(attempt)
         self.next_sweep = 0.0
         self.work.set()
         return fits
@@ -8293,8 +8306,12 @@ class _Deploying(_Engine):
     def _checked_fits(
         self, ids: list[str] | None, tell: Callable[[int], object] = lambda done: None
     ) -> list[Fit]:
-        with self._visitor() as executor, closing(executor.connect()) as conn:
-            return [fit for checked in _judge(executor, conn, ids, tell=tell) for _, fit in checked]
+        def attempt() -> list[Fit]:
+            with closing(executor.connect()) as conn:
+                return [fit for checked in _judge(executor, conn, ids, tell=tell) for _, fit in checked]
+
+        with self._visitor() as executor:
+            return executor.patiently(attempt)
 
     def _adopted_fits(
         self, ids: list[str] | None, tell: Callable[[int], object] = lambda done: None

@@ -14863,13 +14863,18 @@ def call(function, id):
     return script
 
 
+def insert(peer, function, id):
+    """Let the row of a workflow begin, and nobody run it."""
+    row = durable._prepare_start(peer.executor, function._durable_function, (), {}).row | {"id": id}
+    peer.executor.write(durable._insertion(False), row).block()
+
+
 def abandon(stage, function, id, queue=None):
     """Leave a workflow behind, as a process does that dies as soon as it has begun it."""
     former = stage.peer("local")
     work = getattr(former, function)
     if queue is None:
-        row = durable._prepare_start(former.executor, work._durable_function, (), {}).row | {"id": id}
-        former.executor.write(durable._insertion(False), row).block()
+        insert(former, work, id)
     else:
         with SetWorkflowID(id):
             former.queue.enqueue(work)
@@ -15117,14 +15122,8 @@ def receiver_and_operator(stage):
 
 
 def adopting(peer):
-    """Adopt a workflow; who loses the connection meanwhile, is told, and asks again."""
-
-    def script():
-        for _ in range(3):
-            with contextlib.suppress(psycopg.OperationalError):
-                return peer.dbos.adopt(["w"])
-
-    return script
+    """Adopt a workflow."""
+    return lambda: peer.dbos.adopt(["w"])
 
 
 @pair("a run and an adopter", heavy=True)
@@ -15140,6 +15139,49 @@ def sweeper_and_adopter(stage):
     one, two = stage.peer("local"), stage.peer("other", version="v2")
     yield {"sweeper": (one, one.executor.recover), "adopter": (two, adopting(two))}
     once(stage, "w", (1,), most=2)
+
+
+@pair("a sweeper that is cut off and an adopter", heavy=True)
+def cut_off_sweeper_and_adopter(stage):
+    """What is adopted has the history that was checked: the old version adds nothing behind it, and nothing before."""
+    abandon(stage, "work", "w")
+    one, two = stage.peer("local"), stage.peer("other", version="v2")
+    adopted = []
+
+    def sweep():
+        one.leave()  # Postgres has lost sight of it, and it goes on
+        one.executor.recover()
+
+    def adopt():
+        fits = adopting(two)()
+        adopted.extend((fit, stage.one("select claim from durable.workflows")) for fit in fits if fit.adopted)
+
+    yield {"sweeper": (one, sweep), "adopter": (two, adopt)}
+    once(stage, "w", (1, 2), most=3)
+    for fit, claim in adopted:
+        seen = 0 if fit.position is None else fit.position - (fit.calls is not None)
+        old = stage.one("select count(*) from durable.steps where output::bigint < %s", claim)
+        assert old == seen, f"the old version recorded {old} steps of what was adopted, and {seen} were checked"
+
+
+@pair("an adopter and the next of its ID", heavy=True)
+def adopter_and_next(stage):
+    """What is adopted is what was checked, and not another workflow that has its ID since."""
+    abandon(stage, "work", "w")
+    one, two = stage.peer("local"), stage.peer("other", version="v2")
+    checked = set()
+
+    def begin_anew():
+        one.leave()  # so that nobody alive protects it
+        one.dbos.delete_workflow("w")
+        insert(one, one.book, "w")
+
+    def adopt():
+        checked.update(fit.name for fit in adopting(two)())
+
+    yield {"operator": (one, begin_anew), "adopter": (two, adopt)}
+    adopted = stage.one("select array_agg(name) from durable.workflows where application_version = 'v2'") or []
+    assert two.dead or checked.issuperset(adopted), f"adopted was {adopted}, and checked {checked}"
 
 
 @pair("a run and a resume")
@@ -16206,6 +16248,11 @@ MUTANTS = [
     Mutant("a deadline without a lock", "def _expire(conn", " for update skip locked", "", "a run and its deadline"),
     Mutant("a fork that collides", "def _fork(", "from original on conflict do nothing", "from original", "two forks"),
     Mutant("an adoption in any status", "def _give(", " and w.status = found.status", "", "adopter"),
+    Mutant("an adoption of any claim", "def _give(", "w.claim = found.claim and ", "", "next of its ID"),
+    Mutant("an adoption of a history that grew", "def _give(", "and found.steps = ", "and 0 <= ",
+           "cut off and an adopter"),
+    Mutant("an adoption that raises no claim", "def _give(", "claim = w.claim + 1", "claim = w.claim",
+           "cut off and an adopter"),
     Mutant("an adoption from the living", "def _give(", " and (w.status <> 'PENDING' or {_DEAD})", "", "adopter"),
     Mutant("many records under any claim", "_RECORDS = ", " and w.claim = new.claim", "", "a run and an operator"),
     Mutant("many records in any status", "_RECORDS = ", "w.status = 'PENDING'", "true", "a run and a cancel"),
