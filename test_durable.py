@@ -16375,6 +16375,7 @@ def labourer(name, version):
     """Work on whatever there is, in a process of one version."""
     DBOS(config=settings(
         executor_id=name, application_version=version, run_admin_server=False, log_level="CRITICAL", failover=True,
+        adopt=True,
     ))
     queue = Queue("soak", concurrency=4, polling_interval_sec=0.2)
 
@@ -16507,13 +16508,11 @@ class Soak:
             id, self.random.randint(1, 3), application_version=f"v{self.version}"))
 
     def deploy(self):
-        """Launch a new version, and hand the unfinished work of the old one over to it."""
+        """Launch a new version, which adopts the unfinished work of the old one."""
         self.version += 1
         for process in self.crew:
             process.kill()
         self.crew = [self.hire(process.name) for process in self.crew]
-        adopt = f"update durable.workflows set application_version = 'v{self.version}' where status in {UNFINISHED}"
-        self.execute(adopt)  # (a command of its own will do this)
 
     FAULTS = (kill, kill, stop_and_continue, terminate, restart, read_only, disk_full, cancel_and_resume, fork, deploy)
 
