@@ -14604,7 +14604,7 @@ class Stage:
     def settle(self, news, moving, everybody):
         """Wait until everybody who moves has come to a point, or is over, or waits for a lock; return those."""
         moving = {actor for actor in moving if not actor.over}
-        patience = time.monotonic() + 5
+        patience = time.monotonic() + PATIENCE_S
         while moving:
             try:
                 moving.discard(news.get(timeout=0.002))
@@ -15543,9 +15543,14 @@ def judge_points(conn, programs, begun, most):
     history = "select array_agg(position || ' ' || name || ' ' || coalesce(error, '') order by position) " \
               "from durable.steps where workflow_id = %s"
     outcome = "select status, replace(output, id, 'me') from durable.workflows where id = %s"
-    # Each run that was cut off may have had a step under way.  More than one may be: who dies here begins by recovering
-    # what those before it left.
-    interrupted = "select sum(greatest(recovery_attempts - 1, 0)) from durable.workflows where id = any(%s)"
+    # A step that was under way when its run was cut off runs again; more often than once, since who dies here begins by
+    # recovering what those before it left.  But none that was on record by then does.
+    recorded = "select workflow_id, extract(epoch from completed_at)::float8 from durable.steps where name = 'pack'"
+    on_record = dict(conn.execute(recorded).fetchall())
+    since = time.time() - time.monotonic() - 0.02  # in which clocks may differ; who takes over needs much longer
+    late = [note for note in programs.notes() if note.text.startswith("pack-")
+            and note.at + since > on_record[note.text.split()[1]]]
+    assert not late, f"on record already was {late}"
     expected = [conn.execute(query, (whole,)).fetchone() for query in (history, outcome)]
     assert expected[1][0] == "SUCCESS", expected
     counts, again = programs.count(), 0
@@ -15557,9 +15562,7 @@ def judge_points(conn, programs, begun, most):
         assert len(paid) == len(set(paid)) == 2, f"journey {id} paid {paid}"
         again += counts[f"pay {id}"] - 2 if id.startswith("answer") else 0
         packed = [sum(counts[f"pack-{n} {each}"] for each in packers(id, n)) for n in (1, 2, 3, 4)]
-        family = [each for n in (1, 2, 4) for each in packers(id, n)]
-        (more,) = conn.execute(interrupted, (family,)).fetchone()
-        assert min(packed) == 1 and sum(packed) <= 4 + more, f"journey {id} packed {packed} times, with {more} repeats"
+        assert min(packed) >= 1, f"journey {id} packed {packed} times"
     assert again <= 2, f"a payment was tried {again} times more: where its commit's answer was lost, the record tells"
     wrong = broken(conn)
     assert not wrong, wrong
@@ -16451,10 +16454,15 @@ class Soak:
 
     # Faults.
 
+    def replace(self, number):
+        """Kill one, which may have ended just now at a launch without a database, and start it again."""
+        process = self.crew[number]
+        process.popen.kill()
+        assert process.wait() == -signal.SIGKILL or "DBOSInitializationError" in process.errors(), process.errors()
+        self.crew[number] = self.hire(process.name)
+
     def kill(self):
-        number = self.random.randrange(self.CREW)
-        self.crew[number].kill()
-        self.crew[number] = self.hire(self.crew[number].name)
+        self.replace(self.random.randrange(self.CREW))
 
     def stop_and_continue(self):
         process = self.random.choice(self.crew)
@@ -16510,9 +16518,8 @@ class Soak:
     def deploy(self):
         """Launch a new version, which adopts the unfinished work of the old one."""
         self.version += 1
-        for process in self.crew:
-            process.kill()
-        self.crew = [self.hire(process.name) for process in self.crew]
+        for number in range(self.CREW):
+            self.replace(number)
 
     FAULTS = (kill, kill, stop_and_continue, terminate, restart, read_only, disk_full, cancel_and_resume, fork, deploy)
 
