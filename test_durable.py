@@ -4429,6 +4429,13 @@ def test_what_connected_while_the_database_was_read_only_does_not_stay_so(execut
 #
 # Latencies are the medians of a round: two processes of one machine read the same clock.  The last
 # lines are about a crowd of workflows that wait in one process, seen once and by itself.
+#
+#     --full          the figures once more, with a million finished workflows in the tables and without, and
+#                     how long lists take there; and with a disk that needs two milliseconds more for a flush
+#     --vs PYTHON     dbos from the virtual environment of this interpreter, which has pytest and psycopg_pool too
+#     --only WHAT     only these figures, as FIGURES and LISTS call them; may be given several times
+#     --rounds N      instead of three
+#     --medians       of the rounds, instead of the best
 
 
 def _free_port() -> int:
@@ -16537,9 +16544,8 @@ COMMANDS |= {"invariants": invariants, "proof": proof}
 #
 # The benchmark, and the tool that cuts.
 
-import importlib.metadata
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16555,6 +16561,8 @@ RECEIVERS = 1_000
 CROWD = 10_000
 
 PAUSE_S = 0.02  # between two tries of a latency: by then everything is idle again
+
+_PYTHONS: dict[str, str] = {}  # the interpreter of a side, where it is not ours
 
 CONFIG = {"name": "bench", "application_version": "bench", "log_level": "ERROR", "run_admin_server": False}
 
@@ -16613,6 +16621,12 @@ FIGURES = [
 ]
 
 
+LISTS = [
+    Figure(f"a list by {condition}", f"list by {condition}", 20, 0, "ms", "10 ms")
+    for condition in ("prefix", "name", "status", "queue")
+]
+
+
 class Crowd(NamedTuple):
     """What is seen of CROWD workflows that wait; None: it is not about those."""
 
@@ -16634,25 +16648,62 @@ CROWD_LINES = {  # a field of Crowd: what it is, unit, target
 }
 
 
-def benchmark() -> None:
+def benchmark(*arguments: str) -> None:
     """Measure every figure on every side, and print each line as soon as it is known."""
-    print(f"{'':42}{'durable':>8}{'':9}{'psycopg':>8}{'ratio':>7}{'target':>11}{'grouped':>9}{'dbos':>8}")
+    options = _options(arguments)
+    _PYTHONS["dbos"] = options.vs
+    chosen = [figure for figure in FIGURES if not options.only or figure.what in options.only]
     with _scratch_postgres() as server:
-        urls = {side: _new_database(server, side) for side in SIDES}
-        for figure in FIGURES:
-            print(_line(figure, **_race(figure, urls)), flush=True)
-        for what in _CROWDS:
+        _print_race("", chosen, {side: (side, _new_database(server, side)) for side in SIDES}, options)
+        for what in () if options.only else _CROWDS:
             print(_crowd_lines(what, Crowd(*_said(what, "durable", _new_database(server, what), CROWD))), flush=True)
+        if options.full:
+            _print_full(server, chosen, options)
 
 
-def _race(figure: Figure, urls: dict[str, str]) -> dict[str, float]:
-    """Let the sides take turns; return the best figure of each."""
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="test_durable.py", description="Prints how fast durable.py is.")
+    parser.add_argument("--full", action="store_true", help="also with a million workflows, and with a slower disk")
+    parser.add_argument("--vs", metavar="PYTHON", default=sys.executable, help="the interpreter that has dbos")
+    parser.add_argument("--only", metavar="WHAT", action="append", choices=[f.what for f in [*FIGURES, *LISTS]])
+    parser.add_argument("--rounds", metavar="N", type=int, default=ROUNDS)
+    parser.add_argument("--medians", action="store_true", help="of the rounds, instead of the best")
+    return parser.parse_args(arguments)
+
+
+def _print_full(server: str, figures: list[Figure], options: argparse.Namespace) -> None:
+    full, empty = _new_database(server, "full"), _new_database(server, "empty")
+    _fill(full)
+    kept = [dataclasses.replace(figure, target="0.91") for figure in figures if figure.what != "import"]
+    against_none = {"durable": ("durable", full), "plain": ("durable", empty)}
+    _print_race("a million workflows, and none", kept, against_none, options)
+    for figure in LISTS:
+        if not options.only or figure.what in options.only:
+            print(_line(figure, **_race(figure, {"durable": ("durable", full)}, options)), flush=True)
+    slow = {side: (side, _slowed(server, _new_database(server, f"slow_{side}", side))) for side in SIDES[:3]}
+    grouped = [figure for figure in figures if figure.what in _GROUPED]
+    _print_race("a flush takes 2 ms more", grouped, slow, options)
+
+
+def _print_race(
+    title: str, figures: list[Figure], sides: dict[str, tuple[str, str]], options: argparse.Namespace
+) -> None:
+    heads = ("full", "empty") if len(sides) == 2 else ("durable", "psycopg")
+    print(f"{title:42}{heads[0]:>8}{'':9}{heads[1]:>8}{'ratio':>7}{'target':>11}{'grouped':>9}{'dbos':>8}")
+    for figure in figures:
+        print(_line(figure, **_race(figure, sides, options)), flush=True)
+
+
+def _race(figure: Figure, sides: dict[str, tuple[str, str]], options: argparse.Namespace) -> dict[str, float]:
+    """Let the sides, each a program and a database, take turns; return the figure of each column."""
     values: dict[str, list[float]] = {}
-    for number in range(ROUNDS):
-        for side in filter(lambda side: _takes_part(side, figure, number), SIDES):
-            value = figure.value(_count(side, figure), _measure(side, figure, urls[side]))
-            values.setdefault(side, []).append(value)
-    return {side: figure.best(of_side) for side, of_side in values.items()}
+    for number in range(options.rounds):
+        for column, (side, url) in sides.items():
+            if _takes_part(side, figure, number):
+                value = figure.value(_count(side, figure), _measure(side, figure, url))
+                values.setdefault(column, []).append(value)
+    chosen = _median if options.medians else figure.best
+    return {column: chosen(of_column) for column, of_column in values.items()}
 
 
 def _takes_part(side: str, figure: Figure, number: int) -> bool:
@@ -16661,9 +16712,12 @@ def _takes_part(side: str, figure: Figure, number: int) -> bool:
     return figure.what in _ACTS[side]
 
 
+@functools.cache
 def _dbos_is_here() -> bool:
     """Whether the library is installed, in the edition that durable.py is modelled on."""
-    return importlib.util.find_spec("dbos") is not None and importlib.metadata.version("dbos").startswith("2.")
+    code = "import importlib.metadata; print(importlib.metadata.version('dbos'))"
+    asked = subprocess.run([_PYTHONS["dbos"], "-c", code], capture_output=True, text=True, check=False)
+    return asked.stdout.startswith("2.")
 
 
 def _count(side: str, figure: Figure) -> int:
@@ -16713,8 +16767,9 @@ def _said(what: str, side: str, url: str, count: int) -> Any:
     return json.loads(output)
 
 
-def _start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, **options)
+def _start(what: str, side: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    command = [_PYTHONS.get(side, sys.executable), __file__, what, side, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
 
 
 def _measure_here(what: str, side: str, url: str, count: str) -> None:
@@ -16798,18 +16853,46 @@ def _scratch_postgres() -> Iterator[str]:
             server.cleanup()
 
 
-def _new_database(server: str, side: str) -> str:
-    """Give a side a database of its own; the plain one has the tables of schema.sql."""
-    url = psycopg.conninfo.conninfo_to_dict(server)
+def _new_database(server: str, name: str, side: str | None = None) -> str:
+    """Give a side a database of its own; those by hand have the tables of schema.sql."""
+    url, side = psycopg.conninfo.conninfo_to_dict(server), side or name
     with psycopg.connect(server, autocommit=True) as conn:
-        conn.execute(f"create database bench_{side}")
-    ours = f"postgresql://{url['user']}@/bench_{side}?host={url['host']}"
-    if side in ("plain", "grouped"):
+        conn.execute(f"create database bench_{name}")
+    ours = f"postgresql://{url['user']}@/bench_{name}?host={url['host']}"
+    if side in ("plain", "grouped", "full"):
         with psycopg.connect(ours) as conn:
             conn.execute(_SCHEMA.read_text().encode())
     if side == "dbos" and _dbos_is_here():
         assert _start("migrate", side, ours, "0").wait() == 0
     return ours
+
+
+def _slowed(server: str, url: str) -> str:
+    """Have each flush of this database take two milliseconds more: Postgres waits for so long before it."""
+    name = psycopg.conninfo.conninfo_to_dict(url)["dbname"]
+    with psycopg.connect(server, autocommit=True) as conn:
+        conn.execute(f"alter database {name} set commit_delay = 2000")
+        conn.execute(f"alter database {name} set commit_siblings = 0")
+    return url
+
+
+def _fill(url: str) -> None:
+    """Leave a million finished workflows with three steps each; every second came from a queue, a thousand failed."""
+    with psycopg.connect(url, autocommit=True) as conn:
+        conn.execute("""
+            insert into durable.workflows
+                   (id, name, inputs, status, claim, recovery_attempts, executor_id, incarnation, application_version,
+                    queue, dequeued_at, output, created_at, updated_at, completed_at)
+            select gen_random_uuid()::text, 'old work ' || n % 10, '[[1], {}]',
+                   case when n % 1000 = 0 then 'ERROR' else 'SUCCESS' end, 1, 1, 'local', 1, 'old',
+                   case when n % 2 = 0 then 'old queue' end, case when n % 2 = 0 then at end, '1', at, at, at
+              from generate_series(1, 1000000) as n, lateral (select now() - make_interval(secs => 1e6 - n) as at) as t
+        """)
+        conn.execute("""
+            insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
+            select id, n, 'step', '1', created_at, created_at from durable.workflows, generate_series(1, 3) as n
+        """)
+        conn.execute("vacuum analyze durable.workflows, durable.steps")
 
 
 # One program, written once, for durable.py and for the dbos library: only the import differs.
@@ -17040,6 +17123,14 @@ def _partner_of_sends(program: _Program, count: int) -> float:
     return began
 
 
+def _list_by(conditions: dict[str, tuple[str, ...]], program: _Program, count: int) -> float:
+    """The slowest of lists of up to a hundred, by something that many or a few have, and by something that none has."""
+    program.launch()
+    ((name, values),) = conditions.items()
+    lists = [functools.partial(program.DBOS.list_workflows, **{name: value, "limit": 100}) for value in values]
+    return max(_median([_timed(each) for _ in range(count)]) for each in lists)
+
+
 def _import(program: _Program, count: int) -> float:
     name = program.library.__name__
     code = f"import psycopg, time; began = time.perf_counter(); import {name}; print(time.perf_counter() - began)"
@@ -17195,6 +17286,10 @@ _LIBRARY: dict[str, Callable[[_Program, int], Any]] = {
     "sends": _sends,
     "partner of sends": _partner_of_sends,
     "import": _import,
+    "list by prefix": functools.partial(_list_by, {"workflow_id_prefix": ("a", "abcd", "no such")}),
+    "list by name": functools.partial(_list_by, {"name": ("old work 3", "no such")}),
+    "list by status": functools.partial(_list_by, {"status": ("SUCCESS", "ERROR", "CANCELLED", "ENQUEUED")}),
+    "list by queue": functools.partial(_list_by, {"queue_name": ("old queue", "no such")}),
 }
 
 
@@ -17547,7 +17642,7 @@ _ACTS: dict[str, dict[str, Callable[..., Any]]] = {
 }
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
+    if sys.argv[1:] and not sys.argv[1].startswith("-"):
         COMMANDS.get(sys.argv[1], functools.partial(_measure_here, sys.argv[1]))(*sys.argv[2:])
     else:
-        benchmark()
+        benchmark(*sys.argv[1:])
