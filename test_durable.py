@@ -14264,15 +14264,16 @@ class SteppedExecutor(durable._Executor):
         super().__init__(*args)
         self.tells, self.jobs = False, []
         self.claimed, self.running = Remembered("claimed"), Remembered("running")
-        self.alone, self.journal.write_one = self.journal.write_one, self.write_one
+        for group in (self.journal, self.inbox):
+            group.write_one = functools.partial(self.write_one, group, group.write_one)
         self.claiming, self.turns = SteppedLock(), collections.defaultdict(SteppedLock)
 
-    def write_one(self, write, row):
+    def write_one(self, group, alone, write, row):
         """Write a row; on a stage where rows are written together, beside one that will not be taken."""
         if not self.peer.stage.together:
-            return self.alone(write, row)
+            return alone(write, row)
         other = row if write.name.startswith("start") else {**row, "id": "nobody"}
-        wait = self.journal.write(write, row, other)
+        wait = group.write(write, row, other)
         return durable._Wait(lambda: wait.block()[0], None)
 
     def start_thread(self, job, name="durable-workflow"):
@@ -16143,13 +16144,16 @@ MUTANTS = [
     Mutant("a transaction under any claim", "_RECORD_OR_FAIL = ", OURS, "", "a run and an operator"),
     Mutant("a transaction in any status", "_RECORD_OR_FAIL = ", AT_WORK, "", "a book and a cancel"),
     Mutant("a transaction without a lock", "_RECORD_OR_FAIL = ", SHARE, "", "a run and a delete"),
-    Mutant("a receipt under any claim", "def _receive(", OURS, "", "a receiver and an operator"),
-    Mutant("a receipt in any status", "def _receive(", AT_WORK, "", "a receiver and a cancel"),
-    Mutant("a receipt without a lock", "def _receive(", SHARE, "", "a receiver and a delete"),
-    Mutant("a receipt that collides", "def _receive(", "on conflict do nothing", "", "a receiver and an operator"),
     Mutant(
-        "a receipt without its record", "def _receive(",
-        " and exists (select from noted)", "", "a receiver and an operator",
+        "a receipt under any claim", " receive_ours as",
+        "w.id = new.id and w.claim = new.claim", "w.id = new.id", "a receiver and an operator",
+    ),
+    Mutant("a receipt in any status", " receive_ours as", "w.status = 'PENDING'", "true", "a receiver and a cancel"),
+    Mutant("a receipt without a lock", " receive_ours as", "for share of w", "", "a receiver and a delete"),
+    Mutant("a receipt that collides", " receive_ours as", "on conflict do nothing", "", "a receiver and an operator"),
+    Mutant(
+        "a receipt without its record", " receive_done as",
+        "join receive_noted as noted on noted.id = oldest.id", "", "a receiver and an operator",
     ),
     Mutant(
         "an effect under any claim", "def _effect(",
@@ -16166,10 +16170,10 @@ MUTANTS = [
         " or (id, position) in (select * from {name}_noted)", " or true", "a sender and a receiver",
     ),
     Mutant("a message to a workflow that goes", "_SEND = ", " for key share", "", "a sender and a delete"),
-    Mutant("a letter to a workflow that goes", "def _post(", " for key share", "", "a letter and a delete"),
+    Mutant("a letter to a workflow that goes", "_POST = ", " for key share of w", "", "a letter and a delete"),
     Mutant(
-        "a letter that collides", "def _post(",
-        "from destination on conflict do nothing", "from destination", "a letter",
+        "a letter that collides", "_POST = ",
+        "from post_to on conflict do nothing", "from post_to", "a letter",
     ),
     Mutant(
         "a letter without a key", "async def _send_message",
@@ -16545,6 +16549,7 @@ COMMANDS |= {"invariants": invariants, "proof": proof}
 # The benchmark, and the tool that cuts.
 
 import urllib.request
+from argparse import ArgumentParser, Namespace
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16661,8 +16666,8 @@ def benchmark(*arguments: str) -> None:
             _print_full(server, chosen, options)
 
 
-def _options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="test_durable.py", description="Prints how fast durable.py is.")
+def _options(arguments: Sequence[str]) -> Namespace:
+    parser = ArgumentParser(prog="test_durable.py", description="Prints how fast durable.py is.")
     parser.add_argument("--full", action="store_true", help="also with a million workflows, and with a slower disk")
     parser.add_argument("--vs", metavar="PYTHON", default=sys.executable, help="the interpreter that has dbos")
     parser.add_argument("--only", metavar="WHAT", action="append", choices=[f.what for f in [*FIGURES, *LISTS]])
@@ -16671,7 +16676,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _print_full(server: str, figures: list[Figure], options: argparse.Namespace) -> None:
+def _print_full(server: str, figures: list[Figure], options: Namespace) -> None:
     full, empty = _new_database(server, "full"), _new_database(server, "empty")
     _fill(full)
     kept = [dataclasses.replace(figure, target="0.91") for figure in figures if figure.what != "import"]
@@ -16686,7 +16691,7 @@ def _print_full(server: str, figures: list[Figure], options: argparse.Namespace)
 
 
 def _print_race(
-    title: str, figures: list[Figure], sides: dict[str, tuple[str, str]], options: argparse.Namespace
+    title: str, figures: list[Figure], sides: dict[str, tuple[str, str]], options: Namespace
 ) -> None:
     heads = ("full", "empty") if len(sides) == 2 else ("durable", "psycopg")
     print(f"{title:42}{heads[0]:>8}{'':9}{heads[1]:>8}{'ratio':>7}{'target':>11}{'grouped':>9}{'dbos':>8}")
@@ -16694,7 +16699,7 @@ def _print_race(
         print(_line(figure, **_race(figure, sides, options)), flush=True)
 
 
-def _race(figure: Figure, sides: dict[str, tuple[str, str]], options: argparse.Namespace) -> dict[str, float]:
+def _race(figure: Figure, sides: dict[str, tuple[str, str]], options: Namespace) -> dict[str, float]:
     """Let the sides, each a program and a database, take turns; return the figure of each column."""
     values: dict[str, list[float]] = {}
     for number in range(options.rounds):
