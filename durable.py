@@ -4833,7 +4833,8 @@ async def _receive_message(executor: _Executor, topic: str, timeout_s: float) ->
 # The oldest message of a topic is taken and recorded, in one; told is which, or else whether it may be waited for.
 # With `nothing`, the text of None, that there is none is put on record.  Our own former try, should it be at work
 # yet, has its message locked: this one waits for it, and fails at the record.  (Where there is nothing to record no
-# row is locked: a look would cost the flush of a commit.)
+# row is locked: a look would cost the flush of a commit.  And of an `exists` in that place the planner might make a
+# hash of all messages that wait for anybody.)
 _RECEIVE = _Write(
     "receive",
     "id text, claim bigint, position integer, name text, topic text, nothing text, took_s double precision",
@@ -4848,9 +4849,10 @@ _RECEIVE = _Write(
      receive_new as (select * from {rows}),
      receive_ours as (select new.* from receive_new as new
                         join durable.workflows as w on w.id = new.id and w.claim = new.claim
-                       where w.status = 'PENDING' and (new.nothing is not null or exists (
-                             select from durable.messages as m
-                              where m.workflow_id = new.id and m.topic = new.topic and m.received_at is null))
+                       where w.status = 'PENDING' and coalesce(new.nothing, (
+                             select message from durable.messages as m
+                              where m.workflow_id = new.id and m.topic = new.topic and m.received_at is null
+                              order by m.number limit 1)) is not null
                          for share of w),
      receive_oldest as (select ours.id, m.number, m.message from receive_ours as ours
                          cross join lateral (select number, message from durable.messages
