@@ -1688,7 +1688,7 @@ from psycopg.abc import PQGen
 
 __all__ += ["DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded"]
 
-_SCHEMA_VERSION = 46  # the edition of schema.sql that this code was written for, and how many storeys of it
+_SCHEMA_VERSION = 50  # the edition of schema.sql that this code was written for, and how many storeys of it
 _SWEEP_S = 3.0  # a lock that stays free from one sweep to the next is a death: missed after 3 to 6 s
 _RESTART_GRACE_S = 3.0  # after Postgres starts, time for the living to take their locks again
 _LONGEST_PAUSE_S = 1.0  # between two tries to reach a database that is away
@@ -2867,7 +2867,7 @@ class _Hosting(_Engine):
 import weakref
 from collections import deque
 
-_SCHEMA_VERSION = 47
+_SCHEMA_VERSION = 51
 
 _UNFINISHED = ("DELAYED", "ENQUEUED", "PENDING")  # as Python writes a tuple, SQL reads a list
 _TYPES = {  # of the values that a start brings along, where they are not text
@@ -6421,7 +6421,7 @@ def _set_up_logging(level: str) -> None:
 # code, from a program that has none of it, by HTTP, in a browser and on the command line.
 
 
-_SCHEMA_VERSION = 48
+_SCHEMA_VERSION = 52
 
 # --- Management ---------------------------------------------------------------------------------------
 #
@@ -6881,9 +6881,12 @@ _CONDITIONS = {
     for name, column in {
         "workflow_ids": "id", "name": "name", "app_version": "application_version",
         "forked_from": "forked_from", "parent_workflow_id": "parent_workflow_id",
-        "executor_id": "executor_id", "queue_name": "queue",
+        "executor_id": "executor_id",
     }.items()
 } | {
+    # As the indexes know it: what is or was in a queue was taken from it, waits there, or was cancelled before.
+    "queue_name": """queue = any(%(queue_name)s::text[]) and (
+        dequeued_at is not null or status = 'ENQUEUED' or status = 'DELAYED' or status = 'CANCELLED')""",
     "start_time": "created_at >= to_timestamp(%(start_time)s)",
     "end_time": "created_at < date_trunc('milliseconds', to_timestamp(%(end_time)s)) + interval '1 ms'",
     "queues_only": "queue is not null",

@@ -9667,6 +9667,9 @@ class Explainer:
         ({"status": ["DELAYED", "ENQUEUED", "PENDING"], "queues_only": True}, 100, "workflows_due"),
         ({"status": ["PENDING"]}, None, "workflows_running"),
         ({"status": ["MAX_RECOVERY_ATTEMPTS_EXCEEDED"]}, None, "workflows_dead"),
+        *(({"status": [status]}, 100, "workflows_failed") for status in ("ERROR", "CANCELLED")),
+        ({"status": ["ERROR", "CANCELLED"], "name": ["f"]}, None, "workflows_failed"),
+        *(({"queue_name": ["nobody's"]}, limit, "workflows_rate") for limit in (None, 100)),
         ({}, 100, "workflows_created"),
     ],
     ids=str,
@@ -10706,8 +10709,13 @@ EDITION_44 = """
     update durable.version set number = 44;
 """
 
+EDITION_48 = """
+    drop index durable.workflows_failed;
+    update durable.version set number = 48;
+"""
 
-@pytest.mark.parametrize("edition", [EDITION_1, EDITION_2, EDITION_44], ids=["1", "2", "44"])
+
+@pytest.mark.parametrize("edition", [EDITION_1, EDITION_2, EDITION_44, EDITION_48], ids=["1", "2", "44", "48"])
 def test_a_database_of_an_earlier_edition_is_brought_up_in_place(empty_url, executor, edition):
     """What was there stays, and everything works."""
 
@@ -10730,7 +10738,7 @@ def test_a_database_of_an_earlier_edition_is_brought_up_in_place(empty_url, exec
         assert handle.get_result() == "hello ada"
         assert connection.execute("select count(*) from durable.executors").fetchone() == (2,)
         assert connection.execute("select durable.enqueue('greet', 'line')").rowcount == 1
-        assert connection.execute("select max(number) > 44 from durable.version").fetchone() == (True,)
+        assert connection.execute("select max(number) > 48 from durable.version").fetchone() == (True,)
         assert connection.execute(INDEXES).fetchall() == schema
 
 
@@ -13784,7 +13792,7 @@ def test_each_storey_of_the_schema_raises_the_edition(empty_url):
             (edition,) = connection.execute("select max(number) from durable.version").fetchone()
             return edition
 
-        assert [edition_after(storey) for storey in (1, 2, 2, 3, 4, 4, 3, 1)] == [45, 46, 46, 47, 48, 48, 48, 48]
+        assert [edition_after(storey) for storey in (1, 2, 2, 3, 4, 4, 3, 1)] == [49, 50, 50, 51, 52, 52, 52, 52]
 
 
 def test_a_room_names_the_tables_of_no_room_that_it_does_not_need():
@@ -13931,6 +13939,11 @@ INVARIANTS = [
                  from durable.messages as m join durable.workflows as w on w.id = m.workflow_id
                 where w.forked_from is null group by m.workflow_id, m.message) as of_it
             where received > recorded or (received < recorded and message <> 'null')""",
+    ),
+    Invariant(
+        "who leaves a queue was taken from it", "Or cancelled: by that a list of what was in a queue finds it.",
+        """select id from durable.workflows where queue is not null and dequeued_at is null
+                and status not in ('DELAYED', 'ENQUEUED', 'CANCELLED')""",
     ),
     Invariant(
         "an idempotency key counts once", "A workflow has one message with a key.",
