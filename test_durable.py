@@ -6256,6 +6256,59 @@ def test_no_message_is_passed_over(dbos, mailbox, witness, url, gate):
     assert handle.get_result() == [1, 2]
 
 
+def test_many_receive_together_what_is_sent_together(dbos, statements, witness):
+    """Each its own, and one that is sent to nobody is nobody else's error; in fewer statements than messages."""
+
+    @dbos.workflow()
+    async def listen():
+        return await dbos.recv_async(timeout_seconds=PATIENCE_S)
+
+    async def play():
+        handles = []
+        for n in range(200):
+            with SetWorkflowID(f"w{n}"):
+                handles.append(await dbos.start_workflow_async(listen))
+        while witness.one("select count(*) from durable.steps") < 200:
+            await asyncio.sleep(0.01)
+        statements.clear()
+        sends = [dbos.send_async(f"w{n}", n) for n in range(200)]
+        errors = await asyncio.gather(dbos.send_async("nobody", 0), *sends, return_exceptions=True)
+        return errors, [await handle.get_result() for handle in handles]
+
+    (error, *errors), received = asyncio.run(play())
+    assert isinstance(error, DBOSNonExistentWorkflowError)
+    assert errors == [None] * 200
+    assert received == list(range(200))
+    for statement in ("insert into durable.messages", "update durable.messages"):
+        assert sum(count for query, count in statements.items() if statement in str(query)) < 200
+
+
+def test_several_recvs_of_one_workflow_receive_a_message_each(dbos, gate):
+    """Also at the same moment, and of one topic."""
+
+    @dbos.workflow()
+    async def collect():
+        await asyncio.to_thread(gate)
+        return await asyncio.gather(*(dbos.recv_async(timeout_seconds=PATIENCE_S) for _ in range(5)))
+
+    handle = begin(dbos, collect)
+    for n in range(5):
+        dbos.send("w", n)
+    gate.open()
+    assert sorted(handle.get_result()) == list(range(5))
+
+
+def test_a_look_that_finds_no_message_locks_no_row(dbos, mailbox, witness, url):
+    """So it has nothing to commit; and says that there may be one yet."""
+    begin(dbos, mailbox, 1)
+    eventually(lambda: witness.steps("w"))
+    look = {"id": "w", "claim": witness.workflow("w").claim, "position": 1, "name": "DBOS.recv", "topic": "t"}
+    with psycopg.connect(url) as holder, psycopg.connect(url, options="-c lock_timeout=1000") as conn:
+        holder.execute("select from durable.workflows where id = 'w' for update")
+        assert durable._receive(conn, [{**look, "nothing": None, "took_s": 0.0}]) == {"w": (None, True)}
+    dbos.send("w", 1)
+
+
 def test_a_replay_receives_what_the_first_run_received(dbos, mailbox, witness):
     """A recorded message is recalled, and those that wait in line stay there."""
     handle = begin(dbos, mailbox, 2)
