@@ -1696,7 +1696,7 @@ from psycopg.abc import PQGen
 
 __all__ += ["DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded"]
 
-_SCHEMA_VERSION = 46  # the edition of schema.sql that this code was written for, and how many storeys of it
+_SCHEMA_VERSION = 50  # the edition of schema.sql that this code was written for, and how many storeys of it
 _SWEEP_S = 3.0  # a lock that stays free from one sweep to the next is a death: missed after 3 to 6 s
 _RESTART_GRACE_S = 3.0  # after Postgres starts, time for the living to take their locks again
 _LONGEST_PAUSE_S = 1.0  # between two tries to reach a database that is away
@@ -2874,7 +2874,7 @@ class _Hosting(_Engine):
 import weakref
 from collections import deque
 
-_SCHEMA_VERSION = 47
+_SCHEMA_VERSION = 51
 
 _UNFINISHED = ("DELAYED", "ENQUEUED", "PENDING")  # as Python writes a tuple, SQL reads a list
 _TYPES = {  # of the values that a start brings along, where they are not text
@@ -4832,15 +4832,14 @@ async def _receive_message(executor: _Executor, topic: str, timeout_s: float) ->
         if past is not None:
             return run.outcome(past)
         end = await _wait_until(executor, run, position + 1, timeout_s)
-        row = {"id": run.id, "claim": run.claim, "position": position, "name": name, "topic": topic}
+        row: dict[str, Any] = {"id": run.id, "claim": run.claim, "position": position, "name": name, "topic": topic}
         while True:
             with executor.hints.expected("m", run.id, topic) as hint:
                 left = end - time.monotonic()
                 row |= {"nothing": executor.serialize(None) if left <= 0 else None, "took_s": time.monotonic() - began}
-                message, absent = await executor.ask(_receive, row)
-                if message is not None:
-                    return run.outcome(_Record(position, name, message, None, None))
-                past = None if absent else await run.settle(position, name)
+                if await executor.inbox.write_one(_RECEIVE, row):
+                    return run.outcome(_Record(position, name, row["message"], None, None))
+                past = None if row["absent"] else await run.settle(position, name)
                 if past is not None:
                     return run.outcome(past)
                 # After trouble a former try may have come too late to be seen, and no hint will follow: look again.
@@ -4848,32 +4847,73 @@ async def _receive_message(executor: _Executor, topic: str, timeout_s: float) ->
                 await _pause_run(executor, hint, timeout=min(left, _POLL_S) if troubled else left)
 
 
-def _receive(conn: Conn, row: dict[str, Any]) -> tuple[str | None, bool]:
-    """Take the oldest message of a topic and record it, in one; return it, or else whether it may be waited for.
+# The oldest message of a topic is taken and recorded, in one; told is which, or else whether it may be waited for.
+# With `nothing`, the text of None, that there is none is put on record.  Our own former try, should it be at work
+# yet, has its message locked: this one waits for it, and fails at the record.  (Where there is nothing to record no
+# row is locked: a look would cost the flush of a commit.  And of an `exists` in that place the planner might make a
+# hash of all messages that wait for anybody.)
+_RECEIVE = _Write(
+    "receive",
+    "id text, claim bigint, position integer, name text, topic text, nothing text, took_s double precision",
+    """
+    select new.id, noted.output,
+           exists (select from durable.workflows as w
+                    where w.id = new.id and w.claim = new.claim and w.status = 'PENDING')
+           and not exists (select from durable.steps as s where s.workflow_id = new.id and s.position = new.position)
+      from receive_new as new left join receive_noted as noted on noted.id = new.id
+    """,
+    before="""
+     receive_new as (select * from {rows}),
+     receive_ours as (select new.* from receive_new as new
+                        join durable.workflows as w on w.id = new.id and w.claim = new.claim
+                       where w.status = 'PENDING' and coalesce(new.nothing, (
+                             select message from durable.messages as m
+                              where m.workflow_id = new.id and m.topic = new.topic and m.received_at is null
+                              order by m.number limit 1)) is not null
+                         for share of w),
+     receive_oldest as (select ours.id, m.number, m.message from receive_ours as ours
+                         cross join lateral (select number, message from durable.messages
+                                              where workflow_id = ours.id and topic = ours.topic
+                                                and received_at is null
+                                              order by number limit 1 for update) as m),
+     receive_noted as (insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
+                       select ours.id, ours.position, ours.name, coalesce(oldest.message, ours.nothing),
+                              clock_timestamp() - make_interval(secs => ours.took_s), clock_timestamp()
+                         from receive_ours as ours left join receive_oldest as oldest on oldest.id = ours.id
+                        where oldest.number is not null or ours.nothing is not null
+                           on conflict do nothing returning workflow_id as id, output),
+     receive_done as (update durable.messages set received_at = clock_timestamp()
+                       where number in (select oldest.number from receive_oldest as oldest
+                                          join receive_noted as noted on noted.id = oldest.id))""",
+)
 
-    With `nothing`, the text of None, that there is none is put on record.  Our own former try, should
-    it be at work yet, has its message locked: this one waits for it, and fails at the record.
-    """
-    query = """
-        with ours as (select id from durable.workflows
-                       where id = %(id)s and claim = %(claim)s and status = 'PENDING' for share),
-        oldest as (select number, message from durable.messages
-                    where workflow_id = %(id)s and exists (select from ours) and topic = %(topic)s
-                      and received_at is null
-                    order by number limit 1 for update),
-        noted as (insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
-                  select id, %(position)s, %(name)s, coalesce((select message from oldest), %(nothing)s),
-                         clock_timestamp() - make_interval(secs => %(took_s)s), clock_timestamp()
-                    from ours where %(nothing)s::text is not null or exists (select from oldest)
-                      on conflict do nothing returning output),
-        received as (update durable.messages set received_at = clock_timestamp()
-                      where number in (select number from oldest) and exists (select from noted))
-        select (select output from noted),
-               exists (select from ours) and not exists (select from durable.steps
-                                                          where workflow_id = %(id)s and position = %(position)s)
-    """
-    message, absent = conn.execute(query, row).fetchone() or (None, False)
-    return message, absent
+
+def _receive(conn: Conn, rows: list[dict[str, Any]]) -> dict[str, tuple[str | None, bool]]:
+    """Make the statement above for one workflow, or for several in one commit; tell each by its ID."""
+    if len(rows) == 1:
+        told = conn.execute(_RECEIVE.one, rows[0])
+    else:
+        query = f"with {_RECEIVE.part} select * from receive"
+        told = conn.execute(query, {"receive": json.dumps(sorted(rows, key=lambda row: str(row["id"])))})
+    return {id: (message, absent) for id, message, absent in told}
+
+
+class _Inbox(_Journal):
+    """Groups what many runs receive: as the journal does with what they write, but that each hears what it was."""
+
+    def _write(self, lane: _Lane, batch: list[_Entry]) -> None:
+        """Note in each row which message was received, and if none was, whether one may be waited for."""
+        told = self._executor.now(_receive, [row for entry in batch for row in entry.rows])
+        for entry in batch:
+            for row in entry.rows:
+                row["message"], row["absent"] = told[row["id"]]
+            entry.taken = [row["message"] is not None for row in entry.rows]
+
+
+class _MessagingExecutor(_GroupingExecutor):
+    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
+        super().__init__(registry, config)
+        self.inbox = _Inbox(cast(_Executor, self))
 
 
 async def _send_message(
@@ -4887,12 +4927,15 @@ async def _send_message(
         return unknown if await executor.ask(_find, destination) is None else None
 
     async def post() -> None:
-        if not await executor.ask(_post, row):
+        letter = {**row, "id": destination, "position": secrets.randbits(31)}  # told apart from others to the same
+        if not await (executor.journal.write_one(_POST, letter) if _lending.get() is None
+                      else executor.ask(_post, letter)):
             raise unknown
 
-    row = {"destination": destination, "topic": topic, "message": _text_for("message", executor, message)}
+    row = {"topic": topic, "message": _text_for("message", executor, message)}
     run = _current_run()
     if run is not None and executor.hosts(run.executor):
+        row |= {"destination": destination}
         await _write_step(_SEND, "DBOS.send", refusal, **row, idempotency_key=idempotency_key)
     else:  # with a key in any case: should the answer be lost, the next try must not send it again
         position = run.advance() if run else 0
@@ -4937,15 +4980,22 @@ _SEND = _effect(
 )
 
 
-def _post(conn: Conn, row: dict[str, Any]) -> bool:
-    """Leave a message that no workflow's history speaks of; False: there is no such destination."""
-    query = """
-        with destination as (select id from durable.workflows where id = %(destination)s for key share),
-        posted as (insert into durable.messages (workflow_id, topic, message, idempotency_key)
-                   select id, %(topic)s, %(message)s, %(idempotency_key)s from destination on conflict do nothing)
-        select id from destination
-    """
-    return conn.execute(query, row).fetchone() is not None
+# A message that no workflow's history speaks of.  It is taken if there is such a destination, new or not.
+_POST = _Write(
+    "post",
+    "id text, position integer, topic text, message text, idempotency_key text",
+    "select id, position from post_to",
+    before="""
+     post_to as (select new.* from {rows} join durable.workflows as w on w.id = new.id for key share of w),
+     posted as (insert into durable.messages (workflow_id, topic, message, idempotency_key)
+                select id, topic, message, idempotency_key from post_to on conflict do nothing)""",
+    by_position=True,
+)
+
+
+def _post(conn: Conn, letter: dict[str, Any]) -> bool:
+    """Leave such a message as a part of a transaction."""
+    return conn.execute(_POST.one, letter).rowcount > 0
 
 
 async def _write_step(
@@ -6391,7 +6441,7 @@ def _set_up_logging(level: str) -> None:
 # code, from a program that has none of it, by HTTP, in a browser and on the command line.
 
 
-_SCHEMA_VERSION = 48
+_SCHEMA_VERSION = 52
 
 # --- Management ---------------------------------------------------------------------------------------
 #
@@ -6851,9 +6901,12 @@ _CONDITIONS = {
     for name, column in {
         "workflow_ids": "id", "name": "name", "app_version": "application_version",
         "forked_from": "forked_from", "parent_workflow_id": "parent_workflow_id",
-        "executor_id": "executor_id", "queue_name": "queue",
+        "executor_id": "executor_id",
     }.items()
 } | {
+    # As the indexes know it: what is or was in a queue was taken from it, waits there, or was cancelled before.
+    "queue_name": """queue = any(%(queue_name)s::text[]) and (
+        dequeued_at is not null or status = 'ENQUEUED' or status = 'DELAYED' or status = 'CANCELLED')""",
     "start_time": "created_at >= to_timestamp(%(start_time)s)",
     "end_time": "created_at < date_trunc('milliseconds', to_timestamp(%(end_time)s)) + interval '1 ms'",
     "queues_only": "queue is not null",
@@ -8696,10 +8749,10 @@ class _Session(_KeptConnection, _CleanConnection, _Connection):
 
 class _Executor(
     _AdoptingExecutor, _RehearsingExecutor, _CountingExecutor, _GuestExecutor, _OfferingExecutor, _ForkedExecutor,
-    _PlacedExecutor, _ProxiedExecutor, _CleanExecutor, _SerializingExecutor, _SchedulingExecutor, _QueueingExecutor,
-    _TimedExecutor, _OrderedExecutor, _ClockedExecutor, _ThreadedExecutor, _HintedExecutor, _GroupingExecutor,
-    _LocalExecutor, _DiscreetExecutor, _SettledExecutor, _AdministeredExecutor, _TransactingExecutor, _LivingExecutor,
-    _PatientExecutor, _BareExecutor,
+    _PlacedExecutor, _ProxiedExecutor, _CleanExecutor, _SerializingExecutor, _SchedulingExecutor, _MessagingExecutor,
+    _QueueingExecutor, _TimedExecutor, _OrderedExecutor, _ClockedExecutor, _ThreadedExecutor, _HintedExecutor,
+    _GroupingExecutor, _LocalExecutor, _DiscreetExecutor, _SettledExecutor, _AdministeredExecutor, _TransactingExecutor,
+    _LivingExecutor, _PatientExecutor, _BareExecutor,
 ):
     """What exists from launch to destroy."""
 

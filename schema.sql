@@ -135,14 +135,14 @@ alter table durable.executors
     add column if not exists misfits jsonb not null default '{}';
 alter table durable.steps add column if not exists tries integer not null default 1;
 
--- Which edition this file is, by the storeys of it: 45 has the first, 48 all four.
-insert into durable.version (number) select 45 where not exists (select from durable.version where number >= 45);
+-- Which edition this file is, by the storeys of it: 49 has the first, 52 all four.
+insert into durable.version (number) select 49 where not exists (select from durable.version where number >= 49);
 
 -- ==== II. Self-hosting ==============================================================================
 --
 -- Who lives, and what waits for whom.  However many workflows have ended, these views are as quick.
 
-update durable.version set number = 46 where number = 45;
+update durable.version set number = 50 where number = 49;
 
 -- For durable.unfinished.
 create index if not exists workflows_dead on durable.workflows (id)
@@ -194,7 +194,7 @@ select application_version, coalesce(delayed, 0) as delayed, coalesce(enqueued, 
 --
 -- What each room needs.
 
-update durable.version set number = 47 where number = 46;
+update durable.version set number = 51 where number = 50;
 
 -- --- Cancel and timeouts ----------------------------------------------------------------------------
 
@@ -350,7 +350,7 @@ create table if not exists durable.streams (
 --
 -- What management looks for, and the operator's question.
 
-update durable.version set number = 48 where number = 47;
+update durable.version set number = 52 where number = 51;
 
 -- --- Management -------------------------------------------------------------------------------------
 
@@ -360,6 +360,10 @@ create index if not exists workflows_created on durable.workflows (created_at);
 -- For _ended_before and _last_ended: in the order in which they came to their ends.
 create index if not exists workflows_ended on durable.workflows (coalesce(completed_at, updated_at))
     where status not in ('DELAYED', 'ENQUEUED', 'PENDING');
+
+-- For _list: what did not succeed; what did, which is most of it, pays nothing for that.
+create index if not exists workflows_failed on durable.workflows (status, created_at)
+    where status in ('ERROR', 'CANCELLED');
 
 -- For _list: by the beginning of an ID, in whatever collation the database has.
 create index if not exists workflows_prefix on durable.workflows (id text_pattern_ops);

@@ -4421,12 +4421,21 @@ def test_what_connected_while_the_database_was_read_only_does_not_stay_so(execut
 # `python test_durable.py` prints how fast durable.py is, beside psycopg making the same commits with
 # none of the promises, and beside the dbos library where that is installed.
 #
+# Where one can, there is a third: the same rows by psycopg for many workflows in one commit, grouped by hand.
+#
 # Every figure is taken in a process of its own, so that nobody's background threads slow down somebody
 # else.  The sides take turns, and the best round counts: whatever else the machine does can only make a
 # round slower, never faster.  Nothing here asserts a time.
 #
 # Latencies are the medians of a round: two processes of one machine read the same clock.  The last
 # lines are about a crowd of workflows that wait in one process, seen once and by itself.
+#
+#     --full          the figures once more, with a million finished workflows in the tables and without, and
+#                     how long lists take there; and with a disk that needs two milliseconds more for a flush
+#     --vs PYTHON     dbos from the virtual environment of this interpreter, which has pytest and psycopg_pool too
+#     --only WHAT     only these figures, as FIGURES and LISTS call them; may be given several times
+#     --rounds N      instead of three
+#     --medians       of the rounds, instead of the best
 
 
 def _free_port() -> int:
@@ -6245,6 +6254,59 @@ def test_no_message_is_passed_over(dbos, mailbox, witness, url, gate):
     with locked(witness, url, "durable.messages where message = '1'"):
         gate.open()
     assert handle.get_result() == [1, 2]
+
+
+def test_many_receive_together_what_is_sent_together(dbos, statements, witness):
+    """Each its own, and one that is sent to nobody is nobody else's error; in fewer statements than messages."""
+
+    @dbos.workflow()
+    async def listen():
+        return await dbos.recv_async(timeout_seconds=PATIENCE_S)
+
+    async def play():
+        handles = []
+        for n in range(200):
+            with SetWorkflowID(f"w{n}"):
+                handles.append(await dbos.start_workflow_async(listen))
+        while witness.one("select count(*) from durable.steps") < 200:
+            await asyncio.sleep(0.01)
+        statements.clear()
+        sends = [dbos.send_async(f"w{n}", n) for n in range(200)]
+        errors = await asyncio.gather(dbos.send_async("nobody", 0), *sends, return_exceptions=True)
+        return errors, [await handle.get_result() for handle in handles]
+
+    (error, *errors), received = asyncio.run(play())
+    assert isinstance(error, DBOSNonExistentWorkflowError)
+    assert errors == [None] * 200
+    assert received == list(range(200))
+    for statement in ("insert into durable.messages", "update durable.messages"):
+        assert sum(count for query, count in statements.items() if statement in str(query)) < 200
+
+
+def test_several_recvs_of_one_workflow_receive_a_message_each(dbos, gate):
+    """Also at the same moment, and of one topic."""
+
+    @dbos.workflow()
+    async def collect():
+        await asyncio.to_thread(gate)
+        return await asyncio.gather(*(dbos.recv_async(timeout_seconds=PATIENCE_S) for _ in range(5)))
+
+    handle = begin(dbos, collect)
+    for n in range(5):
+        dbos.send("w", n)
+    gate.open()
+    assert sorted(handle.get_result()) == list(range(5))
+
+
+def test_a_look_that_finds_no_message_locks_no_row(dbos, mailbox, witness, url):
+    """So it has nothing to commit; and says that there may be one yet."""
+    begin(dbos, mailbox, 1)
+    eventually(lambda: witness.steps("w"))
+    look = {"id": "w", "claim": witness.workflow("w").claim, "position": 1, "name": "DBOS.recv", "topic": "t"}
+    with psycopg.connect(url) as holder, psycopg.connect(url, options="-c lock_timeout=1000") as conn:
+        holder.execute("select from durable.workflows where id = 'w' for update")
+        assert durable._receive(conn, [{**look, "nothing": None, "took_s": 0.0}]) == {"w": (None, True)}
+    dbos.send("w", 1)
 
 
 def test_a_replay_receives_what_the_first_run_received(dbos, mailbox, witness):
@@ -9658,6 +9720,9 @@ class Explainer:
         ({"status": ["DELAYED", "ENQUEUED", "PENDING"], "queues_only": True}, 100, "workflows_due"),
         ({"status": ["PENDING"]}, None, "workflows_running"),
         ({"status": ["MAX_RECOVERY_ATTEMPTS_EXCEEDED"]}, None, "workflows_dead"),
+        *(({"status": [status]}, 100, "workflows_failed") for status in ("ERROR", "CANCELLED")),
+        ({"status": ["ERROR", "CANCELLED"], "name": ["f"]}, None, "workflows_failed"),
+        *(({"queue_name": ["nobody's"]}, limit, "workflows_rate") for limit in (None, 100)),
         ({}, 100, "workflows_created"),
     ],
     ids=str,
@@ -10697,8 +10762,13 @@ EDITION_44 = """
     update durable.version set number = 44;
 """
 
+EDITION_48 = """
+    drop index durable.workflows_failed;
+    update durable.version set number = 48;
+"""
 
-@pytest.mark.parametrize("edition", [EDITION_1, EDITION_2, EDITION_44], ids=["1", "2", "44"])
+
+@pytest.mark.parametrize("edition", [EDITION_1, EDITION_2, EDITION_44, EDITION_48], ids=["1", "2", "44", "48"])
 def test_a_database_of_an_earlier_edition_is_brought_up_in_place(empty_url, executor, edition):
     """What was there stays, and everything works."""
 
@@ -10721,7 +10791,7 @@ def test_a_database_of_an_earlier_edition_is_brought_up_in_place(empty_url, exec
         assert handle.get_result() == "hello ada"
         assert connection.execute("select count(*) from durable.executors").fetchone() == (2,)
         assert connection.execute("select durable.enqueue('greet', 'line')").rowcount == 1
-        assert connection.execute("select max(number) > 44 from durable.version").fetchone() == (True,)
+        assert connection.execute("select max(number) > 48 from durable.version").fetchone() == (True,)
         assert connection.execute(INDEXES).fetchall() == schema
 
 
@@ -13775,7 +13845,7 @@ def test_each_storey_of_the_schema_raises_the_edition(empty_url):
             (edition,) = connection.execute("select max(number) from durable.version").fetchone()
             return edition
 
-        assert [edition_after(storey) for storey in (1, 2, 2, 3, 4, 4, 3, 1)] == [45, 46, 46, 47, 48, 48, 48, 48]
+        assert [edition_after(storey) for storey in (1, 2, 2, 3, 4, 4, 3, 1)] == [49, 50, 50, 51, 52, 52, 52, 52]
 
 
 def test_a_room_names_the_tables_of_no_room_that_it_does_not_need():
@@ -13922,6 +13992,11 @@ INVARIANTS = [
                  from durable.messages as m join durable.workflows as w on w.id = m.workflow_id
                 where w.forked_from is null group by m.workflow_id, m.message) as of_it
             where received > recorded or (received < recorded and message <> 'null')""",
+    ),
+    Invariant(
+        "who leaves a queue was taken from it", "Or cancelled: by that a list of what was in a queue finds it.",
+        """select id from durable.workflows where queue is not null and dequeued_at is null
+                and status not in ('DELAYED', 'ENQUEUED', 'CANCELLED')""",
     ),
     Invariant(
         "an idempotency key counts once", "A workflow has one message with a key.",
@@ -14255,15 +14330,16 @@ class SteppedExecutor(durable._Executor):
         super().__init__(*args)
         self.tells, self.jobs = False, []
         self.claimed, self.running = Remembered("claimed"), Remembered("running")
-        self.alone, self.journal.write_one = self.journal.write_one, self.write_one
+        for group in (self.journal, self.inbox):
+            group.write_one = functools.partial(self.write_one, group, group.write_one)
         self.claiming, self.turns = SteppedLock(), collections.defaultdict(SteppedLock)
 
-    def write_one(self, write, row):
+    def write_one(self, group, alone, write, row):
         """Write a row; on a stage where rows are written together, beside one that will not be taken."""
         if not self.peer.stage.together:
-            return self.alone(write, row)
+            return alone(write, row)
         other = row if write.name.startswith("start") else {**row, "id": "nobody"}
-        wait = self.journal.write(write, row, other)
+        wait = group.write(write, row, other)
         return durable._Wait(lambda: wait.block()[0], None)
 
     def start_thread(self, job, name="durable-workflow"):
@@ -16179,13 +16255,16 @@ MUTANTS = [
     Mutant("a transaction under any claim", "_RECORD_OR_FAIL = ", OURS, "", "a run and an operator"),
     Mutant("a transaction in any status", "_RECORD_OR_FAIL = ", AT_WORK, "", "a book and a cancel"),
     Mutant("a transaction without a lock", "_RECORD_OR_FAIL = ", SHARE, "", "a run and a delete"),
-    Mutant("a receipt under any claim", "def _receive(", OURS, "", "a receiver and an operator"),
-    Mutant("a receipt in any status", "def _receive(", AT_WORK, "", "a receiver and a cancel"),
-    Mutant("a receipt without a lock", "def _receive(", SHARE, "", "a receiver and a delete"),
-    Mutant("a receipt that collides", "def _receive(", "on conflict do nothing", "", "a receiver and an operator"),
     Mutant(
-        "a receipt without its record", "def _receive(",
-        " and exists (select from noted)", "", "a receiver and an operator",
+        "a receipt under any claim", " receive_ours as",
+        "w.id = new.id and w.claim = new.claim", "w.id = new.id", "a receiver and an operator",
+    ),
+    Mutant("a receipt in any status", " receive_ours as", "w.status = 'PENDING'", "true", "a receiver and a cancel"),
+    Mutant("a receipt without a lock", " receive_ours as", "for share of w", "", "a receiver and a delete"),
+    Mutant("a receipt that collides", " receive_ours as", "on conflict do nothing", "", "a receiver and an operator"),
+    Mutant(
+        "a receipt without its record", " receive_done as",
+        "join receive_noted as noted on noted.id = oldest.id", "", "a receiver and an operator",
     ),
     Mutant(
         "an effect under any claim", "def _effect(",
@@ -16202,10 +16281,10 @@ MUTANTS = [
         " or (id, position) in (select * from {name}_noted)", " or true", "a sender and a receiver",
     ),
     Mutant("a message to a workflow that goes", "_SEND = ", " for key share", "", "a sender and a delete"),
-    Mutant("a letter to a workflow that goes", "def _post(", " for key share", "", "a letter and a delete"),
+    Mutant("a letter to a workflow that goes", "_POST = ", " for key share of w", "", "a letter and a delete"),
     Mutant(
-        "a letter that collides", "def _post(",
-        "from destination on conflict do nothing", "from destination", "a letter",
+        "a letter that collides", "_POST = ",
+        "from post_to on conflict do nothing", "from post_to", "a letter",
     ),
     Mutant(
         "a letter without a key", "async def _send_message",
@@ -16588,22 +16667,26 @@ COMMANDS |= {"invariants": invariants, "proof": proof}
 #
 # The benchmark, and the tool that cuts.
 
-import importlib.metadata
 import urllib.request
-from collections.abc import Callable, Iterator
+from argparse import ArgumentParser, Namespace
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 ROUNDS = 3
 
-SIDES = ("durable", "plain", "dbos")
+SIDES = ("durable", "plain", "grouped", "dbos")
 
-THREADS = 32
+THREADS = 32  # or coroutines; and so many workflows are committed together where that is done by hand
+
+RECEIVERS = 1_000
 
 CROWD = 10_000
 
 PAUSE_S = 0.02  # between two tries of a latency: by then everything is idle again
+
+_PYTHONS: dict[str, str] = {}  # the interpreter of a side, where it is not ours
 
 CONFIG = {"name": "bench", "application_version": "bench", "log_level": "ERROR", "run_admin_server": False}
 
@@ -16613,17 +16696,28 @@ class Figure:
     """One line of the table: `count` things are timed, and `target` is where the design should land."""
 
     title: str
-    what: str  # the key in _LIBRARY and _PLAIN
+    what: str  # the key in _LIBRARY, _PLAIN and _GROUPED
     count: int
-    dbos_count: int  # fewer, as dbos takes its time; its rates are the same
+    dbos_count: int  # fewer, as dbos takes its time, and its rates are the same; 0: it is left out
     unit: str
-    target: str
+    target: str  # without a unit: the ratio to psycopg
 
     def __post_init__(self) -> None:
-        assert self.unit in ("/s", "s", "ms", "ms each")
+        assert self.unit in ("/s", "s", "ms", "ms each", "%")
 
     def value(self, count: int, seconds: float) -> float:
-        return {"/s": count / seconds, "s": seconds, "ms": 1000 * seconds, "ms each": 1000 * seconds / count}[self.unit]
+        """What is told of a round's seconds; of a share, there are none, and it is a part of one."""
+        return {
+            "/s": count / seconds, "s": seconds, "ms": 1000 * seconds, "ms each": 1000 * seconds / count,
+            "%": 100 * seconds,
+        }[self.unit]
+
+    def best(self, values: list[float]) -> float:
+        return max(values) if self.unit in ("/s", "%") else min(values)
+
+    def ratio(self, value: float, other: float) -> float:
+        """Above 1, the first is the better one."""
+        return value / other if self.unit in ("/s", "%") else other / value
 
 
 FIGURES = [
@@ -16636,6 +16730,24 @@ FIGURES = [
     Figure("from send there to recv here", "message", 100, 100, "ms", "3 ms"),
     Figure("from set_event there to get_event here", "event", 100, 100, "ms", "3 ms"),
     Figure("from enqueue there to start here, if idle", "idle_queue", 100, 5, "ms", "5 ms"),
+    Figure("{:,} one-step, start_workflow, get_result", "started", 500, 50, "/s", "0.8"),
+    Figure("{:,} five-step, so started, 32 threads", "started_threads", 2_000, 100, "/s", "1.5"),
+    Figure("{:,} five-step, so started, 32 coroutines", "coroutines", 2_000, 100, "/s", "2.0"),
+    Figure("CPU of such a workflow, from 32 threads", "cpu", 2_000, 100, "ms each", "0.40 ms"),
+    Figure("{:,} enqueued one by one", "enqueue", 1_000, 100, "/s", "0.85"),
+    Figure("a queue of {:,}, drained by 1 process", "drain by 1", 6_000, 0, "/s", ""),
+    Figure("a queue of {:,}, drained by 2 processes", "drain by 2", 6_000, 0, "/s", ""),
+    Figure("a queue of {:,}, drained by 4 processes", "drain by 4", 6_000, 0, "/s", "those of 2"),
+    Figure("  share of the least busy of the 2", "share of 2", 6_000, 0, "%", "40 %"),
+    Figure("  share of the least busy of the 4", "share of 4", 6_000, 0, "%", "15 %"),
+    Figure("{:,} sends to 1,000 receivers, received", "sends", 9_800, 0, "s", "3 s"),
+    Figure("import, beyond that of psycopg", "import", 10, 10, "ms", "35 ms"),
+]
+
+
+LISTS = [
+    Figure(f"a list by {condition}", f"list by {condition}", 20, 0, "ms", "10 ms")
+    for condition in ("prefix", "name", "status", "queue")
 ]
 
 
@@ -16660,51 +16772,92 @@ CROWD_LINES = {  # a field of Crowd: what it is, unit, target
 }
 
 
-def benchmark() -> None:
+def benchmark(*arguments: str) -> None:
     """Measure every figure on every side, and print each line as soon as it is known."""
-    print(f"{'':42}{'durable':>8}{'':9}{'psycopg':>8}{'ratio':>7}{'target':>9}{'dbos':>8}")
+    options = _options(arguments)
+    _PYTHONS["dbos"] = options.vs
+    chosen = [figure for figure in FIGURES if not options.only or figure.what in options.only]
     with _scratch_postgres() as server:
-        urls = {side: _new_database(server, side) for side in SIDES}
-        for figure in FIGURES:
-            print(_line(figure, **_race(figure, urls)), flush=True)
-        for what in _CROWDS:
+        _print_race("", chosen, {side: (side, _new_database(server, side)) for side in SIDES}, options)
+        for what in () if options.only else _CROWDS:
             print(_crowd_lines(what, Crowd(*_said(what, "durable", _new_database(server, what), CROWD))), flush=True)
+        if options.full:
+            _print_full(server, chosen, options)
 
 
-def _race(figure: Figure, urls: dict[str, str]) -> dict[str, float]:
-    """Let the sides take turns; return the best figure of each."""
-    times: dict[str, list[float]] = {}
-    for number in range(ROUNDS):
-        for side in filter(lambda side: _takes_part(side, figure, number), SIDES):
-            times.setdefault(side, []).append(_measure(side, figure, urls[side]))
-    return {side: figure.value(_count(side, figure), min(seconds)) for side, seconds in times.items()}
+def _options(arguments: Sequence[str]) -> Namespace:
+    parser = ArgumentParser(prog="test_durable.py", description="Prints how fast durable.py is.")
+    parser.add_argument("--full", action="store_true", help="also with a million workflows, and with a slower disk")
+    parser.add_argument("--vs", metavar="PYTHON", default=sys.executable, help="the interpreter that has dbos")
+    parser.add_argument("--only", metavar="WHAT", action="append", choices=[f.what for f in [*FIGURES, *LISTS]])
+    parser.add_argument("--rounds", metavar="N", type=int, default=ROUNDS)
+    parser.add_argument("--medians", action="store_true", help="of the rounds, instead of the best")
+    return parser.parse_args(arguments)
+
+
+def _print_full(server: str, figures: list[Figure], options: Namespace) -> None:
+    full, empty = _new_database(server, "full"), _new_database(server, "empty")
+    _fill(full)
+    kept = [dataclasses.replace(figure, target="0.91") for figure in figures if figure.what != "import"]
+    against_none = {"durable": ("durable", full), "plain": ("durable", empty)}
+    _print_race("a million workflows, and none", kept, against_none, options)
+    for figure in LISTS:
+        if not options.only or figure.what in options.only:
+            print(_line(figure, **_race(figure, {"durable": ("durable", full)}, options)), flush=True)
+    slow = {side: (side, _slowed(server, _new_database(server, f"slow_{side}", side))) for side in SIDES[:3]}
+    grouped = [figure for figure in figures if figure.what in _GROUPED]
+    _print_race("a flush takes 2 ms more", grouped, slow, options)
+
+
+def _print_race(
+    title: str, figures: list[Figure], sides: dict[str, tuple[str, str]], options: Namespace
+) -> None:
+    heads = ("full", "empty") if len(sides) == 2 else ("durable", "psycopg")
+    print(f"{title:42}{heads[0]:>8}{'':9}{heads[1]:>8}{'ratio':>7}{'target':>11}{'grouped':>9}{'dbos':>8}")
+    for figure in figures:
+        print(_line(figure, **_race(figure, sides, options)), flush=True)
+
+
+def _race(figure: Figure, sides: dict[str, tuple[str, str]], options: Namespace) -> dict[str, float]:
+    """Let the sides, each a program and a database, take turns; return the figure of each column."""
+    values: dict[str, list[float]] = {}
+    for number in range(options.rounds):
+        for column, (side, url) in sides.items():
+            if _takes_part(side, figure, number):
+                value = figure.value(_count(side, figure), _measure(side, figure, url))
+                values.setdefault(column, []).append(value)
+    chosen = _median if options.medians else figure.best
+    return {column: chosen(of_column) for column, of_column in values.items()}
 
 
 def _takes_part(side: str, figure: Figure, number: int) -> bool:
-    if side == "plain":
-        return figure.what in _PLAIN
     if side == "dbos":  # which is far enough away for one round to show it
-        return number == 0 and _dbos_is_here()
-    return True
+        return number == 0 and figure.dbos_count > 0 and _dbos_is_here()
+    return figure.what in _ACTS[side]
 
 
+@functools.cache
 def _dbos_is_here() -> bool:
     """Whether the library is installed, in the edition that durable.py is modelled on."""
-    return importlib.util.find_spec("dbos") is not None and importlib.metadata.version("dbos").startswith("2.")
+    code = "import importlib.metadata; print(importlib.metadata.version('dbos'))"
+    asked = subprocess.run([_PYTHONS["dbos"], "-c", code], capture_output=True, text=True, check=False)
+    return asked.stdout.startswith("2.")
 
 
 def _count(side: str, figure: Figure) -> int:
     return figure.dbos_count if side == "dbos" else figure.count
 
 
-def _line(figure: Figure, durable: float, plain: float | None = None, dbos: float | None = None) -> str:
+def _line(
+    figure: Figure, durable: float, plain: float | None = None, grouped: float | None = None, dbos: float | None = None
+) -> str:
     """Lay out one line; a ratio above 1 says that durable.py was the faster one."""
-    digits = ",.0f" if figure.unit == "/s" else ".3f"
-    ratio = f"{durable / plain if figure.unit == '/s' else plain / durable:.2f}" if plain else ""
-    others = [format(number, digits) if number else "" for number in (plain, dbos)]
+    digits = {"/s": ",.0f", "%": ".0f"}.get(figure.unit, ".3f")
+    ratio = f"{figure.ratio(durable, plain):.2f}" if plain else ""
+    others = [format(number, digits) if number else "" for number in (plain, grouped, dbos)]
     return (
         f"{figure.title.format(figure.count):42}{durable:8{digits}} {figure.unit:8}"
-        f"{others[0]:>8}{ratio:>7}{figure.target:>9}{others[1]:>8}"
+        f"{others[0]:>8}{ratio:>7}{figure.target:>11}{others[1]:>9}{others[2]:>8}"
     )
 
 
@@ -16738,29 +16891,30 @@ def _said(what: str, side: str, url: str, count: int) -> Any:
     return json.loads(output)
 
 
-def _start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True)
+def _start(what: str, side: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    command = [_PYTHONS.get(side, sys.executable), __file__, what, side, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
 
 
 def _measure_here(what: str, side: str, url: str, count: str) -> None:
     """Be the process that `_measure` started."""
-    if side == "plain":
-        print(json.dumps(_PLAIN[what](url, int(count))))
-    else:
-        print(json.dumps((_LIBRARY | _CROWDS)[what](_Program(side, url), int(count))))
+    by_hand = side in ("plain", "grouped")
+    print(json.dumps(_ACTS[side][what](url if by_hand else _Program(side, url), int(count))))
 
 
-def _timed(act: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+def _timed(act: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     act()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _median(numbers: list[float]) -> float:
     return sorted(numbers)[len(numbers) // 2]
 
 
-def _share_out(acts: list[Callable[[], Any]], count: int) -> float:
+def _share_out(
+    acts: list[Callable[[], Any]], count: int, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Time `count` calls, shared among threads that have an act each; the first ten of each are not timed."""
 
     def share(number: int) -> None:
@@ -16770,7 +16924,42 @@ def _share_out(acts: list[Callable[[], Any]], count: int) -> float:
     with ThreadPoolExecutor(len(acts)) as pool:
         for _ in range(10):  # by then every statement is prepared
             list(pool.map(lambda act: act(), acts))
-        return _timed(lambda: list(pool.map(share, range(len(acts)))))
+        return _timed(lambda: list(pool.map(share, range(len(acts)))), clock)
+
+
+async def _share_out_async(acts: list[Callable[[], Awaitable[Any]]], count: int) -> float:
+    """The same among coroutines."""
+
+    async def share(number: int, count: int) -> None:
+        for _ in range(number, count, len(acts)):
+            await acts[number]()
+
+    async def all_of_them(count: int) -> None:
+        await asyncio.gather(*(share(number, count) for number in range(len(acts))))
+
+    await all_of_them(10 * len(acts))
+    began = time.perf_counter()
+    await all_of_them(count)
+    return time.perf_counter() - began
+
+
+def _crew(what: str, side: str, url: str, processes: int, enqueue: Callable[[], object]) -> tuple[float, float]:
+    """Let processes drain a queue, from the commit that fills it until each has said how much of it was its share.
+
+    Return the seconds, and the share of the least busy one.
+    """
+    crew = [_start(what, side, url, str(number), stdin=subprocess.PIPE) for number in range(processes)]
+    for process in crew:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+    enqueue()
+    began = time.perf_counter()
+    for process in crew:
+        assert process.stdin and process.stdin.write("go\n") and process.stdin.flush() is None
+    shares = [json.loads(process.stdout.readline()) for process in crew if process.stdout]
+    seconds = time.perf_counter() - began
+    for process in crew:
+        process.communicate()
+    return seconds, min(shares) / sum(shares)
 
 
 @contextmanager
@@ -16788,18 +16977,46 @@ def _scratch_postgres() -> Iterator[str]:
             server.cleanup()
 
 
-def _new_database(server: str, side: str) -> str:
-    """Give a side a database of its own; the plain one has the tables of schema.sql."""
-    url = psycopg.conninfo.conninfo_to_dict(server)
+def _new_database(server: str, name: str, side: str | None = None) -> str:
+    """Give a side a database of its own; those by hand have the tables of schema.sql."""
+    url, side = psycopg.conninfo.conninfo_to_dict(server), side or name
     with psycopg.connect(server, autocommit=True) as conn:
-        conn.execute(f"create database bench_{side}")
-    ours = f"postgresql://{url['user']}@/bench_{side}?host={url['host']}"
-    if side == "plain":
+        conn.execute(f"create database bench_{name}")
+    ours = f"postgresql://{url['user']}@/bench_{name}?host={url['host']}"
+    if side in ("plain", "grouped", "full"):
         with psycopg.connect(ours) as conn:
             conn.execute(_SCHEMA.read_text().encode())
     if side == "dbos" and _dbos_is_here():
         assert _start("migrate", side, ours, "0").wait() == 0
     return ours
+
+
+def _slowed(server: str, url: str) -> str:
+    """Have each flush of this database take two milliseconds more: Postgres waits for so long before it."""
+    name = psycopg.conninfo.conninfo_to_dict(url)["dbname"]
+    with psycopg.connect(server, autocommit=True) as conn:
+        conn.execute(f"alter database {name} set commit_delay = 2000")
+        conn.execute(f"alter database {name} set commit_siblings = 0")
+    return url
+
+
+def _fill(url: str) -> None:
+    """Leave a million finished workflows with three steps each; every second came from a queue, a thousand failed."""
+    with psycopg.connect(url, autocommit=True) as conn:
+        conn.execute("""
+            insert into durable.workflows
+                   (id, name, inputs, status, claim, recovery_attempts, executor_id, incarnation, application_version,
+                    queue, dequeued_at, output, created_at, updated_at, completed_at)
+            select gen_random_uuid()::text, 'old work ' || n % 10, '[[1], {}]',
+                   case when n % 1000 = 0 then 'ERROR' else 'SUCCESS' end, 1, 1, 'local', 1, 'old',
+                   case when n % 2 = 0 then 'old queue' end, case when n % 2 = 0 then at end, '1', at, at, at
+              from generate_series(1, 1000000) as n, lateral (select now() - make_interval(secs => 1e6 - n) as at) as t
+        """)
+        conn.execute("""
+            insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
+            select id, n, 'step', '1', created_at, created_at from durable.workflows, generate_series(1, 3) as n
+        """)
+        conn.execute("vacuum analyze durable.workflows, durable.steps")
 
 
 # One program, written once, for durable.py and for the dbos library: only the import differs.
@@ -16815,14 +17032,14 @@ class _Program:
         self.library = importlib.import_module(side)
         self.DBOS = self.library.DBOS
         self.url = url
-        self.unfinished = "select count(*) from {} where status in ('ENQUEUED', 'PENDING')".format(
-            "durable.workflows" if side == "durable" else "dbos.workflow_status"
-        )
+        self.table = "durable.unfinished" if side == "durable" else "dbos.workflow_status"
+        self.unfinished = f"select count(*) from {self.table} where status in ('ENQUEUED', 'PENDING')"
         self.arrived = threading.Semaphore(0)  # released by each workflow at its `pause_at`
         self.doomed = False  # whether it then waits to be killed
         self.late: list[float] = []  # the latencies seen by workflows
         self.queue = self.library.Queue("bench")
         self.work = self._declare()
+        self.work_async, self.collect = self._declare_coroutines()
         self.listen, self.announce, self.sleep, self.wait = self._declare_waits()
 
     def _declare(self) -> Callable[..., int]:
@@ -16841,6 +17058,24 @@ class _Program:
             return steps
 
         return work
+
+    def _declare_coroutines(self) -> tuple[Any, ...]:
+        @self.DBOS.step()
+        async def async_step(number: int) -> int:
+            return number
+
+        @self.DBOS.workflow(name="work_async")
+        async def work_async(steps: int) -> int:
+            for number in range(steps):
+                await async_step(number)
+            return steps
+
+        @self.DBOS.workflow(name="collect")
+        async def collect(count: int) -> None:
+            for _ in range(count):
+                await self.DBOS.recv_async(timeout_seconds=3600)
+
+        return work_async, collect
 
     def _declare_waits(self) -> tuple[Any, ...]:
         @self.DBOS.workflow(name="listen")
@@ -16881,6 +17116,17 @@ class _Program:
         for _ in range(arrivals):
             self.arrived.acquire()
 
+    def start_work(self, steps: int) -> None:
+        self.DBOS.start_workflow(self.work, steps).get_result()
+
+    async def start_work_async(self, steps: int) -> None:
+        await (await self.DBOS.start_workflow_async(self.work_async, steps)).get_result()
+
+    def forget_queued(self) -> None:
+        """Leave nothing in the queue to the next process."""
+        with psycopg.connect(self.url) as conn:
+            conn.execute(f"delete from {self.table} where status = 'ENQUEUED'")
+
     def wait_until_finished(self) -> None:
         """Look at the table, as nothing else is sure that the last outcome was committed."""
         with psycopg.connect(self.url, autocommit=True) as conn:
@@ -16914,6 +17160,106 @@ def _one_by_one(program: _Program, count: int) -> float:
 def _from_threads(program: _Program, count: int) -> float:
     program.launch()
     return _share_out([lambda: program.work(5)] * THREADS, count)
+
+
+def _started(program: _Program, count: int) -> float:
+    program.launch()
+    return _share_out([lambda: program.start_work(1)], count)
+
+
+def _started_from_threads(program: _Program, count: int) -> float:
+    program.launch()
+    return _share_out([lambda: program.start_work(5)] * THREADS, count)
+
+
+def _cpu(program: _Program, count: int) -> float:
+    """Of this process: what Postgres needs is not counted."""
+    program.launch()
+    return _share_out([lambda: program.start_work(5)] * THREADS, count, time.process_time)
+
+
+def _from_coroutines(program: _Program, count: int) -> float:
+    async def all_of_them() -> float:
+        program.launch()
+        seconds = await _share_out_async([lambda: program.start_work_async(5)] * THREADS, count)
+        await asyncio.to_thread(program.DBOS.destroy)
+        return seconds
+
+    return asyncio.run(all_of_them())
+
+
+def _enqueue(program: _Program, count: int) -> float:
+    """Into a queue that nobody takes from."""
+    program.DBOS.listen_queues([])
+    program.launch()
+    seconds = _share_out([lambda: program.queue.enqueue(program.work, 1)], count)
+    program.forget_queued()
+    return seconds
+
+
+def _drain(program: _Program, count: int, processes: int) -> tuple[float, float]:
+    program.DBOS.listen_queues([])
+    program.launch()
+    calls = [(1,)] * count
+    enqueue = functools.partial(program.queue.enqueue_many, program.work, calls)
+    return _crew("drainer", program.library.__name__, program.url, processes, enqueue)
+
+
+def _drainer(program: _Program, number: int) -> int:
+    """Take from the queue until it is empty and all is finished, and say how many were ours."""
+    program.launch(executor_id=f"drainer {os.getpid()}")
+    print("ready", flush=True)
+    sys.stdin.readline()
+    program.wait_until_finished()
+    ours = "select count(*) from durable.workflows where executor_id = %s"
+    with psycopg.connect(program.url) as conn:
+        (count,) = conn.execute(ours, [f"drainer {os.getpid()}"]).fetchone() or (0,)
+    return int(count)
+
+
+def _sends(program: _Program, count: int) -> float:
+    """From the first send, in another process, until every receiver has had all of its messages."""
+
+    async def all_of_them() -> float:
+        program.launch()
+        handles = []
+        for number in range(RECEIVERS):
+            with program.library.SetWorkflowID(f"{os.getpid()} {number}"):
+                share = len(range(number, count, RECEIVERS))
+                handles.append(await program.DBOS.start_workflow_async(program.collect, share))
+        await asyncio.sleep(1)  # all of them wait
+        partner = _start("partner of sends", program.library.__name__, program.url, str(count))
+        await asyncio.gather(*(handle.get_result() for handle in handles))
+        received_at = time.perf_counter()
+        output, _ = await asyncio.to_thread(partner.communicate)
+        await asyncio.to_thread(program.DBOS.destroy)
+        return received_at - float(json.loads(output))
+
+    return asyncio.run(all_of_them())
+
+
+def _partner_of_sends(program: _Program, count: int) -> float:
+    """Send to each in turn, from threads; return when that began."""
+    client, parent = program.library.DBOSClient(system_database_url=program.url), os.getppid()
+    with ThreadPoolExecutor(THREADS) as pool:
+        began = time.perf_counter()
+        list(pool.map(lambda number: client.send(f"{parent} {number % RECEIVERS}", number), range(count)))
+    return began
+
+
+def _list_by(conditions: dict[str, tuple[str, ...]], program: _Program, count: int) -> float:
+    """The slowest of lists of up to a hundred, by something that many or a few have, and by something that none has."""
+    program.launch()
+    ((name, values),) = conditions.items()
+    lists = [functools.partial(program.DBOS.list_workflows, **{name: value, "limit": 100}) for value in values]
+    return max(_median([_timed(each) for _ in range(count)]) for each in lists)
+
+
+def _import(program: _Program, count: int) -> float:
+    name = program.library.__name__
+    code = f"import psycopg, time; began = time.perf_counter(); import {name}; print(time.perf_counter() - began)"
+    command = [sys.executable, "-c", code]
+    return _median([float(subprocess.check_output(command, cwd=HERE)) for _ in range(count)])
 
 
 def _victim_of_recovery(program: _Program, count: int) -> None:
@@ -17034,7 +17380,7 @@ def _partner(what: str, program: _Program, count: int) -> Iterator[None]:
     assert partner.wait() == 0
 
 
-_LIBRARY: dict[str, Callable[[_Program, int], float | None]] = {
+_LIBRARY: dict[str, Callable[[_Program, int], Any]] = {
     "migrate": _migrate,
     "steps": _steps,
     "one_by_one": _one_by_one,
@@ -17050,6 +17396,24 @@ _LIBRARY: dict[str, Callable[[_Program, int], float | None]] = {
     "partner of event": _partner_of_event,
     "idle_queue": _idle_queue,
     "partner of idle_queue": _partner_of_idle_queue,
+    "started": _started,
+    "started_threads": _started_from_threads,
+    "coroutines": _from_coroutines,
+    "cpu": _cpu,
+    "enqueue": _enqueue,
+    "drain by 1": lambda program, count: _drain(program, count, 1)[0],
+    "drain by 2": lambda program, count: _drain(program, count, 2)[0],
+    "drain by 4": lambda program, count: _drain(program, count, 4)[0],
+    "share of 2": lambda program, count: _drain(program, count, 2)[1],
+    "share of 4": lambda program, count: _drain(program, count, 4)[1],
+    "drainer": _drainer,
+    "sends": _sends,
+    "partner of sends": _partner_of_sends,
+    "import": _import,
+    "list by prefix": functools.partial(_list_by, {"workflow_id_prefix": ("a", "abcd", "no such")}),
+    "list by name": functools.partial(_list_by, {"name": ("old work 3", "no such")}),
+    "list by status": functools.partial(_list_by, {"status": ("SUCCESS", "ERROR", "CANCELLED", "ENQUEUED")}),
+    "list by queue": functools.partial(_list_by, {"queue_name": ("old queue", "no such")}),
 }
 
 
@@ -17139,6 +17503,17 @@ _FINISH = """
      where id = %s
 """
 
+_SEND_MESSAGE = "insert into durable.messages (workflow_id, topic, message) values (%s, 'bench', '1')"
+
+_RECEIVE_MESSAGE = """
+    with received as (update durable.messages set received_at = now()
+                       where number = (select number from durable.messages
+                                        where workflow_id = %s and topic = 'bench' and received_at is null
+                                        order by number limit 1 for update) returning workflow_id, number, message)
+    insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
+    select workflow_id, 1, 'DBOS.recv', message, now(), now() from received
+"""
+
 
 class _Plain:
     """One connection, every statement prepared and a commit of its own."""
@@ -17156,9 +17531,18 @@ class _Plain:
             self.conn.execute(_RECORD, [id, number])
         self.conn.execute(_FINISH, [id])
 
-    def drain(self) -> None:
+    def drain(self) -> int:
+        taken = 0
         while row := self.conn.execute(_TAKE).fetchone():
             self.finish(row[0], 1)
+            taken += 1
+        return taken
+
+    def pass_on(self) -> None:
+        """Send a message to a workflow, and receive it."""
+        id = str(uuid.uuid4())
+        self.conn.execute(_SEND_MESSAGE, [id])
+        self.conn.execute(_RECEIVE_MESSAGE, [id])
 
 
 def _plain_steps(url: str, count: int) -> float:
@@ -17174,6 +17558,62 @@ def _plain_one_by_one(url: str, count: int) -> float:
 def _plain_from_threads(url: str, count: int) -> float:
     """Give each thread a connection of its own."""
     return _share_out([functools.partial(_Plain(url).work, 5) for _ in range(THREADS)], count)
+
+
+def _plain_cpu(url: str, count: int) -> float:
+    return _share_out([functools.partial(_Plain(url).work, 5) for _ in range(THREADS)], count, time.process_time)
+
+
+def _plain_from_coroutines(url: str, count: int) -> float:
+    """Give each coroutine a connection of its own."""
+
+    async def all_of_them() -> float:
+        connect = functools.partial(psycopg.AsyncConnection.connect, url, autocommit=True, prepare_threshold=0)
+        conns = [await connect() for _ in range(THREADS)]
+
+        async def work(conn: psycopg.AsyncConnection[Any]) -> None:
+            id = str(uuid.uuid4())
+            await conn.execute(_START, [id])
+            for number in range(1, 6):
+                await conn.execute(_RECORD, [id, number])
+            await conn.execute(_FINISH, [id])
+
+        seconds = await _share_out_async([functools.partial(work, conn) for conn in conns], count)
+        for conn in conns:
+            await conn.close()
+        return seconds
+
+    return asyncio.run(all_of_them())
+
+
+def _plain_enqueue(url: str, count: int) -> float:
+    plain = _Plain(url)
+    seconds = _share_out([lambda: plain.conn.execute(_ENQUEUE, [1])], count)
+    plain.conn.execute("delete from durable.unfinished")
+    return seconds
+
+
+def _plain_crew(url: str, count: int, processes: int, side: str = "plain") -> tuple[float, float]:
+    with psycopg.connect(url, autocommit=True) as conn:
+        return _crew("drainer", side, url, processes, lambda: conn.execute(_ENQUEUE, [count]))
+
+
+def _plain_drainer(url: str, number: int) -> int:
+    plains = [_Plain(url) for _ in range(4)]
+    for plain in plains:
+        plain.drain()
+    return _drain_once_told([plain.drain for plain in plains])
+
+
+def _drain_once_told(drains: list[Callable[[], int]]) -> int:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    with ThreadPoolExecutor(len(drains)) as pool:
+        return sum(pool.map(lambda drain: drain(), drains))
+
+
+def _plain_sends(url: str, count: int) -> float:
+    return _share_out([_Plain(url).pass_on for _ in range(THREADS)], count)
 
 
 def _plain_queue(url: str, count: int) -> float:
@@ -17232,7 +17672,7 @@ def _plain_notifier(url: str, count: int, act: Callable[[psycopg.Connection[Any]
             conn.execute("select pg_notify('bench', %s)", [str(sent_at)])
 
 
-_PLAIN: dict[str, Callable[[str, int], float | None]] = {
+_PLAIN: dict[str, Callable[[str, int], Any]] = {
     "steps": _plain_steps,
     "one_by_one": _plain_one_by_one,
     "threads": _plain_from_threads,
@@ -17242,10 +17682,91 @@ _PLAIN: dict[str, Callable[[str, int], float | None]] = {
     "partner of notify": _plain_partner_of_notify,
     "idle_queue": _plain_idle_queue,
     "partner of idle_queue": _plain_partner_of_idle_queue,
+    "started": _plain_one_by_one,
+    "started_threads": _plain_from_threads,
+    "coroutines": _plain_from_coroutines,
+    "cpu": _plain_cpu,
+    "enqueue": _plain_enqueue,
+    "drain by 1": lambda url, count: _plain_crew(url, count, 1)[0],
+    "drain by 2": lambda url, count: _plain_crew(url, count, 2)[0],
+    "drain by 4": lambda url, count: _plain_crew(url, count, 4)[0],
+    "share of 2": lambda url, count: _plain_crew(url, count, 2)[1],
+    "share of 4": lambda url, count: _plain_crew(url, count, 4)[1],
+    "drainer": _plain_drainer,
+    "sends": _plain_sends,
+}
+
+
+# And the same rows, committed for many workflows together: what somebody would write who has many at hand.
+
+
+class _Grouped(_Plain):
+    """One connection, and one commit for what so many workflows as there were threads do next."""
+
+    def work_all(self, steps: int) -> None:
+        ids = [str(uuid.uuid4()) for _ in range(THREADS)]
+        self.together(_START, [[id] for id in ids])
+        self.finish_all(ids, steps)
+
+    def finish_all(self, ids: list[str], steps: int) -> None:
+        for number in range(1, steps + 1):
+            self.together(_RECORD, [[id, number] for id in ids])
+        self.together(_FINISH, [[id] for id in ids])
+
+    def drain(self) -> int:
+        taken = 0
+        while rows := self.conn.execute(_TAKE_MANY).fetchall():
+            self.finish_all([id for (id,) in rows], 1)
+            taken += len(rows)
+        return taken
+
+    def pass_all_on(self) -> None:
+        ids = [str(uuid.uuid4()) for _ in range(THREADS)]
+        self.together(_SEND_MESSAGE, [[id] for id in ids])
+        self.together(_RECEIVE_MESSAGE, [[id] for id in ids])
+
+    def together(self, statement: str, rows: list[list[Any]]) -> None:
+        with self.conn.pipeline(), self.conn.transaction(), self.conn.cursor() as cursor:
+            cursor.executemany(statement, rows)
+
+
+_TAKE_MANY = _TAKE.replace("id = (select id", "id = any (array(select id").replace("skip locked)", "skip locked))")
+_TAKE_MANY = _TAKE_MANY.replace("limit 1", f"limit {THREADS}")
+
+
+def _grouped_share_out(act: str, url: str, count: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Two connections, that one writes while the other waits; each call is that of many."""
+    acts = [functools.partial(getattr(_Grouped(url), act), *([5] if act == "work_all" else [])) for _ in range(2)]
+    calls = count // THREADS
+    return _share_out(acts, calls, clock) * count / (calls * THREADS)
+
+
+def _grouped_drainer(url: str, number: int) -> int:
+    grouped = [_Grouped(url) for _ in range(2)]
+    for each in grouped:
+        each.drain()
+    return _drain_once_told([each.drain for each in grouped])
+
+
+_GROUPED: dict[str, Callable[[str, int], Any]] = {
+    "threads": functools.partial(_grouped_share_out, "work_all"),
+    "queue": lambda url, count: _plain_crew(url, count, 1, "grouped")[0],
+    "started_threads": functools.partial(_grouped_share_out, "work_all"),
+    "coroutines": functools.partial(_grouped_share_out, "work_all"),
+    "cpu": lambda url, count: _grouped_share_out("work_all", url, count, time.process_time),
+    "drain by 1": lambda url, count: _plain_crew(url, count, 1, "grouped")[0],
+    "drain by 2": lambda url, count: _plain_crew(url, count, 2, "grouped")[0],
+    "drain by 4": lambda url, count: _plain_crew(url, count, 4, "grouped")[0],
+    "drainer": _grouped_drainer,
+    "sends": functools.partial(_grouped_share_out, "pass_all_on"),
+}
+
+_ACTS: dict[str, dict[str, Callable[..., Any]]] = {
+    "durable": _LIBRARY | _CROWDS, "plain": _PLAIN, "grouped": _GROUPED, "dbos": _LIBRARY,
 }
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
+    if sys.argv[1:] and not sys.argv[1].startswith("-"):
         COMMANDS.get(sys.argv[1], functools.partial(_measure_here, sys.argv[1]))(*sys.argv[2:])
     else:
-        benchmark()
+        benchmark(*sys.argv[1:])
