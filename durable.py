@@ -3914,8 +3914,7 @@ class _OrderedRun(_Run):
         return _Calling(self, position, name)
 
     async def recall(self, position: int, name: str) -> _Record | None:
-        if self.cut:
-            await self.note_cuts()
+        await self.note_cuts()
         record = await super().recall(position, name)
         if record is not None and record.error == _CUT_OFF:
             await _pause_run(self.executor, self.done)  # until the workflow cancels it again
@@ -3926,7 +3925,7 @@ class _OrderedRun(_Run):
 
         Not while the cancel is under way: it may be that of the whole run, which will see nothing.
         """
-        if _is_cancelled() or getattr(self.task, "cancelling", int)():
+        if not self.cut or _is_cancelled() or getattr(self.task, "cancelling", int)():
             return
         for position, name in tuple(self.cut.items()):
             row = {
@@ -3959,8 +3958,7 @@ class _OrderedRun(_Run):
             self.turn = None
 
     async def finish(self, value: Any, error: Exception | None) -> Exception | None:
-        if self.cut:
-            await self.note_cuts()
+        await self.note_cuts()
         return await super().finish(value, self.breach or error)
 
 
@@ -4935,8 +4933,9 @@ async def _send_message(
     row = {"topic": topic, "message": _text_for("message", executor, message)}
     run = _current_run()
     if run is not None and executor.hosts(run.executor):
-        row |= {"destination": destination}
-        await _write_step(_SEND, "DBOS.send", refusal, **row, idempotency_key=idempotency_key)
+        await _write_step(
+            _SEND, "DBOS.send", refusal, **row, destination=destination, idempotency_key=idempotency_key
+        )
     else:  # with a key in any case: should the answer be lost, the next try must not send it again
         position = run.advance() if run else 0
         row["idempotency_key"] = idempotency_key or _generated_id(run, position)
@@ -8075,7 +8074,7 @@ _log.addFilter(lambda record: _rehearsal() is None)  # what the workflow logs wa
 # Which workflows, and what becomes of them.
 
 
-_STEPS_OF = "(select count(*) from durable.steps where workflow_id = {}.id)"  # on record
+_STEPS = "(select count(*) from durable.steps where workflow_id = w.id)"  # on record
 
 
 def _of_others(
@@ -8084,7 +8083,7 @@ def _of_others(
     """Read the unfinished workflows of other versions, in order of arrival, some at a time."""
     columns = [*_LOOKED_AT, "inputs", "application_version", "executor_id", "incarnation"]
     query = f"""
-        select {", ".join(f"w.{column}" for column in columns)}, {_STEPS_OF.format("w")} as steps
+        select {", ".join(f"w.{column}" for column in columns)}, {_STEPS} as steps
           from durable.unfinished as u join durable.workflows as w on w.id = u.id
          where u.status <> 'MAX_RECOVERY_ATTEMPTS_EXCEEDED' and u.application_version <> %(version)s
            and (%(ids)s::text[] is null or u.id = any(%(ids)s))
@@ -8170,7 +8169,7 @@ def _give(
           left join durable.executors as e on e.incarnation = its.incarnation
          where w.id = found.id and w.claim = found.claim and w.status = found.status
            and w.application_version = found.application_version and (w.status <> 'PENDING' or {_DEAD})
-           and found.steps = {_STEPS_OF.format("w")}
+           and found.steps = {_STEPS}
         returning w.id
     """
     fitting = {row["id"]: row for row, fit in checked if fit.fits}
