@@ -17155,30 +17155,12 @@ def _steps(program: _Program, count: int) -> float:
     return _timed(lambda: program.work(count))
 
 
-def _one_by_one(program: _Program, count: int) -> float:
+def _shared(
+    act: str, steps: int, threads: int, program: _Program, count: int, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Share workflows out among threads: `work` calls each, `start_work` starts it and asks for its result."""
     program.launch()
-    return _share_out([lambda: program.work(1)], count)
-
-
-def _from_threads(program: _Program, count: int) -> float:
-    program.launch()
-    return _share_out([lambda: program.work(5)] * THREADS, count)
-
-
-def _started(program: _Program, count: int) -> float:
-    program.launch()
-    return _share_out([lambda: program.start_work(1)], count)
-
-
-def _started_from_threads(program: _Program, count: int) -> float:
-    program.launch()
-    return _share_out([lambda: program.start_work(5)] * THREADS, count)
-
-
-def _cpu(program: _Program, count: int) -> float:
-    """Of this process: what Postgres needs is not counted."""
-    program.launch()
-    return _share_out([lambda: program.start_work(5)] * THREADS, count, time.process_time)
+    return _share_out([functools.partial(getattr(program, act), steps)] * threads, count, clock)
 
 
 def _from_coroutines(program: _Program, count: int) -> float:
@@ -17386,8 +17368,8 @@ def _partner(what: str, program: _Program, count: int) -> Iterator[None]:
 _LIBRARY: dict[str, Callable[[_Program, int], Any]] = {
     "migrate": _migrate,
     "steps": _steps,
-    "one_by_one": _one_by_one,
-    "threads": _from_threads,
+    "one_by_one": functools.partial(_shared, "work", 1, 1),
+    "threads": functools.partial(_shared, "work", 5, THREADS),
     "victim of recovery": _victim_of_recovery,
     "recovery": _recovery,
     "victim of replay": _victim_of_replay,
@@ -17399,10 +17381,11 @@ _LIBRARY: dict[str, Callable[[_Program, int], Any]] = {
     "partner of event": _partner_of_event,
     "idle_queue": _idle_queue,
     "partner of idle_queue": _partner_of_idle_queue,
-    "started": _started,
-    "started_threads": _started_from_threads,
+    "started": functools.partial(_shared, "start_work", 1, 1),
+    "started_threads": functools.partial(_shared, "start_work", 5, THREADS),
     "coroutines": _from_coroutines,
-    "cpu": _cpu,
+    # Of this process: what Postgres needs is not counted.
+    "cpu": functools.partial(_shared, "start_work", 5, THREADS, clock=time.process_time),
     "enqueue": _enqueue,
     "drain by 1": lambda program, count: _drain(program, count, 1)[0],
     "drain by 2": lambda program, count: _drain(program, count, 2)[0],
@@ -17554,17 +17537,11 @@ def _plain_steps(url: str, count: int) -> float:
     return _timed(lambda: plain.work(count))
 
 
-def _plain_one_by_one(url: str, count: int) -> float:
-    return _share_out([functools.partial(_Plain(url).work, 1)], count)
-
-
-def _plain_from_threads(url: str, count: int) -> float:
+def _plain_shared(
+    steps: int, threads: int, url: str, count: int, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Give each thread a connection of its own."""
-    return _share_out([functools.partial(_Plain(url).work, 5) for _ in range(THREADS)], count)
-
-
-def _plain_cpu(url: str, count: int) -> float:
-    return _share_out([functools.partial(_Plain(url).work, 5) for _ in range(THREADS)], count, time.process_time)
+    return _share_out([functools.partial(_Plain(url).work, steps) for _ in range(threads)], count, clock)
 
 
 def _plain_from_coroutines(url: str, count: int) -> float:
@@ -17677,18 +17654,18 @@ def _plain_notifier(url: str, count: int, act: Callable[[psycopg.Connection[Any]
 
 _PLAIN: dict[str, Callable[[str, int], Any]] = {
     "steps": _plain_steps,
-    "one_by_one": _plain_one_by_one,
-    "threads": _plain_from_threads,
+    "one_by_one": functools.partial(_plain_shared, 1, 1),
+    "threads": functools.partial(_plain_shared, 5, THREADS),
     "queue": _plain_queue,
     "message": _plain_notify,
     "event": _plain_notify,
     "partner of notify": _plain_partner_of_notify,
     "idle_queue": _plain_idle_queue,
     "partner of idle_queue": _plain_partner_of_idle_queue,
-    "started": _plain_one_by_one,
-    "started_threads": _plain_from_threads,
+    "started": functools.partial(_plain_shared, 1, 1),
+    "started_threads": functools.partial(_plain_shared, 5, THREADS),
     "coroutines": _plain_from_coroutines,
-    "cpu": _plain_cpu,
+    "cpu": functools.partial(_plain_shared, 5, THREADS, clock=time.process_time),
     "enqueue": _plain_enqueue,
     "drain by 1": lambda url, count: _plain_crew(url, count, 1)[0],
     "drain by 2": lambda url, count: _plain_crew(url, count, 2)[0],
