@@ -8074,7 +8074,7 @@ _log.addFilter(lambda record: _rehearsal() is None)  # what the workflow logs wa
 # Which workflows, and what becomes of them.
 
 
-_STEPS = "(select count(*) from durable.steps where workflow_id = w.id)"  # on record
+_STEPS_OF = "(select count(*) from durable.steps where workflow_id = {}.id)"  # on record
 
 
 def _of_others(
@@ -8083,7 +8083,7 @@ def _of_others(
     """Read the unfinished workflows of other versions, in order of arrival, some at a time."""
     columns = [*_LOOKED_AT, "inputs", "application_version", "executor_id", "incarnation"]
     query = f"""
-        select {", ".join(f"w.{column}" for column in columns)}, {_STEPS} as steps
+        select {", ".join(f"w.{column}" for column in columns)}, {_STEPS_OF.format("w")} as steps
           from durable.unfinished as u join durable.workflows as w on w.id = u.id
          where u.status <> 'MAX_RECOVERY_ATTEMPTS_EXCEEDED' and u.application_version <> %(version)s
            and (%(ids)s::text[] is null or u.id = any(%(ids)s))
@@ -8158,7 +8158,8 @@ def _give(
 
     Guarded by the claim, the status and the version under which it was checked, so of two who adopt at once one gets
     it.  The claim is raised, so an executor that is only cut off finds nothing of it when it comes back; and what such
-    a one has put on record since the check was not checked, so a history that has grown stays.
+    a one has put on record since the check was not checked, so a history that has grown stays.  (Asked of `found`, the
+    count is made for those only: of `w`, some plans make it for every workflow.)
     """
     query = f"""
         update durable.workflows as w
@@ -8169,7 +8170,7 @@ def _give(
           left join durable.executors as e on e.incarnation = its.incarnation
          where w.id = found.id and w.claim = found.claim and w.status = found.status
            and w.application_version = found.application_version and (w.status <> 'PENDING' or {_DEAD})
-           and found.steps = {_STEPS}
+           and found.steps = {_STEPS_OF.format("found")}
         returning w.id
     """
     fitting = {row["id"]: row for row, fit in checked if fit.fits}
