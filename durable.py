@@ -232,7 +232,9 @@ class _Run:
         self._position = 0
         self._history: dict[int, _Record] = {}
         self._reading: _Signal | None = None  # somebody reads more of it, and then this is set
-        self.history_to = 0 if row.get("has_history", True) else None  # None: nothing left to read
+        self.history_to: int | None = 0  # how far it is read; None: to its end
+        if "history" in row:
+            self.learn(row.pop("history"))
 
     def advance(self, by: int = 1) -> int:
         """Take the next position, before the first wait: tasks of one `gather` are numbered in the order of calls."""
@@ -265,12 +267,15 @@ class _Run:
                 continue
             self._reading = _Signal()
             try:
-                chunk = await self.executor.ask(_read_history, self.id, self.history_to)
-                self._history.update((record.position, record) for record in chunk)
-                self.history_to = chunk[-1].position if len(chunk) == _HISTORY_CHUNK else None
+                self.learn(await self.executor.ask(_read_history, self.id, self.history_to))
             finally:
                 self._reading.set()
                 self._reading = None
+
+    def learn(self, records: list[_Record]) -> None:
+        """Keep the next records of the history for their calls."""
+        self._history.update((record.position, record) for record in records)
+        self.history_to = records[-1].position if len(records) == _HISTORY_CHUNK else None
 
     def same(self, record: _Record, name: str) -> _Record:
         """Refuse the record of another step than the one that is called."""
@@ -456,7 +461,7 @@ def _claims(conn: Conn, ids: list[str]) -> dict[str, tuple[int | None, str]]:
     return dict.fromkeys(ids, (None, "deleted")) | {id: (claim, status) for id, claim, status in rows}
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepStatus:
     """What `DBOS.step_status` tells inside a step; the attempt counts from 0, None without retries."""
 
@@ -504,8 +509,7 @@ def _current_run() -> _Run | None:
     return frame.run if frame is not None and frame.step is None else None
 
 
-@dataclass(frozen=True)
-class _Retries:
+class _Retries(NamedTuple):
     """When to try a step again; see `DBOS.step`."""
 
     retries_allowed: bool = False
@@ -942,12 +946,13 @@ def _text_of(value: object) -> str:
 # The operation cannot tell which of them drives it.
 
 
-@dataclass(slots=True)  # one is made for each statement and each wait
 class _Wait(Generic[T]):
     """Something to wait for, which can be done in either colour."""
 
-    block: Callable[[], T]
-    on_loop: Callable[[], Awaitable[T]]
+    __slots__ = ("block", "on_loop")  # one is made for each statement and each wait
+
+    def __init__(self, block: Callable[[], T], on_loop: Callable[[], Awaitable[T]]) -> None:
+        self.block, self.on_loop = block, on_loop
 
     def __await__(self) -> Generator[Any, Any, T]:
         return cast(T, (yield self))  # the driver does the waiting and sends what came of it
@@ -1077,6 +1082,8 @@ def _waker(event: asyncio.Event) -> Callable[[], None]:
     loop = asyncio.get_running_loop()
 
     def wake() -> None:
+        if _running_loop() is loop:
+            return event.set()  # to wake a loop that is awake costs a system call
         with suppress(RuntimeError):  # the loop has ended, and the waiter with it
             loop.call_soon_threadsafe(event.set)
 
@@ -3012,7 +3019,7 @@ class _Journal:
     def _write_on_thread(self, write: _Write, rows: Sequence[dict[str, Any]]) -> list[bool]:
         gate = threading.Lock()  # the cheapest thing to wait at
         gate.acquire()
-        entry = _Entry(write, rows, False, gate.release)
+        entry = _Entry(write, rows, gate.release)
         try:
             lane = self._join(entry)
             if lane is None:
@@ -3025,15 +3032,14 @@ class _Journal:
             raise
         return entry.result()
 
-    async def _write_off_loop(self, write: _Write, rows: Sequence[dict[str, Any]]) -> list[bool]:
+    def _write_off_loop(self, write: _Write, rows: Sequence[dict[str, Any]]) -> asyncio.Future[list[bool]]:
         # A coroutine never leads: its loop may be busy, or end, and everybody would wait for it.
-        written = asyncio.Event()
-        entry = _Entry(write, rows, True, _waker(written))
+        loop = asyncio.get_running_loop()
+        entry = _Entry(write, rows, written=loop.create_future())
         lane = self._join(entry)
         if lane is not None:
             self._executor.start_thread(functools.partial(self._lead, lane, entry), "durable-call")
-        await written.wait()
-        return entry.result()
+        return cast("asyncio.Future[list[bool]]", entry.written)
 
     def _join(self, entry: _Entry) -> _Lane | None:
         with self._lock:
@@ -3055,8 +3061,7 @@ class _Journal:
         try:
             batch = self._take(own)
             self._write_or_split(lane, batch)
-            for entry in batch:
-                entry.wake()
+            _wake(batch)
         finally:
             self._hand_on(lane)
 
@@ -3095,7 +3100,7 @@ class _Journal:
                 return
             heir = self._gathered.popleft()
             lane.holder, heir.lane = heir, lane
-            if not heir.on_loop:
+            if heir.written is None:
                 return heir.wake()
         self._executor.start_thread(functools.partial(self._lead, lane, heir), "durable-call")
 
@@ -3125,10 +3130,14 @@ class _Journal:
 class _Entry:
     """Rows on their way to the database, and whoever waits for them."""
 
-    __slots__ = ("error", "lane", "on_loop", "rows", "taken", "wake", "write")
+    __slots__ = ("error", "lane", "rows", "taken", "wake", "write", "written")
 
-    def __init__(self, write: _Write, rows: Sequence[dict[str, Any]], on_loop: bool, wake: Callable[[], None]) -> None:
-        self.write, self.rows, self.on_loop, self.wake = write, rows, on_loop, wake
+    def __init__(
+        self, write: _Write, rows: Sequence[dict[str, Any]], wake: Callable[[], None] = lambda: None,
+        written: asyncio.Future[list[bool]] | None = None,
+    ) -> None:
+        self.write, self.rows = write, rows
+        self.wake, self.written = wake, written  # who waits: a thread, or a coroutine
         self.taken: list[bool] = []  # for each row, whether it took effect
         self.error: BaseException | None = None
         self.lane: _Lane | None = None  # given to one who is woken to lead
@@ -3140,6 +3149,30 @@ class _Entry:
         if self.error is not None:
             raise self.error
         return self.taken
+
+
+def _wake(batch: list[_Entry]) -> None:
+    """Wake all who waited for a batch; a loop once, for all of its coroutines: to wake a loop costs a system call."""
+    loops: dict[asyncio.AbstractEventLoop, list[_Entry]] = {}
+    for entry in batch:
+        if entry.written is None:
+            entry.wake()
+        else:
+            loops.setdefault(entry.written.get_loop(), []).append(entry)
+    for loop, entries in loops.items():
+        with suppress(RuntimeError):  # the loop has ended, and who waited with it
+            loop.call_soon_threadsafe(_tell, entries)
+
+
+def _tell(entries: list[_Entry]) -> None:
+    for entry in entries:
+        written = cast("asyncio.Future[list[bool]]", entry.written)
+        if written.done():
+            continue  # it waits no longer
+        if entry.error is None:
+            written.set_result(entry.taken)
+        else:
+            written.set_exception(entry.error)
 
 
 class _Lane:
@@ -3476,6 +3509,7 @@ class _HintedExecutor(_LivingExecutor):
 from concurrent.futures import Future
 from queue import SimpleQueue
 
+_READ_TOGETHER = 100  # workflows, their histories
 _OWN_THREADS = 8  # of the pool, the listener, the dispatcher, the admin server, and one for calls
 
 
@@ -3627,6 +3661,20 @@ def _begin_thread(thread: threading.Thread) -> bool:
     return True
 
 
+def _read_histories(conn: Conn, ids: list[str]) -> dict[str, list[_Record]]:
+    """Read the beginnings of several histories."""
+    query = """
+        select w.id, s.* from unnest(%s::text[]) as w(id)
+         cross join lateral (select position, name, output, error, child_workflow_id from durable.steps
+                              where workflow_id = w.id order by position limit %s) as s
+         order by w.id, s.position
+    """
+    histories: dict[str, list[_Record]] = {id: [] for id in ids}
+    for id, *record in conn.execute(query, (ids, _HISTORY_CHUNK)):
+        histories[id].append(_Record(*record))
+    return histories
+
+
 class _ThreadedExecutor(_HintedExecutor):
     """Runs workflows on threads that there are, and on event loops that last."""
 
@@ -3642,6 +3690,16 @@ class _ThreadedExecutor(_HintedExecutor):
         self._home = _running_loop()  # the application's, if it launches on one
         self._loop: asyncio.AbstractEventLoop | None = None  # our own
         self._loop_lock = threading.Lock()
+
+    def take_up(self, rows: list[dict[str, Any]]) -> list[str]:
+        """Those that begin at once have their histories read together: one by one that is a third of a recovery."""
+        old = [row for row in rows if "history" not in row][: self.threads.room()]
+        while len(old) > 1:
+            few, old = old[:_READ_TOGETHER], old[_READ_TOGETHER:]
+            histories = self.now(_read_histories, [row["id"] for row in few])
+            for row in few:
+                row["history"] = histories[row["id"]]
+        return super().take_up(rows)
 
     def room_again(self) -> None:
         """A thread is free."""
@@ -4695,7 +4753,7 @@ def _dequeue(conn: Conn, queue: Queue, room: int, me: dict[str, Any]) -> list[di
         if queue.concurrency is not None or queue.limiter is not None:
             conn.execute("select pg_advisory_xact_lock(%s, hashtext(%s))", (-_LOCKS, queue.name))
         cur.execute(query, {**me, "queue": queue.name, "room": room, "concurrency": queue.concurrency, **limiter})
-    return cur.fetchall()
+    return [row if row["has_history"] else {**row, "history": []} for row in cur.fetchall()]
 
 
 def _busy(conn: Conn, queues: list[str]) -> list[str]:
@@ -7709,7 +7767,6 @@ from dataclasses import replace
 
 __all__ += ["Fit"]
 
-_REHEARSED_TOGETHER = 100  # workflows whose histories are read at a time
 _SWALLOWED = 1000  # calls that are refused after the end before they are held
 _STANDSTILL_S = 5.0  # a rehearsal that makes no call for so long is given up
 
@@ -7762,7 +7819,7 @@ class _Rehearsal(_OrderedRun):
     ) -> None:
         super().__init__(executor, function, row)
         self._read = read
-        self._add(records)
+        self.learn(records)
         self.moved_at = time.monotonic()
         self.last: tuple[int, str] | None = None  # the call that was recalled last
         self.first: tuple[int, str] | None = None  # the first call that is not on record, or waits
@@ -7774,19 +7831,15 @@ class _Rehearsal(_OrderedRun):
 
     # Recall.
 
-    def _add(self, records: list[_Record]) -> None:
-        self._history.update((record.position, record) for record in records)
-        self.history_to = records[-1].position if len(records) == _HISTORY_CHUNK else None
-
     def left(self) -> _Record | None:
         """The first record that no call has recalled."""
         while not self._history and self.history_to is not None:
-            self._add(self._read(self.id, self.history_to))
+            self.learn(self._read(self.id, self.history_to))
         return min(self._history.values(), default=None)
 
     async def remember(self, position: int) -> None:
         while self.history_to is not None and position > self.history_to:
-            self._add(self._read(self.id, self.history_to))
+            self.learn(self._read(self.id, self.history_to))
 
     async def recall(self, position: int, name: str) -> _Record | None:
         self.moved_at = time.monotonic()
@@ -8092,22 +8145,8 @@ def _of_others(
     """
     with conn.cursor(name="durable_of_others", row_factory=dict_row) as cursor:
         cursor.execute(query, {"version": version, "ids": ids, "versions": versions})
-        while rows := cursor.fetchmany(_REHEARSED_TOGETHER):
+        while rows := cursor.fetchmany(_READ_TOGETHER):
             yield rows
-
-
-def _read_histories(conn: Conn, ids: list[str]) -> dict[str, list[_Record]]:
-    """Read the beginnings of several histories."""
-    query = """
-        select w.id, s.* from unnest(%s::text[]) as w(id)
-         cross join lateral (select position, name, output, error, child_workflow_id from durable.steps
-                              where workflow_id = w.id order by position limit %s) as s
-         order by w.id, s.position
-    """
-    histories: dict[str, list[_Record]] = {id: [] for id in ids}
-    for id, *record in conn.execute(query, (ids, _HISTORY_CHUNK)):
-        histories[id].append(_Record(*record))
-    return histories
 
 
 def _rehearse(executor: _Executor, conn: Conn, stage: _Stage, rows: list[dict[str, Any]]) -> list[Fit]:

@@ -4484,6 +4484,67 @@ def errand(dbos):
     return {"step": step, "transaction": transaction}
 
 
+# --- Group commit -------------------------------------------------------------------------------------
+#
+# What many write at the same time is one commit.
+
+
+def test_a_commit_wakes_an_event_loop_once_for_all_of_its_coroutines(dbos, monkeypatch):
+    """To wake a loop costs a system call, from a thread that all of them wait for."""
+    commit, batches, wakes = durable._commit, [], []
+
+    @dbos.step()
+    async def step(n):
+        return n
+
+    @dbos.workflow()
+    async def work(n):
+        return [await step(n) for _ in range(3)]
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        call = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda f, *a, **k: wakes.append(f) or call(f, *a, **k))
+        monkeypatch.setattr(durable, "_commit", lambda cursor, batch: batches.append(batch) or commit(cursor, batch))
+        return await asyncio.gather(*(work(n) for n in range(60)))
+
+    assert asyncio.run(main()) == [[n] * 3 for n in range(60)]
+    assert sum(map(len, batches)) == 60 * 5
+    assert wakes.count(durable._tell) == len(batches) < 150
+
+
+def test_a_coroutine_that_waits_no_longer_for_its_commit_takes_nothing_from_the_others(dbos, gate, monkeypatch):
+    """It was cancelled while the batch with its record was written; the others of the batch go on."""
+    commit = durable._commit
+
+    @dbos.step()
+    async def step(n):
+        return n
+
+    @dbos.workflow()
+    async def work(n):
+        return await step(n)
+
+    def commit_later(cursor, batch):
+        if any(entry.write is durable._RECORDS for entry in batch):
+            gate()
+        commit(cursor, batch)
+
+    async def main():
+        monkeypatch.setattr(durable, "_commit", commit_later)
+        tasks = [asyncio.create_task(work(n)) for n in range(10)]
+        await asyncio.to_thread(gate.await_body)
+        for task in tasks[:5]:
+            task.cancel()
+        await asyncio.sleep(0)
+        gate.open()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    outcomes = asyncio.run(main())
+    assert outcomes[5:] == list(range(5, 10))
+    assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes[:5])
+
+
 # --- Hints --------------------------------------------------------------------------------------------
 #
 # Whoever waits learns of it at once; and when every hint is lost, a moment later.
@@ -4554,6 +4615,38 @@ def test_a_launch_waits_until_there_are_threads(executor, scarce, monkeypatch):
     dbos.launch()
     assert waited.is_set()
     assert threading.Thread.start is not scarce_start
+
+
+def test_the_histories_of_what_is_recovered_are_read_together(dbos, witness, monkeypatch):
+    """One statement for many of them; only what is longer than such a statement reads is read on, by its own run."""
+    ran, together, alone, begun = [], [], [], threading.Event()
+    read, read_many = durable._read_history, durable._read_histories
+
+    @dbos.step()
+    def step(id, n):
+        ran.append((id, n))
+        return n
+
+    @dbos.workflow()
+    def work(id, count):
+        begun.wait()
+        return [step(id, n) for n in range(count)]
+
+    counts = {"long": 1200, "none": 0, **{f"w{n}": n for n in range(1, 40)}}
+    begun.set()
+    for id, count in counts.items():
+        with SetWorkflowID(id):
+            work(id, count)
+    monkeypatch.setattr(durable, "_read_histories", lambda conn, ids: together.append(ids) or read_many(conn, ids))
+    monkeypatch.setattr(durable, "_read_history", lambda conn, id, *more: alone.append(id) or read(conn, id, *more))
+    ran.clear()
+    begun.clear()
+    rewind(dbos, witness, *counts, keep=1100)
+    assert [sorted(ids) for ids in together] == [sorted(counts)]
+    begun.set()
+    assert {id: result_of(dbos, id) for id in counts} == {id: list(range(count)) for id, count in counts.items()}
+    assert ran == [("long", n) for n in range(1100, 1200)]
+    assert alone == ["long"]
 
 
 # --- Sleep --------------------------------------------------------------------------------------------
