@@ -16774,7 +16774,7 @@ from typing import Any
 
 ROUNDS = 3
 
-SIDES = ("durable", "plain", "grouped", "dbos")
+SIDES = ("durable", "plain", "grouped", "dbos", "absurd")
 
 THREADS = 32  # or coroutines; and so many workflows are committed together where that is done by hand
 
@@ -16873,10 +16873,15 @@ CROWD_LINES = {  # a field of Crowd: what it is, unit, target
 def benchmark(*arguments: str) -> None:
     """Measure every figure on every side, and print each line as soon as it is known."""
     options = _options(arguments)
-    _PYTHONS["dbos"] = options.vs
+    _PYTHONS["dbos"] = _PYTHONS["absurd"] = options.vs
+    sides = SIDES if options.absurd else SIDES[:-1]
     chosen = [figure for figure in FIGURES if not options.only or figure.what in options.only]
     with _scratch_postgres() as server:
-        _print_race("", chosen, {side: (side, _new_database(server, side)) for side in SIDES}, options)
+        databases = {side: (side, _new_database(server, side)) for side in sides}
+        if options.absurd:
+            with psycopg.connect(databases["absurd"][1]) as conn:
+                conn.execute(Path(options.absurd).read_bytes())
+        _print_race("", chosen, databases, options)
         for what in () if options.only else _CROWDS:
             print(_crowd_lines(what, Crowd(*_said(what, "durable", _new_database(server, what), CROWD))), flush=True)
         if options.full:
@@ -16886,7 +16891,10 @@ def benchmark(*arguments: str) -> None:
 def _options(arguments: Sequence[str]) -> Namespace:
     parser = ArgumentParser(prog="test_durable.py", description="Prints how fast durable.py is.")
     parser.add_argument("--full", action="store_true", help="also with a million workflows, and with a slower disk")
-    parser.add_argument("--vs", metavar="PYTHON", default=sys.executable, help="the interpreter that has dbos")
+    parser.add_argument(
+        "--vs", metavar="PYTHON", default=sys.executable, help="the interpreter that has dbos, or absurd-sdk"
+    )
+    parser.add_argument("--absurd", metavar="FILE", help="absurd.sql of that absurd-sdk: it takes part, too")
     parser.add_argument("--only", metavar="WHAT", action="append", choices=[f.what for f in [*FIGURES, *LISTS]])
     parser.add_argument("--rounds", metavar="N", type=int, default=ROUNDS)
     parser.add_argument("--medians", action="store_true", help="of the rounds, instead of the best")
@@ -16911,7 +16919,8 @@ def _print_race(
     title: str, figures: list[Figure], sides: dict[str, tuple[str, str]], options: Namespace
 ) -> None:
     heads = ("full", "empty") if len(sides) == 2 else ("durable", "psycopg")
-    print(f"{title:42}{heads[0]:>8}{'':9}{heads[1]:>8}{'ratio':>7}{'target':>11}{'grouped':>9}{'dbos':>8}")
+    others = "".join(f"{side:>8}" for side in sides if side not in ("durable", "plain", "grouped"))
+    print(f"{title:42}{heads[0]:>8}{'':9}{heads[1]:>8}{'ratio':>7}{'target':>11}{'grouped':>9}{others}")
     for figure in figures:
         print(_line(figure, **_race(figure, sides, options)), flush=True)
 
@@ -16947,16 +16956,17 @@ def _count(side: str, figure: Figure) -> int:
 
 
 def _line(
-    figure: Figure, durable: float, plain: float | None = None, grouped: float | None = None, dbos: float | None = None
+    figure: Figure, durable: float, plain: float | None = None, grouped: float | None = None, dbos: float | None = None,
+    absurd: float | None = None,
 ) -> str:
     """Lay out one line; a ratio above 1 says that durable.py was the faster one."""
     digits = {"/s": ",.0f", "%": ".0f"}.get(figure.unit, ".3f")
     ratio = f"{figure.ratio(durable, plain):.2f}" if plain else ""
-    others = [format(number, digits) if number else "" for number in (plain, grouped, dbos)]
+    others = [format(number, digits) if number else "" for number in (plain, grouped, dbos, absurd)]
     return (
         f"{figure.title.format(figure.count):42}{durable:8{digits}} {figure.unit:8}"
-        f"{others[0]:>8}{ratio:>7}{figure.target:>11}{others[1]:>9}{others[2]:>8}"
-    )
+        f"{others[0]:>8}{ratio:>7}{figure.target:>11}{others[1]:>9}{others[2]:>8}{others[3]:>8}"
+    ).rstrip()
 
 
 def _crowd_lines(what: str, crowd: Crowd) -> str:
@@ -16996,7 +17006,7 @@ def _start(what: str, side: str, *arguments: str, **options: Any) -> subprocess.
 
 def _measure_here(what: str, side: str, url: str, count: str) -> None:
     """Be the process that `_measure` started."""
-    by_hand = side in ("plain", "grouped")
+    by_hand = side in ("plain", "grouped", "absurd")
     print(json.dumps(_ACTS[side][what](url if by_hand else _Program(side, url), int(count))))
 
 
@@ -17206,8 +17216,10 @@ class _Program:
 
         return listen, announce, sleep, wait
 
-    def launch(self, **config: Any) -> None:
+    def launch(self, takes: bool = True, **config: Any) -> None:
         self.DBOS(config={**CONFIG, "system_database_url": self.url, "admin_port": _free_port(), **config})
+        if not takes:
+            self.DBOS.listen_queues([])
         self.DBOS.launch()
 
     def wait_for_all(self, arrivals: int) -> None:
@@ -17270,16 +17282,14 @@ def _from_coroutines(program: _Program, count: int) -> float:
 
 def _enqueue(program: _Program, count: int) -> float:
     """Into a queue that nobody takes from."""
-    program.DBOS.listen_queues([])
-    program.launch()
+    program.launch(takes=False)
     seconds = _share_out([lambda: program.queue.enqueue(program.work, 1)], count)
     program.forget_queued()
     return seconds
 
 
 def _drain(program: _Program, count: int, processes: int) -> tuple[float, float]:
-    program.DBOS.listen_queues([])
-    program.launch()
+    program.launch(takes=False)
     calls = [(1,)] * count
     enqueue = functools.partial(program.queue.enqueue_many, program.work, calls)
     return _crew("drainer", program.library.__name__, program.url, processes, enqueue)
@@ -17836,8 +17846,50 @@ _GROUPED: dict[str, Callable[[str, int], Any]] = {
     "sends": functools.partial(_grouped_share_out, "pass_all_on"),
 }
 
+
+class _Absurd:
+    """The tasks of absurd-sdk, which come from a queue, one after the other."""
+
+    def __init__(self, url: str) -> None:
+        self.app: Any = importlib.import_module("absurd_sdk").Absurd(url, queue_name="bench")
+        self.app.create_queue()
+        self.app.register_task("work")(self.work)
+        self.left = 0
+
+    def work(self, steps: int, context: Any) -> None:
+        for number in range(steps):
+            context.step(str(number), lambda number=number: number)
+        self.left -= 1
+        if self.left == 0:
+            self.app.stop_worker()
+
+    def enqueue(self, count: int) -> None:
+        for _ in range(count):
+            self.app.spawn("work", 1)
+
+    def drain(self, count: int) -> None:
+        self.left = count
+        self.app.start_worker(batch_size=100)
+
+
+def _absurd_enqueue(url: str, count: int) -> float:
+    absurd = _Absurd(url)
+    absurd.enqueue(10)
+    seconds = _timed(lambda: absurd.enqueue(count))
+    absurd.drain(count + 10)
+    return seconds
+
+
+def _absurd_queue(url: str, count: int) -> float:
+    absurd = _Absurd(url)
+    absurd.enqueue(count)
+    return _timed(lambda: absurd.drain(count))
+
+
+_ABSURD = {"enqueue": _absurd_enqueue, "queue": _absurd_queue}
+
 _ACTS: dict[str, dict[str, Callable[..., Any]]] = {
-    "durable": _LIBRARY | _CROWDS, "plain": _PLAIN, "grouped": _GROUPED, "dbos": _LIBRARY,
+    "durable": _LIBRARY | _CROWDS, "plain": _PLAIN, "grouped": _GROUPED, "dbos": _LIBRARY, "absurd": _ABSURD,
 }
 
 if __name__ == "__main__":
