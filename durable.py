@@ -63,7 +63,6 @@ import logging
 import math
 import os
 import pickle
-import re
 import secrets
 import socket
 import sys
@@ -96,78 +95,12 @@ B = TypeVar("B", bound="_OptionBlock")
 Conn = psycopg.Connection[Any]
 
 _LOCKS = 730624  # first key of our advisory locks; the second is 0 for the schema
-_HISTORY_CHUNK = 1000  # recorded steps read at a time
 _POLL_S = 1.0  # how late we may be when nobody told us to look
 _AGAIN_S = 0.005  # between a write that was refused without a reason, and the next try
 _RETRY_CEILING_S = 3600.0  # the longest wait between two tries of a step, as in DBOS
 _LONGEST_NAME = 1000  # bytes of an ID: an entry of an index takes 2,700
 
 _log = logging.getLogger("durable")
-
-
-# --- Errors -------------------------------------------------------------------------------------------
-#
-# One class per thing that a caller would do differently.  What must not be caught by a workflow's own
-# `except Exception` (it is no longer that workflow's turn to decide) derives from BaseException.
-
-
-class DBOSException(Exception):
-    """Base of the errors that this library raises; some carry what they are about as attributes."""
-
-    def __init__(self, message: str, **about: Any) -> None:
-        super().__init__(message)
-        self.message = message
-        self.__dict__.update(about)
-
-class _NotThereNow(DBOSException, AttributeError):
-    """What can be told only after a launch, or inside a step: to `hasattr`, an attribute that is not there."""
-
-class DBOSInitializationError(DBOSException):
-    """The configuration or the database does not allow a launch."""
-
-class DBOSConflictingRegistrationError(DBOSException):
-    """Two functions, queues, classes or instances claim one name."""
-
-class DBOSConflictingWorkflowError(DBOSException):
-    """The workflow ID belongs to a workflow of another function."""
-
-class DBOSWorkflowFunctionNotFoundError(DBOSException):
-    """The function is not a registered workflow or step."""
-
-class DBOSNonExistentWorkflowError(DBOSException):
-    """No workflow has this ID."""
-
-class DBOSUnexpectedStepError(DBOSException):
-    """A replay called another step than the one on record: the workflow is not deterministic."""
-
-class DBOSMaxStepRetriesExceeded(DBOSException):
-    """A step failed at each of its tries; `errors` holds what each of them raised."""
-
-    errors: list[Exception]
-
-class DBOSRestoredError(DBOSException):
-    """Stands for a recorded exception that cannot be rebuilt here; has its type's name and its text."""
-
-    def __init__(self, type_name: str, text: str) -> None:
-        super().__init__(f"{type_name}: {text}")
-        self.type_name, self.text = type_name, text
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.type_name, self.text)
-
-class _Stopped(BaseException):
-    """This run may no longer write its workflow's history."""
-
-    says = "workflow {id} is {status} and no longer this run's (claim {claim})"
-
-class _Superseded(_Stopped):
-    """Another run has a later claim, or the workflow is no longer there to be run."""
-
-class _Closing(_Stopped):
-    """The executor is being destroyed; the workflow stays PENDING for the next one."""
-
-
-error = sys.modules[__name__]  # `from dbos import error` finds the classes there; so it does here
 
 
 # --- Steps --------------------------------------------------------------------------------------------
@@ -231,7 +164,6 @@ class _Run:
         self.tries: dict[int, int] = {}  # of steps that are not on record yet
         self._position = 0
         self._history: dict[int, _Record] = {}
-        self._reading: _Signal | None = None  # somebody reads more of it, and then this is set
         self.history_to: int | None = 0  # how far it is read; None: to its end
         if "history" in row:
             self.learn(row.pop("history"))
@@ -247,7 +179,6 @@ class _Run:
 
     async def recall(self, position: int, name: str) -> _Record | None:
         """Find what is on record at this position, and check that it is the record of this call."""
-        await self.remember(position)
         self.go_on()
         record = self._history.pop(position, None)
         if record is not None:
@@ -256,26 +187,15 @@ class _Run:
             await _Wait(lambda: None, lambda: asyncio.sleep(0))
         return record
 
-    async def remember(self, position: int) -> None:
-        """Read the history up to here: recall is memory, and a replay makes a trip per thousand steps.
-
-        Of several tasks that need it, one reads; all go on in the order of their calls, as when the steps ran.
-        """
-        while self.history_to is not None and position > self.history_to:
-            if self._reading is not None:
-                await _for_any(self._reading)
-                continue
-            self._reading = _Signal()
-            try:
-                self.learn(await self.executor.ask(_read_history, self.id, self.history_to))
-            finally:
-                self._reading.set()
-                self._reading = None
+    async def remember(self) -> None:
+        """Read the history, before the function runs: recall is memory."""
+        if self.history_to is not None:
+            self.learn(await self.executor.ask(_read_history, self.id, self.history_to))
 
     def learn(self, records: list[_Record]) -> None:
         """Keep the next records of the history for their calls."""
         self._history.update((record.position, record) for record in records)
-        self.history_to = records[-1].position if len(records) == _HISTORY_CHUNK else None
+        self.history_to = records[-1].position if records else None
 
     def same(self, record: _Record, name: str) -> _Record:
         """Refuse the record of another step than the one that is called."""
@@ -372,6 +292,7 @@ class _Run:
             self.go_on()  # it may have waited for a thread
             self.thread = threading.get_ident()
             try:
+                await self.remember()
                 value = await self.call()
             except Exception as raised:
                 error = _raised(raised)
@@ -446,8 +367,8 @@ _FINISH = """
 """
 
 
-def _read_history(conn: Conn, id: str, after: int, limit: int = _HISTORY_CHUNK) -> list[_Record]:
-    """Read the next records of a workflow, in order, behind position `after`."""
+def _read_history(conn: Conn, id: str, after: int, limit: int | None = None) -> list[_Record]:
+    """Read the records of a workflow, in order, behind position `after`: all, or so many."""
     query = """
         select position, name, output, error, child_workflow_id from durable.steps
          where workflow_id = %s and position > %s order by position limit %s
@@ -564,6 +485,71 @@ async def _attempts(run: _Run, position: int, name: str, retries: _Retries, call
 
 async def _value_of(value: Any) -> Any:
     return await value if inspect.isawaitable(value) else value
+
+
+# --- Errors -------------------------------------------------------------------------------------------
+#
+# One class per thing that a caller would do differently.  What must not be caught by a workflow's own
+# `except Exception` (it is no longer that workflow's turn to decide) derives from BaseException.
+
+
+class DBOSException(Exception):
+    """Base of the errors that this library raises; some carry what they are about as attributes."""
+
+    def __init__(self, message: str, **about: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.__dict__.update(about)
+
+class _NotThereNow(DBOSException, AttributeError):
+    """What can be told only after a launch, or inside a step: to `hasattr`, an attribute that is not there."""
+
+class DBOSInitializationError(DBOSException):
+    """The configuration or the database does not allow a launch."""
+
+class DBOSConflictingRegistrationError(DBOSException):
+    """Two functions, queues, classes or instances claim one name."""
+
+class DBOSConflictingWorkflowError(DBOSException):
+    """The workflow ID belongs to a workflow of another function."""
+
+class DBOSWorkflowFunctionNotFoundError(DBOSException):
+    """The function is not a registered workflow or step."""
+
+class DBOSNonExistentWorkflowError(DBOSException):
+    """No workflow has this ID."""
+
+class DBOSUnexpectedStepError(DBOSException):
+    """A replay called another step than the one on record: the workflow is not deterministic."""
+
+class DBOSMaxStepRetriesExceeded(DBOSException):
+    """A step failed at each of its tries; `errors` holds what each of them raised."""
+
+    errors: list[Exception]
+
+class DBOSRestoredError(DBOSException):
+    """Stands for a recorded exception that cannot be rebuilt here; has its type's name and its text."""
+
+    def __init__(self, type_name: str, text: str) -> None:
+        super().__init__(f"{type_name}: {text}")
+        self.type_name, self.text = type_name, text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.type_name, self.text)
+
+class _Stopped(BaseException):
+    """This run may no longer write its workflow's history."""
+
+    says = "workflow {id} is {status} and no longer this run's (claim {claim})"
+
+class _Superseded(_Stopped):
+    """Another run has a later claim, or the workflow is no longer there to be run."""
+
+class _Closing(_Stopped):
+    """The executor is being destroyed; the workflow stays PENDING for the next one."""
+
+
+error = sys.modules[__name__]  # `from dbos import error` finds the classes there; so it does here
 
 
 # --- Workflows ----------------------------------------------------------------------------------------
@@ -707,7 +693,7 @@ async def _begin(executor: _Executor, function: _Function, start: _Start) -> tup
         executor.forget(run)
         raise
     if existing is None:
-        run.history_to = None
+        run.learn([])
     elif (existing["claim"], existing["status"]) != (run.claim, "PENDING"):  # or it is ours, and the answer was lost
         executor.forget(run)
         return run.id, None
@@ -830,19 +816,6 @@ class _Function:
         self.most = math.inf if most is None else most  # recoveries, before it is dead-lettered
         self.is_async = inspect.iscoroutinefunction(call)
         self.signature = inspect.signature(given)
-        given = inspect.unwrap(_whole(given))
-        self.source: Any = given if hasattr(given, "__code__") else type(given).__call__  # of a callable object
-
-
-def _whole(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The function behind a partial one."""
-    return _whole(fn.func) if isinstance(fn, functools.partial) else fn
-
-
-def _name_of(fn: Callable[..., Any]) -> str:
-    """What a function is called, the same in every process; for a callable object, its class."""
-    fn = _whole(fn)
-    return str(getattr(fn, "__qualname__", type(fn).__qualname__))
 
 
 # --- Values -------------------------------------------------------------------------------------------
@@ -868,12 +841,8 @@ class _JSONElsePickle:
         return json.loads(serialized_data)
 
 
-_SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # two that JSON would take for one character
-
 _EXACT: dict[type, Callable[[Any], bool]] = {
-    bool: lambda value: True, type(None): lambda value: True, float: math.isfinite,
-    int: lambda value: value.bit_length() < 10_000,  # Python refuses to parse much longer ones
-    str: lambda value: value.isascii() or not _SURROGATES.search(value),
+    **dict.fromkeys((type(None), bool, int, str), lambda value: True), float: math.isfinite,
 }
 
 
@@ -1212,14 +1181,14 @@ class _BareExecutor:
 
     def spawn(self, run: _Run, loop: asyncio.AbstractEventLoop | None = None) -> None:
         """Run in the background, in the colour of the function; on the running loop where one is given."""
-        operation = functools.partial(self.background, run)
+        background: Callable[[_Run], Any] = _in_colour_of(run.function.call, self.background)
         if not run.function.is_async:
             self.start_thread(run.job)
         elif loop is None:
-            self.start_thread(lambda: asyncio.run(_awaited(operation)))
+            self.start_thread(lambda: asyncio.run(background(run)))
         else:
             run.loop = loop
-            task = self.create_task(_awaited(operation))
+            task = self.create_task(background(run))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
             task.add_done_callback(lambda _: self.leave(run))  # cancelled before it began, perhaps
@@ -1301,11 +1270,6 @@ class _BareExecutor:
             self.conn.close()
 
 
-async def _awaited(operation: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """An operation as a coroutine that any event loop can run."""
-    return await _suspend(operation())
-
-
 _LOOKED_AT = ["id", "number", "claim", "status", "name", "recovery_attempts"]  # of what is to be taken up
 
 
@@ -1353,17 +1317,10 @@ def _some(ids: list[str]) -> str:
 # `Durable`.
 
 
-class _Access:
-    """What leads to an executor: there are others than what registers functions."""
-
-    def _launched(self) -> _Executor:
-        raise NotImplementedError
-
-
 class _Handle(Generic[R]):
     """A workflow that was started, enqueued or retrieved."""
 
-    def __init__(self, durable: _Access, workflow_id: str, existing: bool = True) -> None:
+    def __init__(self, durable: Any, workflow_id: str, existing: bool = True) -> None:
         self._durable, self.workflow_id, self._exists = durable, workflow_id, existing
 
     def get_workflow_id(self) -> str:
@@ -1371,7 +1328,7 @@ class _Handle(Generic[R]):
         return self.workflow_id
 
     async def _outcome(self) -> Any:
-        id, executor = self.workflow_id, self._durable._launched()
+        id, executor = self.workflow_id, cast(_Executor, self._durable._launched())
         return await _recorded("DBOS.getResult", lambda: _result(executor, id, self._exists), child=id)
 
 
@@ -1405,7 +1362,7 @@ _DEFAULTS: dict[str, tuple[str, Any]] = {
 }
 
 
-class _Engine(_Access):
+class _Engine:
     """Registers functions as workflows and steps, and, once launched, runs them durably."""
 
     def __init__(self, config: DBOSConfig | None = None) -> None:
@@ -1438,15 +1395,15 @@ class _Engine(_Access):
         Raises DBOSConflictingRegistrationError if another function has the name.
         """
 
-        def decorate(fn: Callable[P, R]) -> Callable[P, R]:
-            function = _Function(name or _name_of(fn), fn, fn, max_recovery_attempts, "workflow")
+        def decorate(known_as: str, fn: Callable[P, R]) -> Callable[P, R]:
+            function = _Function(known_as, fn, fn, max_recovery_attempts, "workflow")
 
             async def body(*args: Any, **kwargs: Any) -> Any:
                 return await _call(self._launched(), function, args, kwargs)
 
             return self._register(function, _in_colour_of(fn, body))
 
-        return self._decorator("workflow", decorate)
+        return self._decorator("workflow", name, decorate)
 
     def step(
         self, *, name: str | None = None, retries_allowed: bool = False, interval_seconds: float = 1.0,
@@ -1462,8 +1419,7 @@ class _Engine(_Access):
         """
         retries = _Retries(retries_allowed, interval_seconds, max_attempts, backoff_rate, should_retry)
 
-        def decorate(fn: Callable[P, R]) -> Callable[P, R]:
-            known_as = name or _name_of(fn)
+        def decorate(known_as: str, fn: Callable[P, R]) -> Callable[P, R]:
             retries.check(known_as, fn)
 
             async def body(*args: Any, **kwargs: Any) -> Any:
@@ -1473,13 +1429,13 @@ class _Engine(_Access):
             call = _in_colour_of(fn, body)
             return self._register(_Function(f"<temp>.{known_as}", call, fn, 100, "step"), call)
 
-        return self._decorator("step", decorate)
+        return self._decorator("step", name, decorate)
 
     def _decorator(
-        self, kind: str, decorate: Callable[[Callable[P, R]], Callable[P, R]]
+        self, kind: str, name: str | None, decorate: Callable[[str, Callable[P, R]], Callable[P, R]]
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """What `workflow`, `step` and their like return."""
-        return decorate
+        """What `workflow`, `step` and their like return: a decorator for a function, by default under its own name."""
+        return lambda fn: decorate(name or fn.__qualname__, fn)
 
     def _register(self, function: _Function, call: Callable[P, R]) -> Callable[P, R]:
         with self._lock:
@@ -1600,10 +1556,11 @@ class _Engine(_Access):
 
     def _code_of(self, function: _Function) -> object:
         """The source; or what it was compiled to, where there is none."""
+        written: Any = inspect.unwrap(function.given)
         try:
-            return inspect.getsource(function.source)
-        except (OSError, TypeError):
-            return getattr(function.source, "__code__", None) and function.source.__code__.co_code
+            return inspect.getsource(written)
+        except OSError:
+            return written.__code__.co_code
 
     # Where am I?
 
@@ -1691,6 +1648,7 @@ import io
 import ipaddress
 import itertools
 import random
+import re
 import socketserver
 import urllib.parse
 import warnings
@@ -2285,8 +2243,7 @@ class _Transacting(_Engine):
         if isolation_level not in ("SERIALIZABLE", "REPEATABLE READ", "READ COMMITTED"):
             raise DBOSException(f"isolation_level is {isolation_level!r}; it must be 'SERIALIZABLE' or a lower level")
 
-        def decorate(fn: Callable[P, R]) -> Callable[P, R]:
-            known_as = name or _name_of(fn)
+        def decorate(known_as: str, fn: Callable[P, R]) -> Callable[P, R]:
             if inspect.iscoroutinefunction(fn):
                 raise DBOSException(
                     f"{known_as} is async, and a transaction cannot be: make it a plain function, "
@@ -2307,7 +2264,7 @@ class _Transacting(_Engine):
             alone = _Function(f"<temp>.{known_as}", call, fn, 100, "transaction")
             return self._register(alone, call)
 
-        return self._decorator("transaction", decorate)
+        return self._decorator("transaction", name, decorate)
 
     @property
     def connection(self) -> Conn:
@@ -2883,6 +2840,7 @@ from collections import deque
 
 _SCHEMA_VERSION = 51
 
+_HISTORY_CHUNK = 1000  # recorded steps read at a time
 _UNFINISHED = ("DELAYED", "ENQUEUED", "PENDING")  # as Python writes a tuple, SQL reads a list
 _TYPES = {  # of the values that a start brings along, where they are not text
     "claim": "bigint", "recovery_attempts": "integer", "incarnation": "integer", "parent_claim": "bigint",
@@ -2910,11 +2868,28 @@ def _twins(body: Callable[P, Coroutine[Any, Any, R]]) -> tuple[Callable[P, R], C
     return blocking, awaiting
 
 
+def _whole(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function behind a partial one."""
+    return _whole(fn.func) if isinstance(fn, functools.partial) else fn
+
+
+def _name_of(fn: Callable[..., Any]) -> str:
+    """What a function is called, the same in every process; for a callable object, its class."""
+    fn = _whole(fn)
+    return str(getattr(fn, "__qualname__", type(fn).__qualname__))
+
+
 def _text_for(what: str, executor: _Executor, value: Any) -> str:
     try:
         return executor.serialize(value)
     except Exception as cause:
         raise DBOSException(f"the {what}, a {_type_name(value)}, cannot be stored: {cause}") from cause
+
+
+class _Access:
+    """What leads to an executor: an engine, or a client."""
+
+    _launched: Callable[[], _Executor]
 
 
 def _executor_for(access: _Access, workflow_id: str) -> _Executor:
@@ -3926,6 +3901,7 @@ class _OrderedRun(_Run):
         self.elsewhere: set[int] = set()  # calls that it makes on other threads now
         self.cut: dict[int, str] = {}  # calls that ended in a cancel, which is not on record yet
         self._checking = threading.Lock()
+        self._reading: _Signal | None = None  # somebody reads more of the history, and then this is set
 
     def advance(self, by: int = 1) -> int:
         """Take the next position; raise if this call's place among the others may be another in a replay."""
@@ -3971,8 +3947,30 @@ class _OrderedRun(_Run):
     def calling(self, position: int, name: str) -> AbstractContextManager[None]:
         return _Calling(self, position, name)
 
+    async def remember(self, position: int = 1) -> None:
+        """Read the history up to here, a part at a time, and the first before any timer of the workflow's own runs.
+
+        Of several tasks that need it, one reads; all go on in the order of their calls, as when the steps ran.
+        """
+        while self.history_to is not None and position > self.history_to:
+            if self._reading is not None:
+                await _for_any(self._reading)
+                continue
+            self._reading = _Signal()
+            try:
+                self.learn(await self.executor.ask(_read_history, self.id, self.history_to, _HISTORY_CHUNK))
+            finally:
+                self._reading.set()
+                self._reading = None
+
+    def learn(self, records: list[_Record]) -> None:
+        super().learn(records)
+        if len(records) < _HISTORY_CHUNK:
+            self.history_to = None
+
     async def recall(self, position: int, name: str) -> _Record | None:
         await self.note_cuts()
+        await self.remember(position)
         record = await super().recall(position, name)
         if record is not None and record.error == _CUT_OFF:
             await _pause_run(self.executor, self.done)  # until the workflow cancels it again
@@ -4004,7 +4002,6 @@ class _OrderedRun(_Run):
         return _InsideTask(self, step)
 
     async def call(self) -> Any:
-        await self.remember(1)  # before any timer of the workflow's own can measure how long that takes
         return await (self.in_turns(super().call()) if self.function.is_async else super().call())
 
     async def in_turns(self, body: Coroutine[Any, Any, T]) -> T:
@@ -5668,7 +5665,7 @@ class _Declaring(_Engine):
         super()._forget_all()
 
     def _decorator(
-        self, kind: str, decorate: Callable[[Callable[P, R]], Callable[P, R]]
+        self, kind: str, name: str | None, decorate: Callable[[str, Callable[P, R]], Callable[P, R]]
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Let a decorator go above `@staticmethod` and `@classmethod`, too, but not above one of another kind."""
 
@@ -5681,7 +5678,7 @@ class _Declaring(_Engine):
                     f"{_name_of(fn)} is a {former.kind} already and cannot be a {kind}, too: make that another "
                     f"function, which calls it"
                 )
-            return decorate(fn)
+            return decorate(name or _name_of(fn), fn)
 
         return above
 
@@ -5714,7 +5711,8 @@ class _Declaring(_Engine):
         self._sites[what, name] = site
 
     def _code_of(self, function: _Function) -> object:
-        return _code_of(function.source)
+        written = inspect.unwrap(_whole(function.given))
+        return _code_of(written if hasattr(written, "__code__") else type(written).__call__)  # of a callable object
 
 
 _HELD: weakref.WeakKeyDictionary[_Function, dict[object, Any]] = weakref.WeakKeyDictionary()  # when it was registered
@@ -5980,6 +5978,14 @@ class JSONSerializer(Serializer):
 
     def deserialize(self, serialized_data: str) -> Any:
         return json.loads(serialized_data)
+
+
+_SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # two that JSON would take for one character
+
+_EXACT |= {
+    int: lambda value: value.bit_length() < 10_000,  # Python refuses to parse much longer ones
+    str: lambda value: value.isascii() or not _SURROGATES.search(value),
+}
 
 
 class _SerializerConfig(TypedDict, total=False):
@@ -7837,7 +7843,7 @@ class _Rehearsal(_OrderedRun):
             self.learn(self._read(self.id, self.history_to))
         return min(self._history.values(), default=None)
 
-    async def remember(self, position: int) -> None:
+    async def remember(self, position: int = 1) -> None:
         while self.history_to is not None and position > self.history_to:
             self.learn(self._read(self.id, self.history_to))
 
@@ -8152,7 +8158,7 @@ def _of_others(
 def _rehearse(executor: _Executor, conn: Conn, stage: _Stage, rows: list[dict[str, Any]]) -> list[Fit]:
     """Let the code that is here run against the histories of these workflows."""
     histories = _read_histories(conn, [row["id"] for row in rows])
-    read = functools.partial(_read_history, conn)
+    read = functools.partial(_read_history, conn, limit=_HISTORY_CHUNK)
     functions = {row["id"]: executor.registry._function_for(row) for row in rows}
     runs = {
         row["id"]: _Rehearsal(executor, function, row, histories[row["id"]], read)
@@ -8476,7 +8482,7 @@ def _ahead(run: _Run, name: str) -> tuple[bool, bool]:
     Without a wait: no other call may take the next position meanwhile.
     """
     position = run._position + 1
-    _block(run.remember(position))
+    _block(cast(_OrderedRun, run).remember(position))
     there = run._history.get(position)
     return there is not None and there.name == name, any(known >= position for known in run._history)
 
