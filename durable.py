@@ -98,7 +98,6 @@ _LOCKS = 730624  # first key of our advisory locks; the second is 0 for the sche
 _POLL_S = 1.0  # how late we may be when nobody told us to look
 _AGAIN_S = 0.005  # between a write that was refused without a reason, and the next try
 _RETRY_CEILING_S = 3600.0  # the longest wait between two tries of a step, as in DBOS
-_LONGEST_NAME = 1000  # bytes of an ID: an entry of an index takes 2,700
 
 _log = logging.getLogger("durable")
 
@@ -659,25 +658,9 @@ class _OptionBlock:
         _options.reset(self._tokens.pop())
 
 
-class SetWorkflowID(_OptionBlock):
-    """Give the first workflow started in this block the ID `wfid`; a second one gets a generated ID."""
-
+class _WorkflowID(_OptionBlock):
     def __init__(self, wfid: str) -> None:
-        super().__init__(ids=[_valid_name("workflow ID", wfid)])
-
-
-def _valid_name(what: str, name: object) -> str:
-    """Refuse a name that Postgres cannot store or index, or that nobody could see."""
-    if not isinstance(name, str) or not name.strip() or not _storable(name) or len(name.encode()) > _LONGEST_NAME:
-        raise DBOSException(
-            f"{what} {name if not isinstance(name, str) else name[:50]!r}: it must be a string that is not empty or "
-            f"blank, without NUL characters or lone surrogates, and not longer than {_LONGEST_NAME} bytes"
-        )
-    return name
-
-
-def _storable(text: str) -> bool:
-    return "\0" not in text and text == text.encode("utf-8", "replace").decode()
+        super().__init__(ids=[wfid])
 
 
 async def _begin(executor: _Executor, function: _Function, start: _Start) -> tuple[str, _Run | None]:
@@ -720,14 +703,8 @@ async def _insert(executor: _Executor, start: _Start) -> dict[str, Any] | None:
             existing = await executor.ask(_find, row["id"])
             if existing is not None:
                 executor.registry._same_workflow(existing, row)
-            elif (refusal := await executor.refusal(row)) is not None:
-                if parent is not None:
-                    await parent.record(row["position"], row["name"], None, refusal, 0.0)
-                raise refusal
-            elif parent is not None:
-                await parent.settle(row["position"], row["name"])
             else:
-                await _pause_run(executor, timeout=_AGAIN_S)
+                await executor.refused(start)
         if parent is not None and (existing is not None or not is_child):
             await parent.record(row["position"], row["name"], None, None, 0.0, child=row["id"])
     return existing
@@ -1132,9 +1109,12 @@ class _BareExecutor:
         """Raise, if it may not begin here; False: because it exists."""
         return True
 
-    async def refusal(self, row: dict[str, Any]) -> Exception | None:
-        """Say why a row was not inserted, though its ID is free."""
-        return None
+    async def refused(self, start: _Start) -> None:
+        """A row was not inserted, though its ID is free: raise if this is to stay so."""
+        if start.parent is not None:
+            await start.parent.settle(start.row["position"], start.row["name"])
+        else:
+            await _pause_run(cast(_Executor, self), timeout=_AGAIN_S)
 
     def recover(self, listed: Sequence[str] = ()) -> list[str]:
         """Take up the workflows that nobody runs, and return their IDs."""
@@ -1666,6 +1646,7 @@ _SWEEP_S = 3.0  # a lock that stays free from one sweep to the next is a death: 
 _RESTART_GRACE_S = 3.0  # after Postgres starts, time for the living to take their locks again
 _LONGEST_PAUSE_S = 1.0  # between two tries to reach a database that is away
 _TRIES = 10  # of a transaction's function, before a conflict is its outcome
+_LONGEST_NAME = 1000  # bytes of an ID: an entry of an index takes 2,700
 _LARGEST_VALUE = 200_000_000  # characters: JSON may double them, and a message to Postgres holds 1 GB
 _HEAD_LIMIT = 1 << 16  # bytes of a request's head, and
 _BODY_LIMIT = 1 << 20  # of its body, that the admin server takes
@@ -2635,6 +2616,25 @@ _FOREIGN_KEYS = {
     "scheduler_polling_interval_sec", "kafka_queue_polling_interval_sec", "otel_attribute_format",
     "app_db_pool_size", "sys_db_name",
 }
+
+
+class _ValidWorkflowID(_WorkflowID):
+    def __init__(self, wfid: str) -> None:
+        super().__init__(_valid_name("workflow ID", wfid))
+
+
+def _valid_name(what: str, name: object) -> str:
+    """Refuse a name that Postgres cannot store or index, or that nobody could see."""
+    if not isinstance(name, str) or not name.strip() or not _storable(name) or len(name.encode()) > _LONGEST_NAME:
+        raise DBOSException(
+            f"{what} {name if not isinstance(name, str) else name[:50]!r}: it must be a string that is not empty or "
+            f"blank, without NUL characters or lone surrogates, and not longer than {_LONGEST_NAME} bytes"
+        )
+    return name
+
+
+def _storable(text: str) -> bool:
+    return "\0" not in text and text == text.encode("utf-8", "replace").decode()
 
 
 def _postgres_url(url: str | None, create: bool = True) -> str:
@@ -4586,16 +4586,20 @@ class _QueueingExecutor(_TimedExecutor, _ThreadedExecutor, _HintedExecutor, _Gro
         unset = {"queue": None, "priority": 0, "deduplication_id": None, "delay_s": None}
         row |= unset if "queue" not in row else {}
 
-    async def refusal(self, row: dict[str, Any]) -> Exception | None:
+    async def refused(self, start: _Start) -> None:
+        row, parent = start
         holder = row["deduplication_id"] and await self.ask(_holder_of, row["deduplication_id"], row["queue"])
         if not holder:
-            return await super().refusal(row)
-        return DBOSQueueDeduplicatedError(
+            return await super().refused(start)
+        refusal = DBOSQueueDeduplicatedError(
             f"workflow {row['id']} was not enqueued on {row['queue']}: unfinished workflow {holder} has the "
             f"deduplication ID {row['deduplication_id']!r}",
             workflow_id=row["id"], queue_name=row["queue"], deduplication_id=row["deduplication_id"],
             holder_id=holder,
         )
+        if parent is not None:
+            await parent.record(row["position"], row["name"], None, refusal, 0.0)
+        raise refusal
 
     def seize(self, conn: Conn, lost: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """What came from a queue goes back to its place there, so that the queue's limits hold through a recovery."""
@@ -8779,6 +8783,10 @@ class WorkflowHandle(_StatusHandle[R], _BlockingHandle[R]):
 
 class WorkflowHandleAsync(_AwaitedStatusHandle[R], _AwaitedHandle[R]):
     """A workflow that was started, enqueued or retrieved; its methods are awaited."""
+
+
+class SetWorkflowID(_ValidWorkflowID, _WorkflowID):
+    """Give the first workflow started in this block the ID `wfid`; a second one gets a generated ID."""
 
 
 class DBOSConfig(

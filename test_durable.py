@@ -1341,19 +1341,6 @@ def test_set_ids_nest_and_end_with_their_block(dbos, greet):
     assert dbos.start_workflow(greet).workflow_id not in ("outer", "inner")
 
 
-def test_an_empty_id_is_refused(dbos, greet):
-    """An empty workflow ID is a mistake, and starts nothing."""
-    with pytest.raises((DBOSException, ValueError), match="empty"), SetWorkflowID(""):
-        greet()
-    assert greet.seen == []
-
-
-def test_an_id_that_postgres_cannot_hold_is_a_clear_error(dbos, greet):
-    """NUL in an ID is refused at the start instead of being waited out."""
-    with pytest.raises((DBOSException, ValueError), match="NUL"), SetWorkflowID("a\x00b"):
-        dbos.start_workflow(greet)
-
-
 def test_a_function_that_is_not_registered_cannot_be_started(dbos):
     """start_workflow names the function that is neither workflow nor step."""
 
@@ -3084,6 +3071,19 @@ def test_a_read_only_database_is_waited_for_before_the_function_runs(executor, u
 # --- Workflows ----------------------------------------------------------------------------------------
 #
 # A workflow is a function and a row; its ID names one execution for ever.
+
+
+def test_an_empty_id_is_refused(dbos, greet):
+    """An empty workflow ID is a mistake, and starts nothing."""
+    with pytest.raises((DBOSException, ValueError), match="empty"), SetWorkflowID(""):
+        greet()
+    assert greet.seen == []
+
+
+def test_an_id_that_postgres_cannot_hold_is_a_clear_error(dbos, greet):
+    """NUL in an ID is refused at the start instead of being waited out."""
+    with pytest.raises((DBOSException, ValueError), match="NUL"), SetWorkflowID("a\x00b"):
+        dbos.start_workflow(greet)
 
 
 def test_decorated_functions_keep_their_face(dbos):
