@@ -164,8 +164,6 @@ class _Run:
         self._position = 0
         self._history: dict[int, _Record] = {}
         self.history_to: int | None = 0  # how far it is read; None: to its end
-        if "history" in row:
-            self.learn(row.pop("history"))
 
     def advance(self, by: int = 1) -> int:
         """Take the next position, before the first wait: tasks of one `gather` are numbered in the order of calls."""
@@ -338,10 +336,6 @@ class _Run:
                 break  # it is written; only the acknowledgement was lost
         self.status, self.result = status, None if error else (value,)
         return error
-
-
-# How a run is stopped whose workflow was given a status from outside.  (Rooms add theirs, as CANCELLED.)
-_STOPS: dict[str, type[_Stopped]] = {}
 
 
 # The fence: whatever a run writes asks its workflow's row for `claim = mine and status = 'PENDING'`.  A row
@@ -548,6 +542,8 @@ class _Closing(_Stopped):
     """The executor is being destroyed; the workflow stays PENDING for the next one."""
 
 
+_STOPS: dict[str, type[_Stopped]] = {}  # by the status that a workflow was given from outside; rooms add theirs
+
 error = sys.modules[__name__]  # `from dbos import error` finds the classes there; so it does here
 
 
@@ -583,9 +579,6 @@ class _Start(NamedTuple):
 
     row: dict[str, Any]
     parent: _Run | None
-
-
-_NAMES = ["name"]  # the columns that say what is called
 
 
 def _prepare_start(
@@ -710,7 +703,10 @@ async def _insert(executor: _Executor, start: _Start) -> dict[str, Any] | None:
     return existing
 
 
-# A new row: its columns, and of what each is made.  (Rooms add theirs.)
+# Columns of a workflow (rooms add theirs): which say what is called, which are read as it is taken up, and which are
+# written as it begins, with what each is made of.
+_NAMES = ["name"]
+_LOOKED_AT = ["id", "number", "claim", "status", "name", "recovery_attempts"]
 _COLUMNS = {column: f"%({column})s" for column in (
     "id", "name", "inputs", "parent_workflow_id", "status", "claim", "recovery_attempts", "executor_id", "incarnation",
     "application_version",
@@ -1011,29 +1007,23 @@ def _for_any(*signals: _Signal, timeout: float | None = None) -> _Wait[None]:
             woken.wait(timeout)
 
     async def on_loop() -> None:
-        woken = asyncio.Event()
-        timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, woken.set)
+        loop, woken = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            if _running_loop() is loop:
+                return woken.set()  # to wake a loop that is awake costs a system call
+            with suppress(RuntimeError):  # the loop has ended, and the waiter with it
+                loop.call_soon_threadsafe(woken.set)
+
+        timer = None if timeout is None else loop.call_later(timeout, woken.set)
         try:
-            with _waking(signals, _waker(woken)):
+            with _waking(signals, wake):
                 await woken.wait()
         finally:
             if timer is not None:
                 timer.cancel()
 
     return _Wait(block, on_loop)
-
-
-def _waker(event: asyncio.Event) -> Callable[[], None]:
-    """What sets an event of the running loop, from any thread."""
-    loop = asyncio.get_running_loop()
-
-    def wake() -> None:
-        if _running_loop() is loop:
-            return event.set()  # to wake a loop that is awake costs a system call
-        with suppress(RuntimeError):  # the loop has ended, and the waiter with it
-            loop.call_soon_threadsafe(event.set)
-
-    return wake
 
 
 # --- Executors ----------------------------------------------------------------------------------------
@@ -1120,8 +1110,14 @@ class _BareExecutor:
         """Take up the workflows that nobody runs, and return their IDs."""
 
         def take(conn: Conn) -> list[dict[str, Any]]:
-            """In one attempt: if its answer is lost, the next finds what it took."""
-            left = [row for row in _left_behind(conn, self.me) if (row["id"], row["claim"]) not in self.claimed]
+            """Look, and take then, in one attempt: if its answer is lost, the next finds what it took."""
+            query = """
+                select id, claim, name from durable.workflows
+                 where status = 'PENDING' and executor_id = %(executor_id)s and incarnation <= %(incarnation)s
+                   and application_version = %(version)s
+            """
+            found = conn.cursor(row_factory=dict_row).execute(query, self.me).fetchall()
+            left = [row for row in found if (row["id"], row["claim"]) not in self.claimed]
             return _take(conn, self.me, [row for row in left if self.registry._function_for(row)])
 
         return self.take_up(self.now(take))
@@ -1248,20 +1244,6 @@ class _BareExecutor:
             self.pool.close(timeout=1.0)
         if self.conn is not None:
             self.conn.close()
-
-
-_LOOKED_AT = ["id", "number", "claim", "status", "name", "recovery_attempts"]  # of what is to be taken up
-
-
-def _left_behind(conn: Conn, me: dict[str, Any]) -> list[dict[str, Any]]:
-    """Find the PENDING workflows of this version and executor, up to this launch of it, the oldest first."""
-    query = f"""
-        select {", ".join(_LOOKED_AT)} from durable.workflows
-         where status = 'PENDING' and executor_id = %(executor_id)s and incarnation <= %(incarnation)s
-           and application_version = %(version)s
-         order by number
-    """
-    return conn.cursor(row_factory=dict_row).execute(query, me).fetchall()
 
 
 def _take(conn: Conn, me: dict[str, Any], found: list[dict[str, Any]], status: str = "PENDING") -> list[dict[str, Any]]:
@@ -3675,6 +3657,11 @@ class _ThreadedExecutor(_HintedExecutor):
             for row in few:
                 row["history"] = histories[row["id"]]
         return super().take_up(rows)
+
+    def enter(self, run: _Run) -> _Run:
+        if "history" in run.row:
+            run.learn(run.row.pop("history"))
+        return super().enter(run)
 
     def room_again(self) -> None:
         """A thread is free."""
