@@ -63,7 +63,6 @@ import logging
 import math
 import os
 import pickle
-import re
 import secrets
 import socket
 import sys
@@ -96,78 +95,11 @@ B = TypeVar("B", bound="_OptionBlock")
 Conn = psycopg.Connection[Any]
 
 _LOCKS = 730624  # first key of our advisory locks; the second is 0 for the schema
-_HISTORY_CHUNK = 1000  # recorded steps read at a time
 _POLL_S = 1.0  # how late we may be when nobody told us to look
 _AGAIN_S = 0.005  # between a write that was refused without a reason, and the next try
 _RETRY_CEILING_S = 3600.0  # the longest wait between two tries of a step, as in DBOS
-_LONGEST_NAME = 1000  # bytes of an ID: an entry of an index takes 2,700
 
 _log = logging.getLogger("durable")
-
-
-# --- Errors -------------------------------------------------------------------------------------------
-#
-# One class per thing that a caller would do differently.  What must not be caught by a workflow's own
-# `except Exception` (it is no longer that workflow's turn to decide) derives from BaseException.
-
-
-class DBOSException(Exception):
-    """Base of the errors that this library raises; some carry what they are about as attributes."""
-
-    def __init__(self, message: str, **about: Any) -> None:
-        super().__init__(message)
-        self.message = message
-        self.__dict__.update(about)
-
-class _NotThereNow(DBOSException, AttributeError):
-    """What can be told only after a launch, or inside a step: to `hasattr`, an attribute that is not there."""
-
-class DBOSInitializationError(DBOSException):
-    """The configuration or the database does not allow a launch."""
-
-class DBOSConflictingRegistrationError(DBOSException):
-    """Two functions, queues, classes or instances claim one name."""
-
-class DBOSConflictingWorkflowError(DBOSException):
-    """The workflow ID belongs to a workflow of another function."""
-
-class DBOSWorkflowFunctionNotFoundError(DBOSException):
-    """The function is not a registered workflow or step."""
-
-class DBOSNonExistentWorkflowError(DBOSException):
-    """No workflow has this ID."""
-
-class DBOSUnexpectedStepError(DBOSException):
-    """A replay called another step than the one on record: the workflow is not deterministic."""
-
-class DBOSMaxStepRetriesExceeded(DBOSException):
-    """A step failed at each of its tries; `errors` holds what each of them raised."""
-
-    errors: list[Exception]
-
-class DBOSRestoredError(DBOSException):
-    """Stands for a recorded exception that cannot be rebuilt here; has its type's name and its text."""
-
-    def __init__(self, type_name: str, text: str) -> None:
-        super().__init__(f"{type_name}: {text}")
-        self.type_name, self.text = type_name, text
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.type_name, self.text)
-
-class _Stopped(BaseException):
-    """This run may no longer write its workflow's history."""
-
-    says = "workflow {id} is {status} and no longer this run's (claim {claim})"
-
-class _Superseded(_Stopped):
-    """Another run has a later claim, or the workflow is no longer there to be run."""
-
-class _Closing(_Stopped):
-    """The executor is being destroyed; the workflow stays PENDING for the next one."""
-
-
-error = sys.modules[__name__]  # `from dbos import error` finds the classes there; so it does here
 
 
 # --- Steps --------------------------------------------------------------------------------------------
@@ -231,10 +163,7 @@ class _Run:
         self.tries: dict[int, int] = {}  # of steps that are not on record yet
         self._position = 0
         self._history: dict[int, _Record] = {}
-        self._reading: _Signal | None = None  # somebody reads more of it, and then this is set
         self.history_to: int | None = 0  # how far it is read; None: to its end
-        if "history" in row:
-            self.learn(row.pop("history"))
 
     def advance(self, by: int = 1) -> int:
         """Take the next position, before the first wait: tasks of one `gather` are numbered in the order of calls."""
@@ -247,7 +176,6 @@ class _Run:
 
     async def recall(self, position: int, name: str) -> _Record | None:
         """Find what is on record at this position, and check that it is the record of this call."""
-        await self.remember(position)
         self.go_on()
         record = self._history.pop(position, None)
         if record is not None:
@@ -256,26 +184,15 @@ class _Run:
             await _Wait(lambda: None, lambda: asyncio.sleep(0))
         return record
 
-    async def remember(self, position: int) -> None:
-        """Read the history up to here: recall is memory, and a replay makes a trip per thousand steps.
-
-        Of several tasks that need it, one reads; all go on in the order of their calls, as when the steps ran.
-        """
-        while self.history_to is not None and position > self.history_to:
-            if self._reading is not None:
-                await _for_any(self._reading)
-                continue
-            self._reading = _Signal()
-            try:
-                self.learn(await self.executor.ask(_read_history, self.id, self.history_to))
-            finally:
-                self._reading.set()
-                self._reading = None
+    async def remember(self) -> None:
+        """Read the history, before the function runs: recall is memory."""
+        if self.history_to is not None:
+            self.learn(await self.executor.ask(_read_history, self.id, self.history_to))
 
     def learn(self, records: list[_Record]) -> None:
         """Keep the next records of the history for their calls."""
         self._history.update((record.position, record) for record in records)
-        self.history_to = records[-1].position if len(records) == _HISTORY_CHUNK else None
+        self.history_to = records[-1].position if records else None
 
     def same(self, record: _Record, name: str) -> _Record:
         """Refuse the record of another step than the one that is called."""
@@ -372,6 +289,7 @@ class _Run:
             self.go_on()  # it may have waited for a thread
             self.thread = threading.get_ident()
             try:
+                await self.remember()
                 value = await self.call()
             except Exception as raised:
                 error = _raised(raised)
@@ -420,10 +338,6 @@ class _Run:
         return error
 
 
-# How a run is stopped whose workflow was given a status from outside.  (Rooms add theirs, as CANCELLED.)
-_STOPS: dict[str, type[_Stopped]] = {}
-
-
 # The fence: whatever a run writes asks its workflow's row for `claim = mine and status = 'PENDING'`.  A row
 # that is not taken was fenced off, or is on record already, and `_Run.settle` finds out which.  Who takes a workflow
 # updates its row, and so waits for our share lock: either our record is committed first, and the new run reads it, or
@@ -446,8 +360,8 @@ _FINISH = """
 """
 
 
-def _read_history(conn: Conn, id: str, after: int, limit: int = _HISTORY_CHUNK) -> list[_Record]:
-    """Read the next records of a workflow, in order, behind position `after`."""
+def _read_history(conn: Conn, id: str, after: int, limit: int | None = None) -> list[_Record]:
+    """Read the records of a workflow, in order, behind position `after`: all, or so many."""
     query = """
         select position, name, output, error, child_workflow_id from durable.steps
          where workflow_id = %s and position > %s order by position limit %s
@@ -566,6 +480,73 @@ async def _value_of(value: Any) -> Any:
     return await value if inspect.isawaitable(value) else value
 
 
+# --- Errors -------------------------------------------------------------------------------------------
+#
+# One class per thing that a caller would do differently.  What must not be caught by a workflow's own
+# `except Exception` (it is no longer that workflow's turn to decide) derives from BaseException.
+
+
+class DBOSException(Exception):
+    """Base of the errors that this library raises; some carry what they are about as attributes."""
+
+    def __init__(self, message: str, **about: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.__dict__.update(about)
+
+class _NotThereNow(DBOSException, AttributeError):
+    """What can be told only after a launch, or inside a step: to `hasattr`, an attribute that is not there."""
+
+class DBOSInitializationError(DBOSException):
+    """The configuration or the database does not allow a launch."""
+
+class DBOSConflictingRegistrationError(DBOSException):
+    """Two functions, queues, classes or instances claim one name."""
+
+class DBOSConflictingWorkflowError(DBOSException):
+    """The workflow ID belongs to a workflow of another function."""
+
+class DBOSWorkflowFunctionNotFoundError(DBOSException):
+    """The function is not a registered workflow or step."""
+
+class DBOSNonExistentWorkflowError(DBOSException):
+    """No workflow has this ID."""
+
+class DBOSUnexpectedStepError(DBOSException):
+    """A replay called another step than the one on record: the workflow is not deterministic."""
+
+class DBOSMaxStepRetriesExceeded(DBOSException):
+    """A step failed at each of its tries; `errors` holds what each of them raised."""
+
+    errors: list[Exception]
+
+class DBOSRestoredError(DBOSException):
+    """Stands for a recorded exception that cannot be rebuilt here; has its type's name and its text."""
+
+    def __init__(self, type_name: str, text: str) -> None:
+        super().__init__(f"{type_name}: {text}")
+        self.type_name, self.text = type_name, text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.type_name, self.text)
+
+class _Stopped(BaseException):
+    """This run may no longer write its workflow's history."""
+
+    says = "workflow {id} is {status} and no longer this run's (claim {claim})"
+
+class _Superseded(_Stopped):
+    """Another run has a later claim, or the workflow is no longer there to be run."""
+
+class _Closing(_Stopped):
+    """The executor is being destroyed; the workflow stays PENDING for the next one."""
+
+
+_STOPS: dict[str, type[_Stopped]] = {}  # by the status that a workflow was given from outside; rooms add theirs
+
+error = sys.modules[__name__]  # `from dbos import error` finds the classes there; so it does here
+
+
 # --- Workflows ----------------------------------------------------------------------------------------
 #
 # A workflow is begun (its row is committed), executed (the function runs, under a claim) and finished
@@ -598,9 +579,6 @@ class _Start(NamedTuple):
 
     row: dict[str, Any]
     parent: _Run | None
-
-
-_NAMES = ["name"]  # the columns that say what is called
 
 
 def _prepare_start(
@@ -673,25 +651,9 @@ class _OptionBlock:
         _options.reset(self._tokens.pop())
 
 
-class SetWorkflowID(_OptionBlock):
-    """Give the first workflow started in this block the ID `wfid`; a second one gets a generated ID."""
-
+class _WorkflowID(_OptionBlock):
     def __init__(self, wfid: str) -> None:
-        super().__init__(ids=[_valid_name("workflow ID", wfid)])
-
-
-def _valid_name(what: str, name: object) -> str:
-    """Refuse a name that Postgres cannot store or index, or that nobody could see."""
-    if not isinstance(name, str) or not name.strip() or not _storable(name) or len(name.encode()) > _LONGEST_NAME:
-        raise DBOSException(
-            f"{what} {name if not isinstance(name, str) else name[:50]!r}: it must be a string that is not empty or "
-            f"blank, without NUL characters or lone surrogates, and not longer than {_LONGEST_NAME} bytes"
-        )
-    return name
-
-
-def _storable(text: str) -> bool:
-    return "\0" not in text and text == text.encode("utf-8", "replace").decode()
+        super().__init__(ids=[wfid])
 
 
 async def _begin(executor: _Executor, function: _Function, start: _Start) -> tuple[str, _Run | None]:
@@ -707,7 +669,7 @@ async def _begin(executor: _Executor, function: _Function, start: _Start) -> tup
         executor.forget(run)
         raise
     if existing is None:
-        run.history_to = None
+        run.learn([])
     elif (existing["claim"], existing["status"]) != (run.claim, "PENDING"):  # or it is ours, and the answer was lost
         executor.forget(run)
         return run.id, None
@@ -734,20 +696,17 @@ async def _insert(executor: _Executor, start: _Start) -> dict[str, Any] | None:
             existing = await executor.ask(_find, row["id"])
             if existing is not None:
                 executor.registry._same_workflow(existing, row)
-            elif (refusal := await executor.refusal(row)) is not None:
-                if parent is not None:
-                    await parent.record(row["position"], row["name"], None, refusal, 0.0)
-                raise refusal
-            elif parent is not None:
-                await parent.settle(row["position"], row["name"])
             else:
-                await _pause_run(executor, timeout=_AGAIN_S)
+                await executor.refused(start)
         if parent is not None and (existing is not None or not is_child):
             await parent.record(row["position"], row["name"], None, None, 0.0, child=row["id"])
     return existing
 
 
-# A new row: its columns, and of what each is made.  (Rooms add theirs.)
+# Columns of a workflow (rooms add theirs): which say what is called, which are read as it is taken up, and which are
+# written as it begins, with what each is made of.
+_NAMES = ["name"]
+_LOOKED_AT = ["id", "number", "claim", "status", "name", "recovery_attempts"]
 _COLUMNS = {column: f"%({column})s" for column in (
     "id", "name", "inputs", "parent_workflow_id", "status", "claim", "recovery_attempts", "executor_id", "incarnation",
     "application_version",
@@ -830,19 +789,6 @@ class _Function:
         self.most = math.inf if most is None else most  # recoveries, before it is dead-lettered
         self.is_async = inspect.iscoroutinefunction(call)
         self.signature = inspect.signature(given)
-        given = inspect.unwrap(_whole(given))
-        self.source: Any = given if hasattr(given, "__code__") else type(given).__call__  # of a callable object
-
-
-def _whole(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The function behind a partial one."""
-    return _whole(fn.func) if isinstance(fn, functools.partial) else fn
-
-
-def _name_of(fn: Callable[..., Any]) -> str:
-    """What a function is called, the same in every process; for a callable object, its class."""
-    fn = _whole(fn)
-    return str(getattr(fn, "__qualname__", type(fn).__qualname__))
 
 
 # --- Values -------------------------------------------------------------------------------------------
@@ -868,12 +814,8 @@ class _JSONElsePickle:
         return json.loads(serialized_data)
 
 
-_SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # two that JSON would take for one character
-
 _EXACT: dict[type, Callable[[Any], bool]] = {
-    bool: lambda value: True, type(None): lambda value: True, float: math.isfinite,
-    int: lambda value: value.bit_length() < 10_000,  # Python refuses to parse much longer ones
-    str: lambda value: value.isascii() or not _SURROGATES.search(value),
+    **dict.fromkeys((type(None), bool, int, str), lambda value: True), float: math.isfinite,
 }
 
 
@@ -1065,29 +1007,23 @@ def _for_any(*signals: _Signal, timeout: float | None = None) -> _Wait[None]:
             woken.wait(timeout)
 
     async def on_loop() -> None:
-        woken = asyncio.Event()
-        timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, woken.set)
+        loop, woken = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            if _running_loop() is loop:
+                return woken.set()  # to wake a loop that is awake costs a system call
+            with suppress(RuntimeError):  # the loop has ended, and the waiter with it
+                loop.call_soon_threadsafe(woken.set)
+
+        timer = None if timeout is None else loop.call_later(timeout, woken.set)
         try:
-            with _waking(signals, _waker(woken)):
+            with _waking(signals, wake):
                 await woken.wait()
         finally:
             if timer is not None:
                 timer.cancel()
 
     return _Wait(block, on_loop)
-
-
-def _waker(event: asyncio.Event) -> Callable[[], None]:
-    """What sets an event of the running loop, from any thread."""
-    loop = asyncio.get_running_loop()
-
-    def wake() -> None:
-        if _running_loop() is loop:
-            return event.set()  # to wake a loop that is awake costs a system call
-        with suppress(RuntimeError):  # the loop has ended, and the waiter with it
-            loop.call_soon_threadsafe(event.set)
-
-    return wake
 
 
 # --- Executors ----------------------------------------------------------------------------------------
@@ -1163,16 +1099,25 @@ class _BareExecutor:
         """Raise, if it may not begin here; False: because it exists."""
         return True
 
-    async def refusal(self, row: dict[str, Any]) -> Exception | None:
-        """Say why a row was not inserted, though its ID is free."""
-        return None
+    async def refused(self, start: _Start) -> None:
+        """A row was not inserted, though its ID is free: raise if this is to stay so."""
+        if start.parent is not None:
+            await start.parent.settle(start.row["position"], start.row["name"])
+        else:
+            await _pause_run(cast(_Executor, self), timeout=_AGAIN_S)
 
     def recover(self, listed: Sequence[str] = ()) -> list[str]:
         """Take up the workflows that nobody runs, and return their IDs."""
 
         def take(conn: Conn) -> list[dict[str, Any]]:
-            """In one attempt: if its answer is lost, the next finds what it took."""
-            left = [row for row in _left_behind(conn, self.me) if (row["id"], row["claim"]) not in self.claimed]
+            """Look, and take then, in one attempt: if its answer is lost, the next finds what it took."""
+            query = """
+                select id, claim, name from durable.workflows
+                 where status = 'PENDING' and executor_id = %(executor_id)s and incarnation <= %(incarnation)s
+                   and application_version = %(version)s
+            """
+            found = conn.cursor(row_factory=dict_row).execute(query, self.me).fetchall()
+            left = [row for row in found if (row["id"], row["claim"]) not in self.claimed]
             return _take(conn, self.me, [row for row in left if self.registry._function_for(row)])
 
         return self.take_up(self.now(take))
@@ -1212,14 +1157,14 @@ class _BareExecutor:
 
     def spawn(self, run: _Run, loop: asyncio.AbstractEventLoop | None = None) -> None:
         """Run in the background, in the colour of the function; on the running loop where one is given."""
-        operation = functools.partial(self.background, run)
+        background: Callable[[_Run], Any] = _in_colour_of(run.function.call, self.background)
         if not run.function.is_async:
             self.start_thread(run.job)
         elif loop is None:
-            self.start_thread(lambda: asyncio.run(_awaited(operation)))
+            self.start_thread(lambda: asyncio.run(background(run)))
         else:
             run.loop = loop
-            task = self.create_task(_awaited(operation))
+            task = self.create_task(background(run))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
             task.add_done_callback(lambda _: self.leave(run))  # cancelled before it began, perhaps
@@ -1301,25 +1246,6 @@ class _BareExecutor:
             self.conn.close()
 
 
-async def _awaited(operation: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """An operation as a coroutine that any event loop can run."""
-    return await _suspend(operation())
-
-
-_LOOKED_AT = ["id", "number", "claim", "status", "name", "recovery_attempts"]  # of what is to be taken up
-
-
-def _left_behind(conn: Conn, me: dict[str, Any]) -> list[dict[str, Any]]:
-    """Find the PENDING workflows of this version and executor, up to this launch of it, the oldest first."""
-    query = f"""
-        select {", ".join(_LOOKED_AT)} from durable.workflows
-         where status = 'PENDING' and executor_id = %(executor_id)s and incarnation <= %(incarnation)s
-           and application_version = %(version)s
-         order by number
-    """
-    return conn.cursor(row_factory=dict_row).execute(query, me).fetchall()
-
-
 def _take(conn: Conn, me: dict[str, Any], found: list[dict[str, Any]], status: str = "PENDING") -> list[dict[str, Any]]:
     """Raise the claims of rows as they were found, so that whoever held them can write no more.
 
@@ -1353,17 +1279,10 @@ def _some(ids: list[str]) -> str:
 # `Durable`.
 
 
-class _Access:
-    """What leads to an executor: there are others than what registers functions."""
-
-    def _launched(self) -> _Executor:
-        raise NotImplementedError
-
-
 class _Handle(Generic[R]):
     """A workflow that was started, enqueued or retrieved."""
 
-    def __init__(self, durable: _Access, workflow_id: str, existing: bool = True) -> None:
+    def __init__(self, durable: Any, workflow_id: str, existing: bool = True) -> None:
         self._durable, self.workflow_id, self._exists = durable, workflow_id, existing
 
     def get_workflow_id(self) -> str:
@@ -1371,7 +1290,7 @@ class _Handle(Generic[R]):
         return self.workflow_id
 
     async def _outcome(self) -> Any:
-        id, executor = self.workflow_id, self._durable._launched()
+        id, executor = self.workflow_id, cast(_Executor, self._durable._launched())
         return await _recorded("DBOS.getResult", lambda: _result(executor, id, self._exists), child=id)
 
 
@@ -1405,7 +1324,7 @@ _DEFAULTS: dict[str, tuple[str, Any]] = {
 }
 
 
-class _Engine(_Access):
+class _Engine:
     """Registers functions as workflows and steps, and, once launched, runs them durably."""
 
     def __init__(self, config: DBOSConfig | None = None) -> None:
@@ -1438,15 +1357,15 @@ class _Engine(_Access):
         Raises DBOSConflictingRegistrationError if another function has the name.
         """
 
-        def decorate(fn: Callable[P, R]) -> Callable[P, R]:
-            function = _Function(name or _name_of(fn), fn, fn, max_recovery_attempts, "workflow")
+        def decorate(known_as: str, fn: Callable[P, R]) -> Callable[P, R]:
+            function = _Function(known_as, fn, fn, max_recovery_attempts, "workflow")
 
             async def body(*args: Any, **kwargs: Any) -> Any:
                 return await _call(self._launched(), function, args, kwargs)
 
             return self._register(function, _in_colour_of(fn, body))
 
-        return self._decorator("workflow", decorate)
+        return self._decorator("workflow", name, decorate)
 
     def step(
         self, *, name: str | None = None, retries_allowed: bool = False, interval_seconds: float = 1.0,
@@ -1462,8 +1381,7 @@ class _Engine(_Access):
         """
         retries = _Retries(retries_allowed, interval_seconds, max_attempts, backoff_rate, should_retry)
 
-        def decorate(fn: Callable[P, R]) -> Callable[P, R]:
-            known_as = name or _name_of(fn)
+        def decorate(known_as: str, fn: Callable[P, R]) -> Callable[P, R]:
             retries.check(known_as, fn)
 
             async def body(*args: Any, **kwargs: Any) -> Any:
@@ -1473,13 +1391,13 @@ class _Engine(_Access):
             call = _in_colour_of(fn, body)
             return self._register(_Function(f"<temp>.{known_as}", call, fn, 100, "step"), call)
 
-        return self._decorator("step", decorate)
+        return self._decorator("step", name, decorate)
 
     def _decorator(
-        self, kind: str, decorate: Callable[[Callable[P, R]], Callable[P, R]]
+        self, kind: str, name: str | None, decorate: Callable[[str, Callable[P, R]], Callable[P, R]]
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """What `workflow`, `step` and their like return."""
-        return decorate
+        """What `workflow`, `step` and their like return: a decorator for a function, by default under its own name."""
+        return lambda fn: decorate(name or fn.__qualname__, fn)
 
     def _register(self, function: _Function, call: Callable[P, R]) -> Callable[P, R]:
         with self._lock:
@@ -1600,10 +1518,11 @@ class _Engine(_Access):
 
     def _code_of(self, function: _Function) -> object:
         """The source; or what it was compiled to, where there is none."""
+        written: Any = inspect.unwrap(function.given)
         try:
-            return inspect.getsource(function.source)
-        except (OSError, TypeError):
-            return getattr(function.source, "__code__", None) and function.source.__code__.co_code
+            return inspect.getsource(written)
+        except OSError:
+            return written.__code__.co_code
 
     # Where am I?
 
@@ -1691,6 +1610,7 @@ import io
 import ipaddress
 import itertools
 import random
+import re
 import socketserver
 import urllib.parse
 import warnings
@@ -1708,6 +1628,7 @@ _SWEEP_S = 3.0  # a lock that stays free from one sweep to the next is a death: 
 _RESTART_GRACE_S = 3.0  # after Postgres starts, time for the living to take their locks again
 _LONGEST_PAUSE_S = 1.0  # between two tries to reach a database that is away
 _TRIES = 10  # of a transaction's function, before a conflict is its outcome
+_LONGEST_NAME = 1000  # bytes of an ID: an entry of an index takes 2,700
 _LARGEST_VALUE = 200_000_000  # characters: JSON may double them, and a message to Postgres holds 1 GB
 _HEAD_LIMIT = 1 << 16  # bytes of a request's head, and
 _BODY_LIMIT = 1 << 20  # of its body, that the admin server takes
@@ -2285,8 +2206,7 @@ class _Transacting(_Engine):
         if isolation_level not in ("SERIALIZABLE", "REPEATABLE READ", "READ COMMITTED"):
             raise DBOSException(f"isolation_level is {isolation_level!r}; it must be 'SERIALIZABLE' or a lower level")
 
-        def decorate(fn: Callable[P, R]) -> Callable[P, R]:
-            known_as = name or _name_of(fn)
+        def decorate(known_as: str, fn: Callable[P, R]) -> Callable[P, R]:
             if inspect.iscoroutinefunction(fn):
                 raise DBOSException(
                     f"{known_as} is async, and a transaction cannot be: make it a plain function, "
@@ -2307,7 +2227,7 @@ class _Transacting(_Engine):
             alone = _Function(f"<temp>.{known_as}", call, fn, 100, "transaction")
             return self._register(alone, call)
 
-        return self._decorator("transaction", decorate)
+        return self._decorator("transaction", name, decorate)
 
     @property
     def connection(self) -> Conn:
@@ -2680,6 +2600,25 @@ _FOREIGN_KEYS = {
 }
 
 
+class _ValidWorkflowID(_WorkflowID):
+    def __init__(self, wfid: str) -> None:
+        super().__init__(_valid_name("workflow ID", wfid))
+
+
+def _valid_name(what: str, name: object) -> str:
+    """Refuse a name that Postgres cannot store or index, or that nobody could see."""
+    if not isinstance(name, str) or not name.strip() or not _storable(name) or len(name.encode()) > _LONGEST_NAME:
+        raise DBOSException(
+            f"{what} {name if not isinstance(name, str) else name[:50]!r}: it must be a string that is not empty or "
+            f"blank, without NUL characters or lone surrogates, and not longer than {_LONGEST_NAME} bytes"
+        )
+    return name
+
+
+def _storable(text: str) -> bool:
+    return "\0" not in text and text == text.encode("utf-8", "replace").decode()
+
+
 def _postgres_url(url: str | None, create: bool = True) -> str:
     """The URL for psycopg: SQLAlchemy's way of naming the driver is cut out, other databases are refused."""
     if not url:
@@ -2883,6 +2822,7 @@ from collections import deque
 
 _SCHEMA_VERSION = 51
 
+_HISTORY_CHUNK = 1000  # recorded steps read at a time
 _UNFINISHED = ("DELAYED", "ENQUEUED", "PENDING")  # as Python writes a tuple, SQL reads a list
 _TYPES = {  # of the values that a start brings along, where they are not text
     "claim": "bigint", "recovery_attempts": "integer", "incarnation": "integer", "parent_claim": "bigint",
@@ -2910,11 +2850,28 @@ def _twins(body: Callable[P, Coroutine[Any, Any, R]]) -> tuple[Callable[P, R], C
     return blocking, awaiting
 
 
+def _whole(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function behind a partial one."""
+    return _whole(fn.func) if isinstance(fn, functools.partial) else fn
+
+
+def _name_of(fn: Callable[..., Any]) -> str:
+    """What a function is called, the same in every process; for a callable object, its class."""
+    fn = _whole(fn)
+    return str(getattr(fn, "__qualname__", type(fn).__qualname__))
+
+
 def _text_for(what: str, executor: _Executor, value: Any) -> str:
     try:
         return executor.serialize(value)
     except Exception as cause:
         raise DBOSException(f"the {what}, a {_type_name(value)}, cannot be stored: {cause}") from cause
+
+
+class _Access:
+    """What leads to an executor: an engine, or a client."""
+
+    _launched: Callable[[], _Executor]
 
 
 def _executor_for(access: _Access, workflow_id: str) -> _Executor:
@@ -3701,6 +3658,11 @@ class _ThreadedExecutor(_HintedExecutor):
                 row["history"] = histories[row["id"]]
         return super().take_up(rows)
 
+    def enter(self, run: _Run) -> _Run:
+        if "history" in run.row:
+            run.learn(run.row.pop("history"))
+        return super().enter(run)
+
     def room_again(self) -> None:
         """A thread is free."""
 
@@ -3926,6 +3888,7 @@ class _OrderedRun(_Run):
         self.elsewhere: set[int] = set()  # calls that it makes on other threads now
         self.cut: dict[int, str] = {}  # calls that ended in a cancel, which is not on record yet
         self._checking = threading.Lock()
+        self._reading: _Signal | None = None  # somebody reads more of the history, and then this is set
 
     def advance(self, by: int = 1) -> int:
         """Take the next position; raise if this call's place among the others may be another in a replay."""
@@ -3971,8 +3934,30 @@ class _OrderedRun(_Run):
     def calling(self, position: int, name: str) -> AbstractContextManager[None]:
         return _Calling(self, position, name)
 
+    async def remember(self, position: int = 1) -> None:
+        """Read the history up to here, a part at a time, and the first before any timer of the workflow's own runs.
+
+        Of several tasks that need it, one reads; all go on in the order of their calls, as when the steps ran.
+        """
+        while self.history_to is not None and position > self.history_to:
+            if self._reading is not None:
+                await _for_any(self._reading)
+                continue
+            self._reading = _Signal()
+            try:
+                self.learn(await self.executor.ask(_read_history, self.id, self.history_to, _HISTORY_CHUNK))
+            finally:
+                self._reading.set()
+                self._reading = None
+
+    def learn(self, records: list[_Record]) -> None:
+        super().learn(records)
+        if len(records) < _HISTORY_CHUNK:
+            self.history_to = None
+
     async def recall(self, position: int, name: str) -> _Record | None:
         await self.note_cuts()
+        await self.remember(position)
         record = await super().recall(position, name)
         if record is not None and record.error == _CUT_OFF:
             await _pause_run(self.executor, self.done)  # until the workflow cancels it again
@@ -4004,7 +3989,6 @@ class _OrderedRun(_Run):
         return _InsideTask(self, step)
 
     async def call(self) -> Any:
-        await self.remember(1)  # before any timer of the workflow's own can measure how long that takes
         return await (self.in_turns(super().call()) if self.function.is_async else super().call())
 
     async def in_turns(self, body: Coroutine[Any, Any, T]) -> T:
@@ -4589,16 +4573,20 @@ class _QueueingExecutor(_TimedExecutor, _ThreadedExecutor, _HintedExecutor, _Gro
         unset = {"queue": None, "priority": 0, "deduplication_id": None, "delay_s": None}
         row |= unset if "queue" not in row else {}
 
-    async def refusal(self, row: dict[str, Any]) -> Exception | None:
+    async def refused(self, start: _Start) -> None:
+        row, parent = start
         holder = row["deduplication_id"] and await self.ask(_holder_of, row["deduplication_id"], row["queue"])
         if not holder:
-            return await super().refusal(row)
-        return DBOSQueueDeduplicatedError(
+            return await super().refused(start)
+        refusal = DBOSQueueDeduplicatedError(
             f"workflow {row['id']} was not enqueued on {row['queue']}: unfinished workflow {holder} has the "
             f"deduplication ID {row['deduplication_id']!r}",
             workflow_id=row["id"], queue_name=row["queue"], deduplication_id=row["deduplication_id"],
             holder_id=holder,
         )
+        if parent is not None:
+            await parent.record(row["position"], row["name"], None, refusal, 0.0)
+        raise refusal
 
     def seize(self, conn: Conn, lost: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """What came from a queue goes back to its place there, so that the queue's limits hold through a recovery."""
@@ -5668,7 +5656,7 @@ class _Declaring(_Engine):
         super()._forget_all()
 
     def _decorator(
-        self, kind: str, decorate: Callable[[Callable[P, R]], Callable[P, R]]
+        self, kind: str, name: str | None, decorate: Callable[[str, Callable[P, R]], Callable[P, R]]
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Let a decorator go above `@staticmethod` and `@classmethod`, too, but not above one of another kind."""
 
@@ -5681,7 +5669,7 @@ class _Declaring(_Engine):
                     f"{_name_of(fn)} is a {former.kind} already and cannot be a {kind}, too: make that another "
                     f"function, which calls it"
                 )
-            return decorate(fn)
+            return decorate(name or _name_of(fn), fn)
 
         return above
 
@@ -5714,7 +5702,8 @@ class _Declaring(_Engine):
         self._sites[what, name] = site
 
     def _code_of(self, function: _Function) -> object:
-        return _code_of(function.source)
+        written = inspect.unwrap(_whole(function.given))
+        return _code_of(written if hasattr(written, "__code__") else type(written).__call__)  # of a callable object
 
 
 _HELD: weakref.WeakKeyDictionary[_Function, dict[object, Any]] = weakref.WeakKeyDictionary()  # when it was registered
@@ -5980,6 +5969,14 @@ class JSONSerializer(Serializer):
 
     def deserialize(self, serialized_data: str) -> Any:
         return json.loads(serialized_data)
+
+
+_SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # two that JSON would take for one character
+
+_EXACT |= {
+    int: lambda value: value.bit_length() < 10_000,  # Python refuses to parse much longer ones
+    str: lambda value: value.isascii() or not _SURROGATES.search(value),
+}
 
 
 class _SerializerConfig(TypedDict, total=False):
@@ -7837,7 +7834,7 @@ class _Rehearsal(_OrderedRun):
             self.learn(self._read(self.id, self.history_to))
         return min(self._history.values(), default=None)
 
-    async def remember(self, position: int) -> None:
+    async def remember(self, position: int = 1) -> None:
         while self.history_to is not None and position > self.history_to:
             self.learn(self._read(self.id, self.history_to))
 
@@ -8152,7 +8149,7 @@ def _of_others(
 def _rehearse(executor: _Executor, conn: Conn, stage: _Stage, rows: list[dict[str, Any]]) -> list[Fit]:
     """Let the code that is here run against the histories of these workflows."""
     histories = _read_histories(conn, [row["id"] for row in rows])
-    read = functools.partial(_read_history, conn)
+    read = functools.partial(_read_history, conn, limit=_HISTORY_CHUNK)
     functions = {row["id"]: executor.registry._function_for(row) for row in rows}
     runs = {
         row["id"]: _Rehearsal(executor, function, row, histories[row["id"]], read)
@@ -8476,7 +8473,7 @@ def _ahead(run: _Run, name: str) -> tuple[bool, bool]:
     Without a wait: no other call may take the next position meanwhile.
     """
     position = run._position + 1
-    _block(run.remember(position))
+    _block(cast(_OrderedRun, run).remember(position))
     there = run._history.get(position)
     return there is not None and there.name == name, any(known >= position for known in run._history)
 
@@ -8773,6 +8770,10 @@ class WorkflowHandle(_StatusHandle[R], _BlockingHandle[R]):
 
 class WorkflowHandleAsync(_AwaitedStatusHandle[R], _AwaitedHandle[R]):
     """A workflow that was started, enqueued or retrieved; its methods are awaited."""
+
+
+class SetWorkflowID(_ValidWorkflowID, _WorkflowID):
+    """Give the first workflow started in this block the ID `wfid`; a second one gets a generated ID."""
 
 
 class DBOSConfig(
