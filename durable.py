@@ -2739,11 +2739,11 @@ class _SettledExecutor(_TransactingExecutor):
                     f"durable.py needs edition {_SCHEMA_VERSION}, and run_migrations is off: apply it with "
                     f"`python {Path(__file__).name} migrate`"
                 )
-            while number is not None:  # others are at work: have all locks before what takes long,
-                with suppress(psycopg.errors.DeadlockDetected), conn.transaction():  # or let go and try again
-                    conn.execute(_LOCK_ALL)
-                    break
-            super().migrate(conn)
+            self.change_schema(conn, number)
+
+    def change_schema(self, conn: Conn, number: int | None) -> None:
+        """Make this edition of the one that is there, or of nothing."""
+        super().migrate(conn)
 
     def open(self) -> None:
         guarded = self.config["admin_token"] or _is_loopback(self.config["admin_host"])
@@ -2775,42 +2775,12 @@ class _SettledExecutor(_TransactingExecutor):
         """What to raise if a launch finds no database."""
         return DBOSInitializationError(f"cannot connect to the database: {str(failure).strip()}")
 
-    def serve(self) -> list[str]:
-        """Warn of stranded work, before anything is recovered."""
-        stranded = self.now(_stranded, self.me["version"])
-        if stranded:
-            _log.warning(
-                "unfinished workflows of other application versions wait, and no live executor serves them: %s",
-                ", ".join(
-                    f"{count} of version {version}" + (f" (since when {', '.join(changed)} changed)" if changed else "")
-                    for version, count, changed in stranded
-                ),
-            )
-        return super().serve()
-
-
-_LOCK_ALL = """
-    do $$ begin
-        execute (select 'lock table ' || string_agg(oid::regclass::text, ', ') || ' in access exclusive mode'
-                   from pg_class where relnamespace = 'durable'::regnamespace and relkind in ('r', 'v'));
-    end $$
-"""
-
 
 def _edition(conn: Conn) -> int | None:
     """Read which edition of the schema is there."""
     if conn.execute("select to_regclass('durable.version')").fetchone() == (None,):
         return None
     return cast(tuple[int], conn.execute("select max(number) from durable.version").fetchone())[0]
-
-
-def _stranded(conn: Conn, version: str) -> list[tuple[str, int, list[str] | None]]:
-    """Count the unfinished workflows of other versions that no live executor serves; and which functions changed."""
-    query = """
-        select application_version, delayed + enqueued + pending, changed from durable.versions
-         where stranded and application_version <> %s order by application_version
-    """
-    return conn.execute(query, (version,)).fetchall()
 
 
 class _Hosting(_Engine):
@@ -7696,9 +7666,9 @@ def _tries(conn: Conn, id: str | None) -> dict[int, int]:
 # --- Deploys ------------------------------------------------------------------------------------------
 #
 # Needs: Order, Offer.  No workflow is run by code that it does not belong to, so a deploy leaves the unfinished work
-# of the old code where it is.  Here is the way out.  `check` rehearses it: the function of the new code runs against
-# what is on record, up to the first call that is not.  `adopt` gives what fits to the new version.  `patch` lets
-# changed code do as before for those who have passed the place of the change.
+# of the old code where it is, and a launch says so.  Here is the way out.  `check` rehearses it: the function of the
+# new code runs against what is on record, up to the first call that is not.  `adopt` gives what fits to the new
+# version.  `patch` lets changed code do as before for those who have passed the place of the change.
 
 import ctypes
 import importlib.util
@@ -8228,6 +8198,47 @@ def _without_executors(
     return {version: tuple(sign) for version, *sign in rows}
 
 
+class _UpgradingExecutor(_SettledExecutor):
+    """Takes over from another version: its database, while it is at work, and what it leaves."""
+
+    def change_schema(self, conn: Conn, number: int | None) -> None:
+        while number is not None:  # others are at work: have all locks before what takes long,
+            with suppress(psycopg.errors.DeadlockDetected), conn.transaction():  # or let go and try again
+                conn.execute(_LOCK_ALL)
+                break
+        super().change_schema(conn, number)
+
+    def serve(self) -> list[str]:
+        """Warn of stranded work, before anything is recovered."""
+        stranded = self.now(_stranded, self.me["version"])
+        if stranded:
+            _log.warning(
+                "unfinished workflows of other application versions wait, and no live executor serves them: %s",
+                ", ".join(
+                    f"{count} of version {version}" + (f" (since when {', '.join(changed)} changed)" if changed else "")
+                    for version, count, changed in stranded
+                ),
+            )
+        return super().serve()
+
+
+_LOCK_ALL = """
+    do $$ begin
+        execute (select 'lock table ' || string_agg(oid::regclass::text, ', ') || ' in access exclusive mode'
+                   from pg_class where relnamespace = 'durable'::regnamespace and relkind in ('r', 'v'));
+    end $$
+"""
+
+
+def _stranded(conn: Conn, version: str) -> list[tuple[str, int, list[str] | None]]:
+    """Count the unfinished workflows of other versions that no live executor serves; and which functions changed."""
+    query = """
+        select application_version, delayed + enqueued + pending, changed from durable.versions
+         where stranded and application_version <> %s order by application_version
+    """
+    return conn.execute(query, (version,)).fetchall()
+
+
 class _DeploysConfig(TypedDict, total=False):
     adopt: bool
 
@@ -8751,8 +8762,8 @@ class _Executor(
     _AdoptingExecutor, _RehearsingExecutor, _CountingExecutor, _GuestExecutor, _OfferingExecutor, _ForkedExecutor,
     _PlacedExecutor, _ProxiedExecutor, _CleanExecutor, _SerializingExecutor, _SchedulingExecutor, _MessagingExecutor,
     _QueueingExecutor, _TimedExecutor, _OrderedExecutor, _ClockedExecutor, _ThreadedExecutor, _HintedExecutor,
-    _GroupingExecutor, _LocalExecutor, _DiscreetExecutor, _SettledExecutor, _AdministeredExecutor, _TransactingExecutor,
-    _LivingExecutor, _PatientExecutor, _BareExecutor,
+    _GroupingExecutor, _LocalExecutor, _DiscreetExecutor, _UpgradingExecutor, _SettledExecutor, _AdministeredExecutor,
+    _TransactingExecutor, _LivingExecutor, _PatientExecutor, _BareExecutor,
 ):
     """What exists from launch to destroy."""
 

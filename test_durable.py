@@ -3632,18 +3632,6 @@ def test_the_executors_row_tells_each_workflows_hash(executor, tmp_path, witness
     assert hashes[0]["changing"] != hashes[1]["changing"]
 
 
-def test_stranded_work_is_logged_at_launch(dbos, finished, witness, caplog):
-    """Unfinished work of versions that no live executor serves is one warning, with counts per version."""
-    finished("a", "b", "c", "d")
-    orphan(witness, "a", "b", version="v-old")
-    orphan(witness, "c", version="v-older")
-    dbos.destroy()
-    dbos.launch()
-    (warning,) = warnings_in(caplog, "v-old", "v-older")
-    assert "2" in warning
-    assert "1" in warning
-
-
 # --- Executors ----------------------------------------------------------------------------------------
 #
 # A name that outlives processes, and an incarnation that lives as long as its advisory lock.
@@ -5912,23 +5900,6 @@ def line(dbos, gate):
 
     queue.put = enqueue
     return queue
-
-
-def test_versions_tell_what_is_stranded(dbos, elsewhere, line, gate, witness):
-    """For each version with work or executors: what is unfinished, who lives, and whether anybody will do it."""
-    line.put("mine")
-    gate.await_body()
-    with SetEnqueueOptions(app_version="v0"):
-        line.put("theirs")
-    with SetEnqueueOptions(app_version="v-1"):
-        line.put("nobody's")
-    versions = """
-        select application_version, delayed, enqueued, pending, executors, launched_at is not null, stranded
-          from durable.versions order by 1
-    """
-    assert witness.rows(versions) == [
-        ("v-1", 0, 1, 0, 0, False, True), ("v0", 0, 1, 0, 1, True, False), ("v1", 0, 0, 1, 1, True, False)
-    ]
 
 
 POINTS = [
@@ -9000,6 +8971,7 @@ def test_a_reset_without_a_database_is_a_clear_error(executor):
         executor(system_database_url="postgresql://127.0.0.1:1/nowhere").reset_system_database()
 
 
+@uses("Deploys")
 def test_a_database_is_brought_up_while_executors_write_in_it(empty_url, executor):
     """Who locks two tables the other way round than the launch does not end it: it lets go and tries again."""
     earlier = executor(system_database_url=empty_url)
@@ -12922,6 +12894,35 @@ def test_adoption_is_set_by_config_or_environment(executor, monkeypatch):
     assert executor(adopt=False)._settings()["adopt"] is False
     with pytest.raises(DBOSInitializationError, match="adopt"):
         executor(adopt="yes")
+
+
+def test_stranded_work_is_logged_at_launch(dbos, finished, witness, caplog):
+    """Unfinished work of versions that no live executor serves is one warning, with counts per version."""
+    finished("a", "b", "c", "d")
+    orphan(witness, "a", "b", version="v-old")
+    orphan(witness, "c", version="v-older")
+    dbos.destroy()
+    dbos.launch()
+    (warning,) = warnings_in(caplog, "v-old", "v-older")
+    assert "2" in warning
+    assert "1" in warning
+
+
+def test_versions_tell_what_is_stranded(dbos, elsewhere, line, gate, witness):
+    """For each version with work or executors: what is unfinished, who lives, and whether anybody will do it."""
+    line.put("mine")
+    gate.await_body()
+    with SetEnqueueOptions(app_version="v0"):
+        line.put("theirs")
+    with SetEnqueueOptions(app_version="v-1"):
+        line.put("nobody's")
+    versions = """
+        select application_version, delayed, enqueued, pending, executors, launched_at is not null, stranded
+          from durable.versions order by 1
+    """
+    assert witness.rows(versions) == [
+        ("v-1", 0, 1, 0, 0, False, True), ("v0", 0, 1, 0, 1, True, False), ("v1", 0, 0, 1, 1, True, False)
+    ]
 
 
 def test_a_version_tells_which_of_its_functions_changed(executor, witness, caplog):
