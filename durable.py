@@ -1687,7 +1687,7 @@ import random
 import socketserver
 import urllib.parse
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Literal, get_type_hints
 
@@ -1829,8 +1829,6 @@ class _LivingExecutor(_PatientExecutor):
         super().__init__(registry, config)
         self.stopping = threading.Event()  # nothing new is to be taken
         self.claiming = threading.Lock()  # from a claim in the table to its entry in `running`
-        self.interrupted: set[tuple[str, int]] = set()  # runs that KeyboardInterrupt or SystemExit ended: left alone
-        self.reported: set[tuple[Any, ...]] = set()  # what was logged as unknown
         self.work = threading.Event()  # the dispatcher has something to do
         self.duties: list[Callable[[float], float]] = [self._sweep]  # what it does, each when its time has come
         self.launched_at, self.next_sweep = time.monotonic(), time.monotonic() + _SWEEP_S
@@ -1929,7 +1927,7 @@ class _LivingExecutor(_PatientExecutor):
     def recover(self, listed: Sequence[str] = ()) -> list[str]:
         """Take up what nobody runs, of `listed` executors too, live or not; stop what we run and is no longer ours."""
 
-        def take(conn: Conn) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        def take(conn: Conn) -> list[dict[str, Any]]:
             """Look first, and compare with memory then: what begins while a statement waits is not in what it read.
 
             In one attempt, so that after trouble all is looked at anew: who lives, and what an unanswered try took.
@@ -1937,20 +1935,11 @@ class _LivingExecutor(_PatientExecutor):
             _note_lost(conn)
             newcomer = time.monotonic() < self.launched_at + _RESTART_GRACE_S + _SWEEP_S / 2
             left = _left_alone(conn, self.me, self.config["failover"], newcomer, list(listed))
-            lost = [row for row in left if not self._at_hand(row["id"], row["claim"], listed)]
-            return lost, self.seize(conn, lost)
+            return self.seize(conn, [row for row in left if (row["id"], row["claim"]) not in self.claimed])
 
         with self.claiming:
             self.reconsider(tuple(self.running.values()))
-            lost, seized = self.now(take)
-            taken = self.take_up(seized)
-        self._report(lost)
-        return taken
-
-    def _at_hand(self, id: str, claim: int, listed: Sequence[str]) -> bool:
-        """Whether we run this, or leave it alone because it was interrupted and no operator asked for it."""
-        alone = self.me["executor_id"] not in listed
-        return (id, claim) in self.claimed or (alone and (id, claim) in self.interrupted)  # `forget` does both
+            return self.take_up(self.now(take))
 
     def seize(self, conn: Conn, lost: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Take those that are known here; dead-letter those that have taken their process down too often."""
@@ -1969,15 +1958,6 @@ class _LivingExecutor(_PatientExecutor):
         """A workflow was dead-lettered."""
         _log.error("workflow %s (%s) is dead-lettered: it was begun too often", row["id"], row["name"])
 
-    def _report(self, lost: list[dict[str, Any]]) -> None:
-        """Say, once, of which functions workflows wait that this process has not."""
-        unknown = [tuple(row[name] for name in _NAMES) for row in lost if self.registry._function_for(row) is None]
-        for target, number in Counter(unknown).items():
-            if target not in self.reported:
-                self.reported.add(target)
-                what = "/".join(filter(None, target))
-                _log.warning("%d workflows of %s wait: this process has no such function or instance", number, what)
-
     def reconsider(self, runs: Iterable[_Run]) -> None:
         """Stop those of these runs that are no longer to go on."""
         begun = [run for run in runs if not run.done.is_set]
@@ -1995,22 +1975,6 @@ class _LivingExecutor(_PatientExecutor):
                 run.check(claim, status)
             except _Stopped as why:
                 run.halt(why)
-
-    def forget(self, run: _Run) -> None:
-        if run.interrupted is not None:
-            self.interrupted.add((run.id, run.claim))
-        super().forget(run)
-
-    def enter(self, run: _Run) -> _Run:
-        self.interrupted -= {key for key in tuple(self.interrupted) if key[0] == run.id}
-        return super().enter(run)
-
-    async def may_begin(self, start: _Start) -> bool:
-        """What was interrupted, and is asked for again, goes on."""
-        for id, claim in tuple(self.interrupted):
-            if id == start.row["id"]:
-                self.take_up(await self.ask(_take, self.me, [{"id": id, "claim": claim}]))
-        return await super().may_begin(start)
 
 
 _ALIVE = "(select incarnation from durable.living)"  # a lock that somebody holds is an executor that lives
@@ -2661,17 +2625,6 @@ _DEFAULTS |= {
 _SECRETS = ("system_database_url", "admin_token")  # whose values no message shows
 _LIMITS = {"sys_db_pool_size": (2, 1000), "admin_port": (0, 65535)}
 
-# Settings of the DBOS library that mean nothing here; accepted, so that one config serves both.
-_FOREIGN_KEYS = {
-    "application_database_url", "database_url", "sys_db_polling_concurrency", "db_engine_kwargs",
-    "otlp_log_level", "console_log_level", "otlp_traces_endpoints", "otlp_logs_endpoints",
-    "otlp_attributes", "dbos_system_schema", "enable_otlp", "system_database_engine", "conductor_key",
-    "conductor_url", "conductor_executor_metadata", "enable_patching",
-    "notification_listener_polling_interval_sec", "notification_coalesce_sec",
-    "scheduler_polling_interval_sec", "kafka_queue_polling_interval_sec", "otel_attribute_format",
-    "app_db_pool_size", "sys_db_name",
-}
-
 
 def _postgres_url(url: str | None, create: bool = True) -> str:
     """The URL for psycopg: SQLAlchemy's way of naming the driver is cut out, other databases are refused."""
@@ -2785,14 +2738,12 @@ def _edition(conn: Conn) -> int | None:
 
 class _Hosting(_Engine):
     def _checked(self, config: Any) -> dict[str, Any]:
-        """Refuse what is not a setting or not of its type, warn of what has no effect here; None is unset."""
+        """Refuse what is not a setting or not of its type; None is unset."""
         if not isinstance(config, dict):
             raise DBOSInitializationError(f"the config is a {_type_name(config)}; it must be a dict")
-        for key in config.keys() & _FOREIGN_KEYS:
-            _log.warning("the setting %r of the DBOS library has no effect in durable.py", key)
-        for key in config.keys() - _FOREIGN_KEYS - _DEFAULTS.keys():
+        for key in config.keys() - _DEFAULTS.keys():
             raise DBOSInitializationError(f"unknown setting {key!r}; there are: {', '.join(_DEFAULTS)}")
-        checked = super()._checked({key: value for key, value in config.items() if key not in _FOREIGN_KEYS})
+        checked = super()._checked(config)
         if self._executor is not None and checked != self._config:
             raise DBOSInitializationError("it is launched already: configure it before, or destroy() it first")
         kinds = get_type_hints(DBOSConfig)
@@ -6342,6 +6293,70 @@ def _backend(conn: Conn) -> int:
     return int((conn.execute("select pg_backend_pid()", prepare=False).fetchone() or (0,))[0])
 
 
+# --- Interrupts ---------------------------------------------------------------------------------------
+#
+# What KeyboardInterrupt or SystemExit ended is left alone until the next launch, or until somebody asks for it: it is
+# still PENDING here, and a sweep would have the process that was told to stop begin it again.
+
+
+class _InterruptedExecutor(_LivingExecutor):
+    """Leaves alone what was interrupted."""
+
+    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
+        super().__init__(registry, config)
+        self.interrupted: set[tuple[str, int]] = set()  # runs, by ID and claim
+
+    def recover(self, listed: Sequence[str] = ()) -> list[str]:
+        if self.me["executor_id"] in listed:  # an operator asks
+            self.interrupted.clear()
+        return super().recover(listed)
+
+    def seize(self, conn: Conn, lost: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        # None is missed: `forget` enters it here before it takes it out of `claimed`, which was looked at before.
+        return super().seize(conn, [row for row in lost if (row["id"], row["claim"]) not in self.interrupted])
+
+    def forget(self, run: _Run) -> None:
+        if run.interrupted is not None:
+            self.interrupted.add((run.id, run.claim))
+        super().forget(run)
+
+    def enter(self, run: _Run) -> _Run:
+        self.interrupted -= {key for key in tuple(self.interrupted) if key[0] == run.id}
+        return super().enter(run)
+
+    async def may_begin(self, start: _Start) -> bool:
+        """What was interrupted, and is asked for again, goes on."""
+        for id, claim in tuple(self.interrupted):
+            if id == start.row["id"]:
+                self.take_up(await self.ask(_take, self.me, [{"id": id, "claim": claim}]))
+        return await super().may_begin(start)
+
+
+# --- Foreign settings ---------------------------------------------------------------------------------
+#
+# Settings of the DBOS library that mean nothing here are accepted, with a warning, so that one config serves both.
+
+
+class _Tolerant(_Engine):
+    def _checked(self, config: Any) -> dict[str, Any]:
+        if isinstance(config, dict):
+            for key in config.keys() & _FOREIGN_KEYS:
+                _log.warning("the setting %r of the DBOS library has no effect in durable.py", key)
+            config = {key: value for key, value in config.items() if key not in _FOREIGN_KEYS}
+        return super()._checked(config)
+
+
+_FOREIGN_KEYS = {
+    "application_database_url", "database_url", "sys_db_polling_concurrency", "db_engine_kwargs",
+    "otlp_log_level", "console_log_level", "otlp_traces_endpoints", "otlp_logs_endpoints",
+    "otlp_attributes", "dbos_system_schema", "enable_otlp", "system_database_engine", "conductor_key",
+    "conductor_url", "conductor_executor_metadata", "enable_patching",
+    "notification_listener_polling_interval_sec", "notification_coalesce_sec",
+    "scheduler_polling_interval_sec", "kafka_queue_polling_interval_sec", "otel_attribute_format",
+    "app_db_pool_size", "sys_db_name",
+}
+
+
 # --- Log ----------------------------------------------------------------------------------------------
 #
 # Log lines say where they come from, and are printed where the application has not said where they go.
@@ -7036,15 +7051,18 @@ _HAS_HISTORY.append("w.forked_from is not null")  # from the workflow that it wa
 
 # --- Offer --------------------------------------------------------------------------------------------
 #
-# Needs: Queues, Methods.  What an executor would take stands in the database, so that the view durable.why can say
-# of each unfinished workflow why it is not moving.
+# Needs: Queues, Methods, Interrupts.  What an executor would take stands in the database, so that the view durable.why
+# can say of each unfinished workflow why it is not moving; and what waits for a function that it lacks, in its log.
+
+from collections import Counter
 
 
-class _OfferingExecutor(_QueueingExecutor):
+class _OfferingExecutor(_InterruptedExecutor, _QueueingExecutor):
     """Tells everybody what it would take."""
 
     def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
         super().__init__(registry, config)
+        self.reported: set[tuple[Any, ...]] = set()  # what was logged as unknown
         self.offered: dict[str, Any] = {}
         self.duties.append(self._offer)
         self.next_offer = 0.0
@@ -7068,6 +7086,16 @@ class _OfferingExecutor(_QueueingExecutor):
                 self.now(_offer, {**offer, "incarnation": self.me["incarnation"]})
                 self.offered = offer
         return self.next_offer
+
+    def seize(self, conn: Conn, lost: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Say, once, of which functions workflows wait that this process has not."""
+        unknown = [tuple(row[name] for name in _NAMES) for row in lost if self.registry._function_for(row) is None]
+        for target, number in Counter(unknown).items():
+            if target not in self.reported:
+                self.reported.add(target)
+                what = "/".join(filter(None, target))
+                _log.warning("%d workflows of %s wait: this process has no such function or instance", number, what)
+        return super().seize(conn, lost)
 
 
 def _offer(conn: Conn, offer: dict[str, Any]) -> None:
@@ -8759,19 +8787,19 @@ class _Session(_KeptConnection, _CleanConnection, _Connection):
 
 
 class _Executor(
-    _AdoptingExecutor, _RehearsingExecutor, _CountingExecutor, _GuestExecutor, _OfferingExecutor, _ForkedExecutor,
-    _PlacedExecutor, _ProxiedExecutor, _CleanExecutor, _SerializingExecutor, _SchedulingExecutor, _MessagingExecutor,
-    _QueueingExecutor, _TimedExecutor, _OrderedExecutor, _ClockedExecutor, _ThreadedExecutor, _HintedExecutor,
-    _GroupingExecutor, _LocalExecutor, _DiscreetExecutor, _UpgradingExecutor, _SettledExecutor, _AdministeredExecutor,
-    _TransactingExecutor, _LivingExecutor, _PatientExecutor, _BareExecutor,
+    _AdoptingExecutor, _RehearsingExecutor, _CountingExecutor, _GuestExecutor, _OfferingExecutor, _InterruptedExecutor,
+    _ForkedExecutor, _PlacedExecutor, _ProxiedExecutor, _CleanExecutor, _SerializingExecutor, _SchedulingExecutor,
+    _MessagingExecutor, _QueueingExecutor, _TimedExecutor, _OrderedExecutor, _ClockedExecutor, _ThreadedExecutor,
+    _HintedExecutor, _GroupingExecutor, _LocalExecutor, _DiscreetExecutor, _UpgradingExecutor, _SettledExecutor,
+    _AdministeredExecutor, _TransactingExecutor, _LivingExecutor, _PatientExecutor, _BareExecutor,
 ):
     """What exists from launch to destroy."""
 
 
 class Durable(
-    _Deploying, _Patching, _Managing, _Management, _Logged, _Forked, _Stepping, _Declaring, _Methods, _Scheduling,
-    _Streaming, _Streams, _Announcing, _Events, _Receiving, _Messaging, _Queueing, _Cancelling, _Ordered, _Sleeping,
-    _Knowing, _Hosting, _Transacting, _Engine,
+    _Deploying, _Patching, _Managing, _Management, _Logged, _Tolerant, _Forked, _Stepping, _Declaring, _Methods,
+    _Scheduling, _Streaming, _Streams, _Announcing, _Events, _Receiving, _Messaging, _Queueing, _Cancelling, _Ordered,
+    _Sleeping, _Knowing, _Hosting, _Transacting, _Engine,
 ):
     """Registers functions as workflows and steps, and, once launched, runs them durably.
 
