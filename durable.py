@@ -1951,12 +1951,8 @@ class _LivingExecutor(_PatientExecutor):
     def take_up(self, rows: list[dict[str, Any]]) -> list[str]:
         dead = [row for row in rows if row["status"] == "MAX_RECOVERY_ATTEMPTS_EXCEEDED"]
         for row in dead:
-            self.buried(row)
+            _log.error("workflow %s (%s) is dead-lettered: it was begun too often", row["id"], row["name"])
         return super().take_up([row for row in rows if row not in dead])
-
-    def buried(self, row: dict[str, Any]) -> None:
-        """A workflow was dead-lettered."""
-        _log.error("workflow %s (%s) is dead-lettered: it was begun too often", row["id"], row["name"])
 
     def reconsider(self, runs: Iterable[_Run]) -> None:
         """Stop those of these runs that are no longer to go on."""
@@ -2288,29 +2284,15 @@ class _AdminServer(socketserver.ThreadingTCPServer):
 
     allow_reuse_address = True
     request_queue_size = 128  # who connects at the same moment waits, and is not refused
-    executor: _Executor
-    token: str | None
-    url: str
-    clients: dict[Any, tuple[threading.Thread, float]]  # who is served: on which thread, and when it must have asked
 
-    @classmethod
-    def start(cls, executor: _Executor) -> _AdminServer | None:
-        config = executor.config
-        host, port = config["admin_host"], config["admin_port"]
-        try:
-            server = (_AdminServerV6 if ":" in host else cls)((host, port), _AdminRequest)
-        except OSError as error:
-            _log.warning(
-                "no admin server: port %d on %s cannot be had (%s); set admin_port (0 picks a free one)",
-                *(port, host, error.strerror or error),
-            )
-            return None
-        server.executor = executor
-        server.token = config["admin_token"]
-        server.url = f"http://{f'[{host}]' if ':' in host else host}:{server.server_address[1]}/"
-        server.clients = {}
-        executor.start_own_thread("durable-admin", functools.partial(server.serve_forever, 0.1))
-        return server
+    def __init__(self, executor: _Executor) -> None:
+        self.executor = executor
+        self.token: str | None = executor.config["admin_token"]
+        self.clients: dict[Any, tuple[threading.Thread, float]] = {}  # their threads, and until when they may ask
+        host, port = executor.config["admin_host"], executor.config["admin_port"]
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), _AdminRequest)
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}/"
 
     def get_request(self) -> tuple[Any, Any]:
         try:
@@ -2350,10 +2332,6 @@ class _AdminServer(socketserver.ThreadingTCPServer):
                 _hang_up(request, how)
                 if thread is not threading.current_thread():
                     thread.join(max(0.0, end - time.monotonic()))
-
-
-class _AdminServerV6(_AdminServer):
-    address_family = socket.AF_INET6
 
 
 def _hang_up(connection: socket.socket, how: int) -> None:
@@ -2396,12 +2374,9 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
         if not self.raw_requestline.strip() or not self.parse_request():
             return  # nothing was asked; or it is refused already
         self.rfile = stream
-        if not is_whole:
-            return self._refuse(*((431, "the headers are too large") if is_long else (400, "the headers do not end")))
-        self._serve()
-
-    def _serve(self) -> None:
         try:
+            if not is_whole:
+                raise _Refusal(431, "the headers are too large") if is_long else _Refusal(400, "the headers do not end")
             self._guard()
             self._answer(*self._route())
         except _Refusal as refusal:
@@ -2572,7 +2547,14 @@ class _AdministeredExecutor(_LivingExecutor):
 
     def serve(self) -> list[str]:
         if self.config["run_admin_server"]:
-            self.admin = _AdminServer.start(cast(_Executor, self))
+            try:
+                self.admin = _AdminServer(cast(_Executor, self))
+                self.start_own_thread("durable-admin", functools.partial(self.admin.serve_forever, 0.1))
+            except OSError as error:
+                _log.warning(
+                    "no admin server: port %d on %s cannot be had (%s); set admin_port (0 picks a free one)",
+                    *(self.config["admin_port"], self.config["admin_host"], error.strerror or error),
+                )
         return super().serve()
 
     def about(self) -> str:
@@ -3364,9 +3346,11 @@ class _HintedExecutor(_LivingExecutor):
         (self.hints.send if run in self.awaited_elsewhere else self.hints.arrive)("w", run.id)
         self.awaited_elsewhere.discard(run)
 
-    def buried(self, row: dict[str, Any]) -> None:
-        super().buried(row)
-        self.hints.send("w", row["id"])
+    def take_up(self, rows: list[dict[str, Any]]) -> list[str]:
+        for row in rows:
+            if row["status"] in _ENDINGS:  # dead-lettered
+                self.hints.send("w", row["id"])
+        return super().take_up(rows)
 
     def announce(self, conn: Conn) -> None:
         super().announce(conn)
