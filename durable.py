@@ -1614,7 +1614,7 @@ import re
 import socketserver
 import urllib.parse
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Literal, get_type_hints
 
@@ -1757,8 +1757,6 @@ class _LivingExecutor(_PatientExecutor):
         super().__init__(registry, config)
         self.stopping = threading.Event()  # nothing new is to be taken
         self.claiming = threading.Lock()  # from a claim in the table to its entry in `running`
-        self.interrupted: set[tuple[str, int]] = set()  # runs that KeyboardInterrupt or SystemExit ended: left alone
-        self.reported: set[tuple[Any, ...]] = set()  # what was logged as unknown
         self.work = threading.Event()  # the dispatcher has something to do
         self.duties: list[Callable[[float], float]] = [self._sweep]  # what it does, each when its time has come
         self.launched_at, self.next_sweep = time.monotonic(), time.monotonic() + _SWEEP_S
@@ -1857,7 +1855,7 @@ class _LivingExecutor(_PatientExecutor):
     def recover(self, listed: Sequence[str] = ()) -> list[str]:
         """Take up what nobody runs, of `listed` executors too, live or not; stop what we run and is no longer ours."""
 
-        def take(conn: Conn) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        def take(conn: Conn) -> list[dict[str, Any]]:
             """Look first, and compare with memory then: what begins while a statement waits is not in what it read.
 
             In one attempt, so that after trouble all is looked at anew: who lives, and what an unanswered try took.
@@ -1865,20 +1863,11 @@ class _LivingExecutor(_PatientExecutor):
             _note_lost(conn)
             newcomer = time.monotonic() < self.launched_at + _RESTART_GRACE_S + _SWEEP_S / 2
             left = _left_alone(conn, self.me, self.config["failover"], newcomer, list(listed))
-            lost = [row for row in left if not self._at_hand(row["id"], row["claim"], listed)]
-            return lost, self.seize(conn, lost)
+            return self.seize(conn, [row for row in left if (row["id"], row["claim"]) not in self.claimed])
 
         with self.claiming:
             self.reconsider(tuple(self.running.values()))
-            lost, seized = self.now(take)
-            taken = self.take_up(seized)
-        self._report(lost)
-        return taken
-
-    def _at_hand(self, id: str, claim: int, listed: Sequence[str]) -> bool:
-        """Whether we run this, or leave it alone because it was interrupted and no operator asked for it."""
-        alone = self.me["executor_id"] not in listed
-        return (id, claim) in self.claimed or (alone and (id, claim) in self.interrupted)  # `forget` does both
+            return self.take_up(self.now(take))
 
     def seize(self, conn: Conn, lost: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Take those that are known here; dead-letter those that have taken their process down too often."""
@@ -1890,21 +1879,8 @@ class _LivingExecutor(_PatientExecutor):
     def take_up(self, rows: list[dict[str, Any]]) -> list[str]:
         dead = [row for row in rows if row["status"] == "MAX_RECOVERY_ATTEMPTS_EXCEEDED"]
         for row in dead:
-            self.buried(row)
+            _log.error("workflow %s (%s) is dead-lettered: it was begun too often", row["id"], row["name"])
         return super().take_up([row for row in rows if row not in dead])
-
-    def buried(self, row: dict[str, Any]) -> None:
-        """A workflow was dead-lettered."""
-        _log.error("workflow %s (%s) is dead-lettered: it was begun too often", row["id"], row["name"])
-
-    def _report(self, lost: list[dict[str, Any]]) -> None:
-        """Say, once, of which functions workflows wait that this process has not."""
-        unknown = [tuple(row[name] for name in _NAMES) for row in lost if self.registry._function_for(row) is None]
-        for target, number in Counter(unknown).items():
-            if target not in self.reported:
-                self.reported.add(target)
-                what = "/".join(filter(None, target))
-                _log.warning("%d workflows of %s wait: this process has no such function or instance", number, what)
 
     def reconsider(self, runs: Iterable[_Run]) -> None:
         """Stop those of these runs that are no longer to go on."""
@@ -1923,22 +1899,6 @@ class _LivingExecutor(_PatientExecutor):
                 run.check(claim, status)
             except _Stopped as why:
                 run.halt(why)
-
-    def forget(self, run: _Run) -> None:
-        if run.interrupted is not None:
-            self.interrupted.add((run.id, run.claim))
-        super().forget(run)
-
-    def enter(self, run: _Run) -> _Run:
-        self.interrupted -= {key for key in tuple(self.interrupted) if key[0] == run.id}
-        return super().enter(run)
-
-    async def may_begin(self, start: _Start) -> bool:
-        """What was interrupted, and is asked for again, goes on."""
-        for id, claim in tuple(self.interrupted):
-            if id == start.row["id"]:
-                self.take_up(await self.ask(_take, self.me, [{"id": id, "claim": claim}]))
-        return await super().may_begin(start)
 
 
 _ALIVE = "(select incarnation from durable.living)"  # a lock that somebody holds is an executor that lives
@@ -2251,29 +2211,15 @@ class _AdminServer(socketserver.ThreadingTCPServer):
 
     allow_reuse_address = True
     request_queue_size = 128  # who connects at the same moment waits, and is not refused
-    executor: _Executor
-    token: str | None
-    url: str
-    clients: dict[Any, tuple[threading.Thread, float]]  # who is served: on which thread, and when it must have asked
 
-    @classmethod
-    def start(cls, executor: _Executor) -> _AdminServer | None:
-        config = executor.config
-        host, port = config["admin_host"], config["admin_port"]
-        try:
-            server = (_AdminServerV6 if ":" in host else cls)((host, port), _AdminRequest)
-        except OSError as error:
-            _log.warning(
-                "no admin server: port %d on %s cannot be had (%s); set admin_port (0 picks a free one)",
-                *(port, host, error.strerror or error),
-            )
-            return None
-        server.executor = executor
-        server.token = config["admin_token"]
-        server.url = f"http://{f'[{host}]' if ':' in host else host}:{server.server_address[1]}/"
-        server.clients = {}
-        executor.start_own_thread("durable-admin", functools.partial(server.serve_forever, 0.1))
-        return server
+    def __init__(self, executor: _Executor) -> None:
+        self.executor = executor
+        self.token: str | None = executor.config["admin_token"]
+        self.clients: dict[Any, tuple[threading.Thread, float]] = {}  # their threads, and until when they may ask
+        host, port = executor.config["admin_host"], executor.config["admin_port"]
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), _AdminRequest)
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}/"
 
     def get_request(self) -> tuple[Any, Any]:
         try:
@@ -2313,10 +2259,6 @@ class _AdminServer(socketserver.ThreadingTCPServer):
                 _hang_up(request, how)
                 if thread is not threading.current_thread():
                     thread.join(max(0.0, end - time.monotonic()))
-
-
-class _AdminServerV6(_AdminServer):
-    address_family = socket.AF_INET6
 
 
 def _hang_up(connection: socket.socket, how: int) -> None:
@@ -2359,12 +2301,9 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
         if not self.raw_requestline.strip() or not self.parse_request():
             return  # nothing was asked; or it is refused already
         self.rfile = stream
-        if not is_whole:
-            return self._refuse(*((431, "the headers are too large") if is_long else (400, "the headers do not end")))
-        self._serve()
-
-    def _serve(self) -> None:
         try:
+            if not is_whole:
+                raise _Refusal(431, "the headers are too large") if is_long else _Refusal(400, "the headers do not end")
             self._guard()
             self._answer(*self._route())
         except _Refusal as refusal:
@@ -2535,7 +2474,14 @@ class _AdministeredExecutor(_LivingExecutor):
 
     def serve(self) -> list[str]:
         if self.config["run_admin_server"]:
-            self.admin = _AdminServer.start(cast(_Executor, self))
+            try:
+                self.admin = _AdminServer(cast(_Executor, self))
+                self.start_own_thread("durable-admin", functools.partial(self.admin.serve_forever, 0.1))
+            except OSError as error:
+                _log.warning(
+                    "no admin server: port %d on %s cannot be had (%s); set admin_port (0 picks a free one)",
+                    *(self.config["admin_port"], self.config["admin_host"], error.strerror or error),
+                )
         return super().serve()
 
     def about(self) -> str:
@@ -2587,17 +2533,6 @@ _DEFAULTS |= {
 
 _SECRETS = ("system_database_url", "admin_token")  # whose values no message shows
 _LIMITS = {"sys_db_pool_size": (2, 1000), "admin_port": (0, 65535)}
-
-# Settings of the DBOS library that mean nothing here; accepted, so that one config serves both.
-_FOREIGN_KEYS = {
-    "application_database_url", "database_url", "sys_db_polling_concurrency", "db_engine_kwargs",
-    "otlp_log_level", "console_log_level", "otlp_traces_endpoints", "otlp_logs_endpoints",
-    "otlp_attributes", "dbos_system_schema", "enable_otlp", "system_database_engine", "conductor_key",
-    "conductor_url", "conductor_executor_metadata", "enable_patching",
-    "notification_listener_polling_interval_sec", "notification_coalesce_sec",
-    "scheduler_polling_interval_sec", "kafka_queue_polling_interval_sec", "otel_attribute_format",
-    "app_db_pool_size", "sys_db_name",
-}
 
 
 class _ValidWorkflowID(_WorkflowID):
@@ -2685,11 +2620,11 @@ class _SettledExecutor(_TransactingExecutor):
                     f"durable.py needs edition {_SCHEMA_VERSION}, and run_migrations is off: apply it with "
                     f"`python {Path(__file__).name} migrate`"
                 )
-            while number is not None:  # others are at work: have all locks before what takes long,
-                with suppress(psycopg.errors.DeadlockDetected), conn.transaction():  # or let go and try again
-                    conn.execute(_LOCK_ALL)
-                    break
-            super().migrate(conn)
+            self.change_schema(conn, number)
+
+    def change_schema(self, conn: Conn, number: int | None) -> None:
+        """Make this edition of the one that is there, or of nothing."""
+        super().migrate(conn)
 
     def open(self) -> None:
         guarded = self.config["admin_token"] or _is_loopback(self.config["admin_host"])
@@ -2721,27 +2656,6 @@ class _SettledExecutor(_TransactingExecutor):
         """What to raise if a launch finds no database."""
         return DBOSInitializationError(f"cannot connect to the database: {str(failure).strip()}")
 
-    def serve(self) -> list[str]:
-        """Warn of stranded work, before anything is recovered."""
-        stranded = self.now(_stranded, self.me["version"])
-        if stranded:
-            _log.warning(
-                "unfinished workflows of other application versions wait, and no live executor serves them: %s",
-                ", ".join(
-                    f"{count} of version {version}" + (f" (since when {', '.join(changed)} changed)" if changed else "")
-                    for version, count, changed in stranded
-                ),
-            )
-        return super().serve()
-
-
-_LOCK_ALL = """
-    do $$ begin
-        execute (select 'lock table ' || string_agg(oid::regclass::text, ', ') || ' in access exclusive mode'
-                   from pg_class where relnamespace = 'durable'::regnamespace and relkind in ('r', 'v'));
-    end $$
-"""
-
 
 def _edition(conn: Conn) -> int | None:
     """Read which edition of the schema is there."""
@@ -2750,25 +2664,14 @@ def _edition(conn: Conn) -> int | None:
     return cast(tuple[int], conn.execute("select max(number) from durable.version").fetchone())[0]
 
 
-def _stranded(conn: Conn, version: str) -> list[tuple[str, int, list[str] | None]]:
-    """Count the unfinished workflows of other versions that no live executor serves; and which functions changed."""
-    query = """
-        select application_version, delayed + enqueued + pending, changed from durable.versions
-         where stranded and application_version <> %s order by application_version
-    """
-    return conn.execute(query, (version,)).fetchall()
-
-
 class _Hosting(_Engine):
     def _checked(self, config: Any) -> dict[str, Any]:
-        """Refuse what is not a setting or not of its type, warn of what has no effect here; None is unset."""
+        """Refuse what is not a setting or not of its type; None is unset."""
         if not isinstance(config, dict):
             raise DBOSInitializationError(f"the config is a {_type_name(config)}; it must be a dict")
-        for key in config.keys() & _FOREIGN_KEYS:
-            _log.warning("the setting %r of the DBOS library has no effect in durable.py", key)
-        for key in config.keys() - _FOREIGN_KEYS - _DEFAULTS.keys():
+        for key in config.keys() - _DEFAULTS.keys():
             raise DBOSInitializationError(f"unknown setting {key!r}; there are: {', '.join(_DEFAULTS)}")
-        checked = super()._checked({key: value for key, value in config.items() if key not in _FOREIGN_KEYS})
+        checked = super()._checked(config)
         if self._executor is not None and checked != self._config:
             raise DBOSInitializationError("it is launched already: configure it before, or destroy() it first")
         kinds = get_type_hints(DBOSConfig)
@@ -3433,9 +3336,11 @@ class _HintedExecutor(_LivingExecutor):
         (self.hints.send if run in self.awaited_elsewhere else self.hints.arrive)("w", run.id)
         self.awaited_elsewhere.discard(run)
 
-    def buried(self, row: dict[str, Any]) -> None:
-        super().buried(row)
-        self.hints.send("w", row["id"])
+    def take_up(self, rows: list[dict[str, Any]]) -> list[str]:
+        for row in rows:
+            if row["status"] in _ENDINGS:  # dead-lettered
+                self.hints.send("w", row["id"])
+        return super().take_up(rows)
 
     def announce(self, conn: Conn) -> None:
         super().announce(conn)
@@ -6427,6 +6332,70 @@ def _backend(conn: Conn) -> int:
     return int((conn.execute("select pg_backend_pid()", prepare=False).fetchone() or (0,))[0])
 
 
+# --- Interrupts ---------------------------------------------------------------------------------------
+#
+# What KeyboardInterrupt or SystemExit ended is left alone until the next launch, or until somebody asks for it: it is
+# still PENDING here, and a sweep would have the process that was told to stop begin it again.
+
+
+class _InterruptedExecutor(_LivingExecutor):
+    """Leaves alone what was interrupted."""
+
+    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
+        super().__init__(registry, config)
+        self.interrupted: set[tuple[str, int]] = set()  # runs, by ID and claim
+
+    def recover(self, listed: Sequence[str] = ()) -> list[str]:
+        if self.me["executor_id"] in listed:  # an operator asks
+            self.interrupted.clear()
+        return super().recover(listed)
+
+    def seize(self, conn: Conn, lost: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        # None is missed: `forget` enters it here before it takes it out of `claimed`, which was looked at before.
+        return super().seize(conn, [row for row in lost if (row["id"], row["claim"]) not in self.interrupted])
+
+    def forget(self, run: _Run) -> None:
+        if run.interrupted is not None:
+            self.interrupted.add((run.id, run.claim))
+        super().forget(run)
+
+    def enter(self, run: _Run) -> _Run:
+        self.interrupted -= {key for key in tuple(self.interrupted) if key[0] == run.id}
+        return super().enter(run)
+
+    async def may_begin(self, start: _Start) -> bool:
+        """What was interrupted, and is asked for again, goes on."""
+        for id, claim in tuple(self.interrupted):
+            if id == start.row["id"]:
+                self.take_up(await self.ask(_take, self.me, [{"id": id, "claim": claim}]))
+        return await super().may_begin(start)
+
+
+# --- Foreign settings ---------------------------------------------------------------------------------
+#
+# Settings of the DBOS library that mean nothing here are accepted, with a warning, so that one config serves both.
+
+
+class _Tolerant(_Engine):
+    def _checked(self, config: Any) -> dict[str, Any]:
+        if isinstance(config, dict):
+            for key in config.keys() & _FOREIGN_KEYS:
+                _log.warning("the setting %r of the DBOS library has no effect in durable.py", key)
+            config = {key: value for key, value in config.items() if key not in _FOREIGN_KEYS}
+        return super()._checked(config)
+
+
+_FOREIGN_KEYS = {
+    "application_database_url", "database_url", "sys_db_polling_concurrency", "db_engine_kwargs",
+    "otlp_log_level", "console_log_level", "otlp_traces_endpoints", "otlp_logs_endpoints",
+    "otlp_attributes", "dbos_system_schema", "enable_otlp", "system_database_engine", "conductor_key",
+    "conductor_url", "conductor_executor_metadata", "enable_patching",
+    "notification_listener_polling_interval_sec", "notification_coalesce_sec",
+    "scheduler_polling_interval_sec", "kafka_queue_polling_interval_sec", "otel_attribute_format",
+    "app_db_pool_size", "sys_db_name",
+}
+
+
 # --- Log ----------------------------------------------------------------------------------------------
 #
 # Log lines say where they come from, and are printed where the application has not said where they go.
@@ -7121,15 +7090,18 @@ _HAS_HISTORY.append("w.forked_from is not null")  # from the workflow that it wa
 
 # --- Offer --------------------------------------------------------------------------------------------
 #
-# Needs: Queues, Methods.  What an executor would take stands in the database, so that the view durable.why can say
-# of each unfinished workflow why it is not moving.
+# Needs: Queues, Methods, Interrupts.  What an executor would take stands in the database, so that the view durable.why
+# can say of each unfinished workflow why it is not moving; and what waits for a function that it lacks, in its log.
+
+from collections import Counter
 
 
-class _OfferingExecutor(_QueueingExecutor):
+class _OfferingExecutor(_InterruptedExecutor, _QueueingExecutor):
     """Tells everybody what it would take."""
 
     def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
         super().__init__(registry, config)
+        self.reported: set[tuple[Any, ...]] = set()  # what was logged as unknown
         self.offered: dict[str, Any] = {}
         self.duties.append(self._offer)
         self.next_offer = 0.0
@@ -7153,6 +7125,16 @@ class _OfferingExecutor(_QueueingExecutor):
                 self.now(_offer, {**offer, "incarnation": self.me["incarnation"]})
                 self.offered = offer
         return self.next_offer
+
+    def seize(self, conn: Conn, lost: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Say, once, of which functions workflows wait that this process has not."""
+        unknown = [tuple(row[name] for name in _NAMES) for row in lost if self.registry._function_for(row) is None]
+        for target, number in Counter(unknown).items():
+            if target not in self.reported:
+                self.reported.add(target)
+                what = "/".join(filter(None, target))
+                _log.warning("%d workflows of %s wait: this process has no such function or instance", number, what)
+        return super().seize(conn, lost)
 
 
 def _offer(conn: Conn, offer: dict[str, Any]) -> None:
@@ -7751,9 +7733,9 @@ def _tries(conn: Conn, id: str | None) -> dict[int, int]:
 # --- Deploys ------------------------------------------------------------------------------------------
 #
 # Needs: Order, Offer.  No workflow is run by code that it does not belong to, so a deploy leaves the unfinished work
-# of the old code where it is.  Here is the way out.  `check` rehearses it: the function of the new code runs against
-# what is on record, up to the first call that is not.  `adopt` gives what fits to the new version.  `patch` lets
-# changed code do as before for those who have passed the place of the change.
+# of the old code where it is, and a launch says so.  Here is the way out.  `check` rehearses it: the function of the
+# new code runs against what is on record, up to the first call that is not.  `adopt` gives what fits to the new
+# version.  `patch` lets changed code do as before for those who have passed the place of the change.
 
 import ctypes
 import importlib.util
@@ -8262,6 +8244,47 @@ def _without_executors(
     """
     rows = conn.execute(query, {**me, "patience_s": patience_s, "newcomer": newcomer})
     return {version: tuple(sign) for version, *sign in rows}
+
+
+class _UpgradingExecutor(_SettledExecutor):
+    """Takes over from another version: its database, while it is at work, and what it leaves."""
+
+    def change_schema(self, conn: Conn, number: int | None) -> None:
+        while number is not None:  # others are at work: have all locks before what takes long,
+            with suppress(psycopg.errors.DeadlockDetected), conn.transaction():  # or let go and try again
+                conn.execute(_LOCK_ALL)
+                break
+        super().change_schema(conn, number)
+
+    def serve(self) -> list[str]:
+        """Warn of stranded work, before anything is recovered."""
+        stranded = self.now(_stranded, self.me["version"])
+        if stranded:
+            _log.warning(
+                "unfinished workflows of other application versions wait, and no live executor serves them: %s",
+                ", ".join(
+                    f"{count} of version {version}" + (f" (since when {', '.join(changed)} changed)" if changed else "")
+                    for version, count, changed in stranded
+                ),
+            )
+        return super().serve()
+
+
+_LOCK_ALL = """
+    do $$ begin
+        execute (select 'lock table ' || string_agg(oid::regclass::text, ', ') || ' in access exclusive mode'
+                   from pg_class where relnamespace = 'durable'::regnamespace and relkind in ('r', 'v'));
+    end $$
+"""
+
+
+def _stranded(conn: Conn, version: str) -> list[tuple[str, int, list[str] | None]]:
+    """Count the unfinished workflows of other versions that no live executor serves; and which functions changed."""
+    query = """
+        select application_version, delayed + enqueued + pending, changed from durable.versions
+         where stranded and application_version <> %s order by application_version
+    """
+    return conn.execute(query, (version,)).fetchall()
 
 
 class _DeploysConfig(TypedDict, total=False):
@@ -8788,19 +8811,19 @@ class _Session(_KeptConnection, _CleanConnection, _Connection):
 
 
 class _Executor(
-    _AdoptingExecutor, _RehearsingExecutor, _CountingExecutor, _GuestExecutor, _OfferingExecutor, _ForkedExecutor,
-    _PlacedExecutor, _ProxiedExecutor, _CleanExecutor, _SerializingExecutor, _SchedulingExecutor, _MessagingExecutor,
-    _QueueingExecutor, _TimedExecutor, _OrderedExecutor, _ClockedExecutor, _ThreadedExecutor, _HintedExecutor,
-    _GroupingExecutor, _LocalExecutor, _DiscreetExecutor, _SettledExecutor, _AdministeredExecutor, _TransactingExecutor,
-    _LivingExecutor, _PatientExecutor, _BareExecutor,
+    _AdoptingExecutor, _RehearsingExecutor, _CountingExecutor, _GuestExecutor, _OfferingExecutor, _InterruptedExecutor,
+    _ForkedExecutor, _PlacedExecutor, _ProxiedExecutor, _CleanExecutor, _SerializingExecutor, _SchedulingExecutor,
+    _MessagingExecutor, _QueueingExecutor, _TimedExecutor, _OrderedExecutor, _ClockedExecutor, _ThreadedExecutor,
+    _HintedExecutor, _GroupingExecutor, _LocalExecutor, _DiscreetExecutor, _UpgradingExecutor, _SettledExecutor,
+    _AdministeredExecutor, _TransactingExecutor, _LivingExecutor, _PatientExecutor, _BareExecutor,
 ):
     """What exists from launch to destroy."""
 
 
 class Durable(
-    _Deploying, _Patching, _Managing, _Management, _Logged, _Forked, _Stepping, _Declaring, _Methods, _Scheduling,
-    _Streaming, _Streams, _Announcing, _Events, _Receiving, _Messaging, _Queueing, _Cancelling, _Ordered, _Sleeping,
-    _Knowing, _Hosting, _Transacting, _Engine,
+    _Deploying, _Patching, _Managing, _Management, _Logged, _Tolerant, _Forked, _Stepping, _Declaring, _Methods,
+    _Scheduling, _Streaming, _Streams, _Announcing, _Events, _Receiving, _Messaging, _Queueing, _Cancelling, _Ordered,
+    _Sleeping, _Knowing, _Hosting, _Transacting, _Engine,
 ):
     """Registers functions as workflows and steps, and, once launched, runs them durably.
 

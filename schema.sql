@@ -140,13 +140,9 @@ insert into durable.version (number) select 49 where not exists (select from dur
 
 -- ==== II. Self-hosting ==============================================================================
 --
--- Who lives, and what waits for whom.  However many workflows have ended, these views are as quick.
+-- Who lives.
 
 update durable.version set number = 50 where number = 49;
-
--- For durable.unfinished.
-create index if not exists workflows_dead on durable.workflows (id)
-    where status = 'MAX_RECOVERY_ATTEMPTS_EXCEEDED';
 
 -- Which executors live?  Those whose lock somebody holds.
 create or replace view durable.living as
@@ -156,39 +152,6 @@ select incarnation, executor_id, application, application_version, known, queues
  where incarnation in (select objid::integer from pg_locks
                         where locktype = 'advisory' and classid = 730624 and objsubid = 2 and granted
                           and database = (select oid from pg_database where datname = current_database()));
-
--- What has not come to an end?  Each arm is the condition of an index.
-create or replace view durable.unfinished as
-select id, number, status, name, class_name, config_name, queue, priority, application_version,
-       executor_id, incarnation, recovery_attempts, created_at, updated_at, delayed_until, deadline_at
-  from durable.workflows
- where status = 'DELAYED' or status = 'ENQUEUED' or (status = 'PENDING' and incarnation is not null)
-    or status = 'MAX_RECOVERY_ATTEMPTS_EXCEEDED';
-
--- Which versions have executors or work, and which have work that nobody will do?  `changed` are the functions of
--- a version that have other code, or none, in the one that its application was launched with last.
-create or replace view durable.versions as
-select application_version, coalesce(delayed, 0) as delayed, coalesce(enqueued, 0) as enqueued,
-       coalesce(pending, 0) as pending, coalesce(executors, 0) as executors,
-       (select max(launched_at) from durable.executors as e where e.application_version = v.application_version)
-           as launched_at,
-       coalesce(delayed + enqueued + pending, 0) > 0 and coalesce(executors, 0) = 0
-           and (application_version is not null or not exists (select from durable.living)) as stranded,
-       (select array_agg(its.key order by its.key)
-          from (select application, workflows from durable.executors as e
-                 where e.application_version = v.application_version order by incarnation desc limit 1) as latest
-         cross join jsonb_each_text(latest.workflows) as its
-         where its.value is distinct from (select e.workflows ->> its.key from durable.executors as e
-                                            where e.application = latest.application
-                                            order by incarnation desc limit 1)) as changed
-  from ((select application_version, count(*) filter (where status = 'DELAYED') as delayed,
-                count(*) filter (where status = 'ENQUEUED') as enqueued,
-                count(*) filter (where status = 'PENDING') as pending
-           from durable.unfinished where status <> 'MAX_RECOVERY_ATTEMPTS_EXCEEDED'
-          group by application_version) as work
-        full join (select application_version, count(*) as executors
-                     from durable.living group by application_version) as life using (application_version)) as v
- order by stranded desc, launched_at desc;
 
 -- ==== III. Rooms ====================================================================================
 --
@@ -348,9 +311,21 @@ create table if not exists durable.streams (
 
 -- ==== IV. Operators =================================================================================
 --
--- What management looks for, and the operator's question.
+-- What management looks for, and the operator's questions.  However many workflows have ended, its views are as quick.
 
 update durable.version set number = 52 where number = 51;
+
+-- For durable.unfinished.
+create index if not exists workflows_dead on durable.workflows (id)
+    where status = 'MAX_RECOVERY_ATTEMPTS_EXCEEDED';
+
+-- What has not come to an end?  Each arm is the condition of an index.
+create or replace view durable.unfinished as
+select id, number, status, name, class_name, config_name, queue, priority, application_version,
+       executor_id, incarnation, recovery_attempts, created_at, updated_at, delayed_until, deadline_at
+  from durable.workflows
+ where status = 'DELAYED' or status = 'ENQUEUED' or (status = 'PENDING' and incarnation is not null)
+    or status = 'MAX_RECOVERY_ATTEMPTS_EXCEEDED';
 
 -- --- Management -------------------------------------------------------------------------------------
 
@@ -460,3 +435,30 @@ select u.id as workflow_id, u.status, u.name, u.queue, u.application_version, u.
   left join durable.workflows as c on c.id = s.child_workflow_id and c.completed_at is null
   left join misfits as m on m.id = u.id and of_version = 0
  order by since;
+
+-- --- Deploys ----------------------------------------------------------------------------------------
+
+-- Which versions have executors or work, and which have work that nobody will do?  `changed` are the functions of
+-- a version that have other code, or none, in the one that its application was launched with last.
+create or replace view durable.versions as
+select application_version, coalesce(delayed, 0) as delayed, coalesce(enqueued, 0) as enqueued,
+       coalesce(pending, 0) as pending, coalesce(executors, 0) as executors,
+       (select max(launched_at) from durable.executors as e where e.application_version = v.application_version)
+           as launched_at,
+       coalesce(delayed + enqueued + pending, 0) > 0 and coalesce(executors, 0) = 0
+           and (application_version is not null or not exists (select from durable.living)) as stranded,
+       (select array_agg(its.key order by its.key)
+          from (select application, workflows from durable.executors as e
+                 where e.application_version = v.application_version order by incarnation desc limit 1) as latest
+         cross join jsonb_each_text(latest.workflows) as its
+         where its.value is distinct from (select e.workflows ->> its.key from durable.executors as e
+                                            where e.application = latest.application
+                                            order by incarnation desc limit 1)) as changed
+  from ((select application_version, count(*) filter (where status = 'DELAYED') as delayed,
+                count(*) filter (where status = 'ENQUEUED') as enqueued,
+                count(*) filter (where status = 'PENDING') as pending
+           from durable.unfinished where status <> 'MAX_RECOVERY_ATTEMPTS_EXCEEDED'
+          group by application_version) as work
+        full join (select application_version, count(*) as executors
+                     from durable.living group by application_version) as life using (application_version)) as v
+ order by stranded desc, launched_at desc;

@@ -2346,14 +2346,6 @@ def test_a_mistake_in_the_config_is_named(config, named):
         Durable(config)
 
 
-def test_keys_that_only_the_dbos_library_needs_are_accepted(url, caplog):
-    """A config can be shared with the DBOS library; each key without use here is one warning."""
-    shared = {"application_database_url": "x", "enable_otlp": False, "conductor_key": "k"}
-    Durable({"system_database_url": url, **shared})
-    for key in shared:
-        assert len(warnings_in(caplog, key)) == 1
-
-
 def newcomer(name):
     """Launch when told to."""
     DBOS(config={"executor_id": name, "admin_port": 0})
@@ -3193,24 +3185,6 @@ def test_a_step_and_a_transaction_under_one_name_are_an_error(executor):
 # async def workflows and steps do the same; gather keeps its positions.
 
 
-def test_an_async_workflow_that_exits_ends_alone(dbos, witness):
-    """sys.exit in a coroutine does not end the event loop that others run on."""
-
-    @dbos.workflow()
-    async def leaving():
-        sys.exit(3)
-
-    @dbos.workflow()
-    async def staying():
-        return "stayed"
-
-    with SetWorkflowID("leaving"):
-        dbos.start_workflow(leaving)
-    eventually(lambda: any(id == "leaving" for id, _ in dbos._executor.interrupted))
-    assert dbos.start_workflow(staying).get_result() == "stayed"
-    assert witness.status("leaving") == "PENDING"
-
-
 def test_a_loop_that_is_closed_under_a_workflow_loses_nothing(dbos, fast_sweeps):
     """The sweep takes up what no loop runs any more."""
     entered = []
@@ -3237,20 +3211,6 @@ def test_a_loop_that_is_closed_under_a_workflow_loses_nothing(dbos, fast_sweeps)
 # --- Recovery -----------------------------------------------------------------------------------------
 #
 # What a dead executor left PENDING is taken up by its successor: same name, same version, one claim on.
-
-
-@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
-def test_what_was_interrupted_is_not_swept_up_by_the_process_that_was_told_to_stop(dbos, witness, end):
-    """It waits for the next launch, or until somebody asks for it."""
-
-    @dbos.workflow()
-    def work():
-        raise end
-
-    with SetWorkflowID("work"), pytest.raises(end):
-        work()
-    assert dbos._executor.recover() == []
-    assert witness.status("work") == "PENDING"
 
 
 @pytest.fixture
@@ -3390,20 +3350,6 @@ def test_a_workflow_whose_acknowledgement_was_lost_is_found(dbos, finished, witn
     witness.run("update durable.workflows set status = 'PENDING', output = null, completed_at = null where id = 'w'")
     assert result_of(dbos, "w") == "hello w"
     assert runs == ["w"]
-
-
-def test_an_unregistered_workflow_is_left_alone_and_logged_once(dbos, finished, witness, fast_sweeps, caplog):
-    """A row whose function is not there stays as it is, and the log names the function, once."""
-    finished("w", "bait")
-    witness.run("update durable.workflows set name = 'forgotten_function' where id = 'w'")
-    claim = witness.workflow("w").claim
-    rewind(dbos, witness, "w")
-    for _ in range(3):
-        orphan(witness, "bait")
-        result_of(dbos, "bait")
-    row = witness.workflow("w")
-    assert (row.status, row.recovery_attempts, row.claim) == ("PENDING", 1, claim)
-    assert len(warnings_in(caplog, "forgotten_function")) == 1
 
 
 # --- The fence ----------------------------------------------------------------------------------------
@@ -3577,18 +3523,6 @@ def test_the_executors_row_tells_each_workflows_hash(executor, tmp_path, witness
         dbos.destroy()
     assert hashes[0]["pay"] == hashes[1]["pay"]
     assert hashes[0]["changing"] != hashes[1]["changing"]
-
-
-def test_stranded_work_is_logged_at_launch(dbos, finished, witness, caplog):
-    """Unfinished work of versions that no live executor serves is one warning, with counts per version."""
-    finished("a", "b", "c", "d")
-    orphan(witness, "a", "b", version="v-old")
-    orphan(witness, "c", version="v-older")
-    dbos.destroy()
-    dbos.launch()
-    (warning,) = warnings_in(caplog, "v-old", "v-older")
-    assert "2" in warning
-    assert "1" in warning
 
 
 # --- Executors ----------------------------------------------------------------------------------------
@@ -4125,24 +4059,6 @@ def test_content_lengths_that_differ_are_refused(served):
     head = b"POST /dbos-workflow-recovery HTTP/1.1\r\nHost: localhost\r\n"
     assert b" 400 " in send(served.admin_port, head + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n[]]")
     assert b" 200 " in send(served.admin_port, head + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n[]")
-
-
-def test_what_was_interrupted_goes_on_where_it_is_asked_for_though_deactivated(served):
-    """It is active, and not new."""
-    calls = []
-
-    @served.workflow()
-    def work():
-        calls.append(1)
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-        return len(calls)
-
-    with pytest.raises(KeyboardInterrupt), SetWorkflowID("w"):
-        work()
-    assert ask(served.admin_port, "GET", "/deactivate").status == 200
-    with SetWorkflowID("w"):
-        assert work() == 2
 
 
 # --- Metrics, log, page -------------------------------------------------------------------------------
@@ -5989,23 +5905,6 @@ def line(dbos, gate):
 
     queue.put = enqueue
     return queue
-
-
-def test_versions_tell_what_is_stranded(dbos, elsewhere, line, gate, witness):
-    """For each version with work or executors: what is unfinished, who lives, and whether anybody will do it."""
-    line.put("mine")
-    gate.await_body()
-    with SetEnqueueOptions(app_version="v0"):
-        line.put("theirs")
-    with SetEnqueueOptions(app_version="v-1"):
-        line.put("nobody's")
-    versions = """
-        select application_version, delayed, enqueued, pending, executors, launched_at is not null, stranded
-          from durable.versions order by 1
-    """
-    assert witness.rows(versions) == [
-        ("v-1", 0, 1, 0, 0, False, True), ("v0", 0, 1, 0, 1, True, False), ("v1", 0, 0, 1, 1, True, False)
-    ]
 
 
 POINTS = [
@@ -8953,6 +8852,75 @@ def test_a_proxy_is_fine_with_the_setting_or_if_it_pools_sessions(bouncer, execu
     assert witness.one(holders, durable._LOCKS, dbos.incarnation) == 1
 
 
+# --- Interrupts ---------------------------------------------------------------------------------------
+#
+# What was told to stop is left to the next launch, or to whoever asks for it.
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+def test_what_was_interrupted_is_not_swept_up_by_the_process_that_was_told_to_stop(dbos, witness, end):
+    """It waits for the next launch, or until somebody asks for it."""
+
+    @dbos.workflow()
+    def work():
+        raise end
+
+    with SetWorkflowID("work"), pytest.raises(end):
+        work()
+    assert dbos._executor.recover() == []
+    assert witness.status("work") == "PENDING"
+    assert dbos._executor.recover(["local"]) == ["work"]
+
+
+def test_what_was_interrupted_goes_on_where_it_is_asked_for_though_deactivated(served):
+    """It is active, and not new."""
+    calls = []
+
+    @served.workflow()
+    def work():
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return len(calls)
+
+    with pytest.raises(KeyboardInterrupt), SetWorkflowID("w"):
+        work()
+    assert ask(served.admin_port, "GET", "/deactivate").status == 200
+    with SetWorkflowID("w"):
+        assert work() == 2
+
+
+def test_an_async_workflow_that_exits_ends_alone(dbos, witness):
+    """sys.exit in a coroutine does not end the event loop that others run on."""
+
+    @dbos.workflow()
+    async def leaving():
+        sys.exit(3)
+
+    @dbos.workflow()
+    async def staying():
+        return "stayed"
+
+    with SetWorkflowID("leaving"):
+        dbos.start_workflow(leaving)
+    eventually(lambda: any(id == "leaving" for id, _ in dbos._executor.interrupted))
+    assert dbos.start_workflow(staying).get_result() == "stayed"
+    assert witness.status("leaving") == "PENDING"
+
+
+# --- Foreign settings ---------------------------------------------------------------------------------
+#
+# One config for this library and for the DBOS library.
+
+
+def test_keys_that_only_the_dbos_library_needs_are_accepted(url, caplog):
+    """A config can be shared with the DBOS library; each key without use here is one warning."""
+    shared = {"application_database_url": "x", "enable_otlp": False, "conductor_key": "k"}
+    Durable({"system_database_url": url, **shared})
+    for key in shared:
+        assert len(warnings_in(caplog, key)) == 1
+
+
 # --- Log ----------------------------------------------------------------------------------------------
 #
 # Each line says whose it is.
@@ -9097,6 +9065,7 @@ def test_a_reset_without_a_database_is_a_clear_error(executor):
         executor(system_database_url="postgresql://127.0.0.1:1/nowhere").reset_system_database()
 
 
+@uses("Deploys")
 def test_a_database_is_brought_up_while_executors_write_in_it(empty_url, executor):
     """Who locks two tables the other way round than the launch does not end it: it lets go and tries again."""
     earlier = executor(system_database_url=empty_url)
@@ -11076,6 +11045,20 @@ def test_why_it_runs(dbos, gate, why, witness):
     eventually(lambda: "; waits, until " in why("p-2"))
 
 
+def test_an_unregistered_workflow_is_left_alone_and_logged_once(dbos, finished, witness, fast_sweeps, caplog):
+    """A row whose function is not there stays as it is, and the log names the function, once."""
+    finished("w", "bait")
+    witness.run("update durable.workflows set name = 'forgotten_function' where id = 'w'")
+    claim = witness.workflow("w").claim
+    rewind(dbos, witness, "w")
+    for _ in range(3):
+        orphan(witness, "bait")
+        result_of(dbos, "bait")
+    row = witness.workflow("w")
+    assert (row.status, row.recovery_attempts, row.claim) == ("PENDING", 1, claim)
+    assert len(warnings_in(caplog, "forgotten_function")) == 1
+
+
 def test_why_it_was_interrupted(dbos, why):
     """KeyboardInterrupt and sys.exit() leave it to the next launch."""
 
@@ -13019,6 +13002,35 @@ def test_adoption_is_set_by_config_or_environment(executor, monkeypatch):
     assert executor(adopt=False)._settings()["adopt"] is False
     with pytest.raises(DBOSInitializationError, match="adopt"):
         executor(adopt="yes")
+
+
+def test_stranded_work_is_logged_at_launch(dbos, finished, witness, caplog):
+    """Unfinished work of versions that no live executor serves is one warning, with counts per version."""
+    finished("a", "b", "c", "d")
+    orphan(witness, "a", "b", version="v-old")
+    orphan(witness, "c", version="v-older")
+    dbos.destroy()
+    dbos.launch()
+    (warning,) = warnings_in(caplog, "v-old", "v-older")
+    assert "2" in warning
+    assert "1" in warning
+
+
+def test_versions_tell_what_is_stranded(dbos, elsewhere, line, gate, witness):
+    """For each version with work or executors: what is unfinished, who lives, and whether anybody will do it."""
+    line.put("mine")
+    gate.await_body()
+    with SetEnqueueOptions(app_version="v0"):
+        line.put("theirs")
+    with SetEnqueueOptions(app_version="v-1"):
+        line.put("nobody's")
+    versions = """
+        select application_version, delayed, enqueued, pending, executors, launched_at is not null, stranded
+          from durable.versions order by 1
+    """
+    assert witness.rows(versions) == [
+        ("v-1", 0, 1, 0, 0, False, True), ("v0", 0, 1, 0, 1, True, False), ("v1", 0, 0, 1, 1, True, False)
+    ]
 
 
 def test_a_version_tells_which_of_its_functions_changed(executor, witness, caplog):
@@ -16456,12 +16468,12 @@ MUTANTS = [
         "compare, then look", "newcomer = time.monotonic() <",
         """
             left = _left_alone(conn, self.me, self.config["failover"], newcomer, list(listed))
-            lost = [row for row in left if not self._at_hand(row["id"], row["claim"], listed)]
+            return self.seize(conn, [row for row in left if (row["id"], row["claim"]) not in self.claimed])
 """,
         """
             before = set(self.claimed)
             left = _left_alone(conn, self.me, self.config["failover"], newcomer, list(listed))
-            lost = [row for row in left if (row["id"], row["claim"]) not in before]
+            return self.seize(conn, [row for row in left if (row["id"], row["claim"]) not in before])
 """,
         "a run and its sweeper",
     ),
@@ -16474,7 +16486,7 @@ MUTANTS = [
         "with self.claiming:", "with nullcontext():", "a dequeue and its sweeper",
     ),
     Mutant(
-        "a sweep that overtakes a dequeue", "lost, self.seize(conn, lost)",
+        "a sweep that overtakes a dequeue", "return self.seize(conn, [row",
         "with self.claiming:", "with nullcontext():", "a dequeue and its sweeper",
     ),
     Mutant(
