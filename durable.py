@@ -8434,6 +8434,9 @@ class _Deploying(_Engine):
     ) -> list[Fit]:
         with self._visitor() as executor:
             if executor is not self._executor:
+                with closing(executor.connect()) as conn:
+                    if conn.execute("show transaction_read_only").fetchone() != ("off",):
+                        raise DBOSException("the database is read-only, as a replica is: adopt where it takes writes")
                 executor.pool = executor.new_pool()
             executor.now(_await_the_living)
             return executor.judge_others(ids, None, 0.0, False, tell)

@@ -5666,6 +5666,14 @@ def test_an_enqueue_in_sql_takes_the_options_of_one_in_python(dbos, listing, wit
     assert 990 < (row.delayed_until - row.created_at).total_seconds() < 1010
 
 
+def test_an_empty_option_of_an_enqueue_in_sql_is_none(dbos, listing, witness):
+    """As a language without null would say it: no version, class or instance is called that."""
+    options = "app_version => '', class_name => '', instance_name => ''"
+    for _ in range(2):
+        assert witness.one(f"select durable.enqueue('listing', 'line', workflow_id => 'w', {options})") == "w"
+        assert result_of(dbos, "w") == [[], {}]
+
+
 def test_an_id_enqueued_again_in_sql_is_the_existing_workflow(dbos, listing, witness):
     """Of the same function; for another, and for a deduplication ID that is held, it is an error that names them."""
     again = "select durable.enqueue('listing', 'line', '[1]', workflow_id => 'w', deduplication_id => 'one')"
@@ -12569,6 +12577,20 @@ def test_check_writes_nothing_and_leaves_nothing_behind(stopped, witness):
     assert said_of(dbos) == (True, "fits, up to position 4 (fulfil)")
     assert [witness.rows(f"select * from durable.{each}") for each in tables] == rows
     eventually(lambda: threading.active_count() <= threads)
+
+
+def test_an_adoption_does_not_wait_for_a_replica(stopped, witness):
+    """Where nothing will ever be written it says so; a check is as good there as anywhere."""
+    dbos = stopped(charge_and_ship, charge_and_ship, 1)
+    name = witness.one("select current_database()")
+    witness.run(f"alter database {name} set default_transaction_read_only = on")
+    try:
+        assert said_of(dbos) == (True, "fits, up to position 2 (ship)")
+        with pytest.raises(DBOSException, match="the database is read-only"):
+            dbos.adopt()
+    finally:
+        witness.run(f"alter database {name} reset default_transaction_read_only")
+    assert witness.workflow("w").application_version == "v1"
 
 
 def test_check_needs_no_more_than_the_right_to_read(stopped, witness, url):
