@@ -8370,7 +8370,8 @@ class _AdoptingExecutor(_RehearsingExecutor, _OfferingExecutor):
 def _note_misfits(conn: Conn, incarnation: int, misfits: dict[str, str]) -> None:
     """Tell everybody, by durable.why, what an executor did not adopt, and why."""
     query = "update durable.executors set misfits = %s where incarnation = %s"
-    conn.execute(query, (json.dumps(misfits), incarnation))
+    plain = {id: why.encode(errors="backslashreplace").decode().replace("\0", "\\0") for id, why in misfits.items()}
+    conn.execute(query, (json.dumps(plain), incarnation))
 
 
 class _Deploying(_Engine):
@@ -8381,9 +8382,20 @@ class _Deploying(_Engine):
         return settings
 
     def launch(self) -> None:
-        if getattr(sys.modules["__main__"], "_visiting", False):
+        if self._is_visited():
             raise _NotLaunched("this module is looked at, and not launched")
         super().launch()
+
+    def reset_system_database(self, **options: Any) -> None:
+        """Do nothing where others only look, and raise what it would in a workflow that runs."""
+        if _rehearsal() is not None:
+            raise DBOSException("launched: reset_system_database() is for before the launch; destroy() first")
+        if not self._is_visited():
+            cast(Any, super()).reset_system_database(**options)
+
+    def _is_visited(self) -> bool:
+        """Whether the command line has imported the application, to look at its workflows."""
+        return bool(getattr(sys.modules["__main__"], "_visiting", False))
 
     def _launched(self) -> _Executor:
         run = _rehearsal()
@@ -8483,6 +8495,7 @@ def _application(target: str) -> Durable:
             raise DBOSException(f"there is no module {name!r} here: name it as `import` would, where it runs")
         if name not in sys.modules:
             sys.modules[name] = importlib.util.module_from_spec(spec)  # stays there, wherever the import ends
+            sys.argv = [str(spec.origin)]  # ours are not for it
             spec.loader.exec_module(sys.modules[name])
     except _NotLaunched:
         pass
@@ -8761,7 +8774,7 @@ def _main() -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     _log.addHandler(logging.NullHandler())
     deploys = options.command in ("check", "adopt")  # an application is imported, and may raise anything
-    expected = (Exception,) if deploys else (DBOSException, psycopg.Error, ValueError, OSError)
+    expected = (Exception, SystemExit) if deploys else (DBOSException, psycopg.Error, ValueError, OSError)
     try:
         if options.command == "migrate":
             given = {"system_database_url": url or "", "use_listen_notify": False}

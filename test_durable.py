@@ -13045,6 +13045,18 @@ def test_an_executor_that_may_adopts_what_nobody_serves(deploy, executor, witnes
     assert len(after._executor.misfits) == 1
 
 
+def test_why_it_does_not_fit_is_told_whatever_characters_are_in_that(stopped, monkeypatch, fast_sweeps, witness):
+    """As in the text of an error, which a database may refuse."""
+    monkeypatch.setattr(durable, "_RESTART_GRACE_S", 0.1)
+
+    def fail(dbos, say):
+        say("charge")
+        raise ValueError("no \0 or \ud800 here")
+
+    stopped(charge_and_ship, fail, 1, launch=True, adopt=True)
+    eventually(lambda: witness.one("select why from durable.why").endswith(r": no \0 or \ud800 here"))
+
+
 def test_what_did_not_fit_is_not_tried_again(stopped, fast_sweeps, monkeypatch, witness):
     """Once for each executor and version; but what comes to that version later is looked at."""
     tried, rehearse = [], durable._rehearse
@@ -13168,6 +13180,7 @@ def test_an_application_is_checked_and_adopts_from_the_command_line(deploy, witn
         (("check", "shop:missing"), "missing"),
         (("check", "broken.py"), "ZeroDivisionError"),
         (("check", "two"), "2 instances: say which, as two:ATTRIBUTE"),
+        (("check", "exits"), "SystemExit(3)"),
         (("adopt", "shop", "nobody"), "no unfinished workflow of another version nobody"),
     ],
     ids=lambda value: value[1] if isinstance(value, tuple) else "",
@@ -13175,14 +13188,29 @@ def test_an_application_is_checked_and_adopts_from_the_command_line(deploy, witn
 def test_what_cannot_be_checked_is_told_in_one_line(dbos, application, tmp_path, command, arguments, said):
     """With exit status 2, so that a pipeline can tell it from what does not fit."""
     (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "exits.py").write_text("raise SystemExit(3)")
     (tmp_path / "two.py").write_text("from durable import Durable\none, other = Durable(), Durable()")
     done = command(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr.splitlines()[-1]
 
 
+def test_an_application_that_is_looked_at_empties_no_tables(deploy, witness, tmp_path, application, told):
+    """Though it does so before each launch, as an example would; nor does a workflow that it rehearses."""
+    before = deploy("v1", charge_and_ship)
+    begin(before, before.fulfil).get_result()
+    before.destroy()
+    orphan(witness, "w", keep=1)
+    application(**{"DBOS.launch()": "DBOS.reset_system_database()", "raise SystemExit(\"it": "#"})
+    assert [fit["fits"] for fit in told("check", "shop")] == [True]
+    application(**{"return charge()": "charge(); DBOS.reset_system_database()"})
+    assert "raises durable.DBOSException" in told("check", "shop", status=1)[0]["why"]
+    assert witness.steps("w") == ["charge"]
+
+
 def test_an_application_is_named_by_its_file_too(dbos, application, tmp_path, command):
     """However that is written."""
+    application(**{"DBOS.launch()": "import sys; assert len(sys.argv) == 1; DBOS.launch()"})
     for name in ("shop.py", "./shop.py", str(tmp_path / "shop.py")):
         assert command("check", name).stdout == "no workflow of another version is unfinished\n"
 
@@ -13508,9 +13536,9 @@ def command(url):
 def told(command):
     """What a command that succeeds prints, as JSON."""
 
-    def told(*arguments):
+    def told(*arguments, status=0):
         done = command(*arguments, "--json")
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == status, done.stderr
         return json.loads(done.stdout)
 
     return told
