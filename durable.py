@@ -8073,6 +8073,10 @@ class _RehearsingExecutor(_BareExecutor):
         super().__init__(registry, config)
         self.doubles: dict[Durable, _Executor] = {}  # for instances that workflows of this one use
 
+    def ours(self) -> dict[str, Any]:
+        """Who we are; the application is known by its name only where that is set."""
+        return {**self.me, "application": self.registry._config.get("name")}
+
     def double(self, registry: Durable) -> _Executor:
         """The executor of an instance, or where that is not launched, one that says what can be said without."""
         executor = registry._executor or self.doubles.get(registry)
@@ -8129,21 +8133,29 @@ _log.addFilter(lambda record: _rehearsal() is None)  # what the workflow logs wa
 _STEPS_OF = "(select count(*) from durable.steps where workflow_id = {}.id)"  # on record
 
 
+# Of unfinished work `u`: its version is not one that only applications of other names were launched with.
+_NOT_FOREIGN = """
+    (%(application)s::text is null or u.application_version not in (
+        select application_version from durable.executors
+         group by application_version having bool_and(application <> %(application)s)))
+"""
+
+
 def _of_others(
-    conn: Conn, version: str, ids: list[str] | None, versions: list[str] | None
+    conn: Conn, asked: dict[str, Any], ids: list[str] | None, versions: list[str] | None
 ) -> Iterator[list[dict[str, Any]]]:
-    """Read the unfinished workflows of other versions, in order of arrival, some at a time."""
+    """Read the unfinished workflows of other versions, in order of arrival, some at a time; those named, or ours."""
     columns = [*_LOOKED_AT, "inputs", "application_version", "executor_id", "incarnation"]
     query = f"""
         select {", ".join(f"w.{column}" for column in columns)}, {_STEPS_OF.format("w")} as steps
           from durable.unfinished as u join durable.workflows as w on w.id = u.id
          where u.status <> 'MAX_RECOVERY_ATTEMPTS_EXCEEDED' and u.application_version <> %(version)s
-           and (%(ids)s::text[] is null or u.id = any(%(ids)s))
+           and (u.id = any(%(ids)s) or (%(ids)s::text[] is null and {_NOT_FOREIGN}))
            and (%(versions)s::text[] is null or u.application_version = any(%(versions)s))
          order by u.number
     """
     with conn.cursor(name="durable_of_others", row_factory=dict_row) as cursor:
-        cursor.execute(query, {"version": version, "ids": ids, "versions": versions})
+        cursor.execute(query, {**asked, "ids": ids, "versions": versions})
         while rows := cursor.fetchmany(_REHEARSED_TOGETHER):
             yield rows
 
@@ -8197,7 +8209,7 @@ def _judge(
     with conn.transaction():  # as of one moment, and nothing is written
         conn.execute("set transaction isolation level repeatable read, read only")
         conn.execute("set local idle_in_transaction_session_timeout = 0")  # however long the code takes
-        for found in _of_others(conn, executor.me["version"], ids, versions):
+        for found in _of_others(conn, executor.ours(), ids, versions):
             rows = [row for row in found if (row["id"], row["claim"]) not in known]
             yield list(zip(rows, _rehearse(executor, conn, stage, rows), strict=True))
             done += len(rows)
@@ -8277,11 +8289,11 @@ _DEAD = """
 def _without_executors(
     conn: Conn, me: dict[str, Any], patience_s: float, newcomer: bool
 ) -> dict[str, tuple[int, int, datetime]]:
-    """Find the other versions that have work and no live executor; and for each a sign that changes with its work."""
+    """Find our other versions that have work and no live executor; and for each a sign that changes with its work."""
     _note_lost(conn)
     query = f"""
         select application_version, count(*), max(number), max(updated_at) from durable.unfinished as u
-         where status <> 'MAX_RECOVERY_ATTEMPTS_EXCEEDED' and application_version <> %(version)s
+         where status <> 'MAX_RECOVERY_ATTEMPTS_EXCEEDED' and application_version <> %(version)s and {_NOT_FOREIGN}
            and not exists (select from durable.executors as e
                             where e.application_version = u.application_version and not coalesce({_DEAD}, false))
          group by application_version
@@ -8327,7 +8339,7 @@ class _AdoptingExecutor(_RehearsingExecutor, _OfferingExecutor):
         if self.deactivated or self.stopping.is_set():
             return
         newcomer = time.monotonic() < self.launched_at + _RESTART_GRACE_S + _SWEEP_S / 2
-        signs = self.now(_without_executors, self.me, _SWEEP_S / 2, newcomer)
+        signs = self.now(_without_executors, self.ours(), _SWEEP_S / 2, newcomer)
         news = [version for version, sign in signs.items() if self.signs.get(version) != sign]
         if not news:
             return

@@ -13087,6 +13087,24 @@ def test_a_live_version_keeps_its_work(deploy, executor, witness, fast_sweeps):
     eventually(lambda: witness.workflow("w").application_version == "v2")
 
 
+@pytest.mark.parametrize("name", ["shop", "bank", None])
+def test_the_work_of_another_application_is_left_to_that(stopped, witness, fast_sweeps, monkeypatch, name):
+    """Though it would fit, unless it is named one by one; which is whose can be told where they have names."""
+    monkeypatch.setattr(durable, "_RESTART_GRACE_S", 0.1)
+    dbos = stopped(charge_and_ship, charge_and_ship, 1)
+    witness.run("update durable.executors set application = 'shop'")
+    dbos(config={**dbos._config, "name": name})
+    ids = [] if name == "bank" else ["w"]
+    assert [fit.workflow_id for fit in dbos.check()] == ids
+    assert [fit.workflow_id for fit in dbos.check(["w"])] == ["w"]
+    dbos._config["adopt"] = True
+    dbos.launch()
+    witness.run("select durable.enqueue('fulfil', 'line', workflow_id => 'x', app_version => 'v0')")
+    eventually(lambda: witness.workflow("x").application_version == "v2")  # of whom nobody knows anything
+    assert witness.workflow("w").application_version == ("v2" if ids else "v1")
+    assert [fit.workflow_id for fit in dbos.adopt(["w"])] == ["w"] * (not ids)
+
+
 def test_adoption_is_set_by_config_or_environment(executor, monkeypatch):
     """It is off unless somebody says so."""
     assert executor()._settings()["adopt"] is False
