@@ -1911,11 +1911,12 @@ def _left_alone(
 
     An incarnation that stopped in good order is dead.  One whose lock is free is believed so at one look by a
     process that has just come up under its name; for everybody else half a sweep must have passed since somebody first
-    saw it free.
+    saw it free.  And one of another version lives or not: it runs nothing of this.
     """
     query = f"""
         select {", ".join(f"w.{column}" for column in _LOOKED_AT)}
-          from durable.workflows as w left join durable.executors as e on e.incarnation = w.incarnation
+          from durable.workflows as w
+          left join durable.executors as e on e.incarnation = w.incarnation and e.application_version = %(version)s
          where w.status = 'PENDING' and w.incarnation is not null and w.application_version = %(version)s
            and (w.incarnation = %(incarnation)s or w.executor_id = any(%(listed)s)
                 or ((w.executor_id = %(executor_id)s or %(failover)s)
@@ -7738,8 +7739,10 @@ def _tries(conn: Conn, id: str | None) -> dict[int, int]:
 # version.  `patch` lets changed code do as before for those who have passed the place of the change.
 
 import ctypes
+import gc
 import importlib.util
 import selectors
+import traceback
 from collections.abc import Container
 from contextlib import closing
 from dataclasses import replace
@@ -7809,6 +7812,10 @@ class _Rehearsal(_OrderedRun):
         self.idle = self.swallowed = 0  # how often nothing moved after the end, or something still did
 
     # Recall.
+
+    def advance(self, by: int = 1) -> int:
+        self.go_on()  # behind the end no call counts, on whatever thread
+        return super().advance(by)
 
     def left(self) -> _Record | None:
         """The first record that no call has recalled."""
@@ -7898,12 +7905,21 @@ class _Rehearsal(_OrderedRun):
         if not self.began:
             return  # whatever the code does then is right
         call = functools.partial(self.function.call, *args, **kwargs)
-        with _OptionBlock(), suppress(_Stopped):
-            if self.function.is_async:
-                self.rehearse_on_loop(call)
-            else:
-                with self.noted(), self.inside():
-                    call()
+        with _OptionBlock(), self.inside():
+            with suppress(_Stopped):
+                if self.function.is_async:
+                    self.rehearse_on_loop(call)
+                else:
+                    with self.noted(), self.inside():
+                        call()
+            self.clear_away()
+
+    def clear_away(self) -> None:
+        """End here what the code left behind, as a generator with a `finally`: elsewhere its steps were plain calls."""
+        self.halt(self.stopped or _Frontier("the rehearsal is over"))
+        for error in (self.stopped, self.error):
+            traceback.clear_frames(getattr(error, "__traceback__", None))
+        gc.collect(1)  # what is young: costs next to nothing
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -8076,8 +8092,48 @@ class _Scene:
                 return
 
 
+def _unraisable(unraisable: Any) -> None:
+    """Say what an interpreter says of an error that nobody can catch; but not of a generator that a rehearsal ended."""
+    if not isinstance(unraisable.exc_value, _Stopped):
+        sys.__unraisablehook__(unraisable)
+
+
 class _RehearsingExecutor(_BareExecutor):
     """Asks the database nothing for a rehearsal, and lets it wait for nothing."""
+
+    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
+        super().__init__(registry, config)
+        self.doubles: dict[Durable, _Executor] = {}  # for instances that workflows of this one use
+
+    def ours(self) -> dict[str, Any]:
+        """Who we are; the application is known by its name only where that is set."""
+        return {**self.me, "application": self.registry._config.get("name")}
+
+    def double(self, registry: Durable) -> _Executor:
+        """The executor of an instance, or where that is not launched, one that says what can be said without."""
+        executor = registry._executor or self.doubles.get(registry)
+        if registry is self.registry:
+            executor = cast(_Executor, self)
+        elif executor is None:
+            executor = self.doubles[registry] = _Executor(registry, registry._settings())
+            executor.me = {**contextvars.Context().run(registry._identity), "incarnation": 0}
+        return executor
+
+    def apart(self, call: Callable[[], T]) -> T:
+        """Do what is no part of the rehearsal that it happens in: a workflow's own code may make a client."""
+        return call() if _rehearsal() is None else contextvars.Context().run(call)
+
+    def open(self) -> None:
+        self.apart(super().open)
+
+    def serve(self) -> list[str]:
+        return self.apart(super().serve)
+
+    def close(self, patience_s: float) -> None:
+        self.apart(functools.partial(super().close, patience_s))
+
+    def hosts(self, other: _Executor) -> bool:
+        return _rehearsal() is not None or bool(cast(Any, super()).hosts(other))  # what is on record could be done
 
     def now(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         run = _rehearsal()
@@ -8109,21 +8165,29 @@ _log.addFilter(lambda record: _rehearsal() is None)  # what the workflow logs wa
 _STEPS_OF = "(select count(*) from durable.steps where workflow_id = {}.id)"  # on record
 
 
+# Of unfinished work `u`: its version is not one that only applications of other names were launched with.
+_NOT_FOREIGN = """
+    (%(application)s::text is null or u.application_version not in (
+        select application_version from durable.executors
+         group by application_version having bool_and(application <> %(application)s)))
+"""
+
+
 def _of_others(
-    conn: Conn, version: str, ids: list[str] | None, versions: list[str] | None
+    conn: Conn, asked: dict[str, Any], ids: list[str] | None, versions: list[str] | None
 ) -> Iterator[list[dict[str, Any]]]:
-    """Read the unfinished workflows of other versions, in order of arrival, some at a time."""
+    """Read the unfinished workflows of other versions, in order of arrival, some at a time; those named, or ours."""
     columns = [*_LOOKED_AT, "inputs", "application_version", "executor_id", "incarnation"]
     query = f"""
         select {", ".join(f"w.{column}" for column in columns)}, {_STEPS_OF.format("w")} as steps
           from durable.unfinished as u join durable.workflows as w on w.id = u.id
          where u.status <> 'MAX_RECOVERY_ATTEMPTS_EXCEEDED' and u.application_version <> %(version)s
-           and (%(ids)s::text[] is null or u.id = any(%(ids)s))
+           and (u.id = any(%(ids)s) or (%(ids)s::text[] is null and {_NOT_FOREIGN}))
            and (%(versions)s::text[] is null or u.application_version = any(%(versions)s))
          order by u.number
     """
     with conn.cursor(name="durable_of_others", row_factory=dict_row) as cursor:
-        cursor.execute(query, {"version": version, "ids": ids, "versions": versions})
+        cursor.execute(query, {**asked, "ids": ids, "versions": versions})
         while rows := cursor.fetchmany(_READ_TOGETHER):
             yield rows
 
@@ -8162,7 +8226,8 @@ def _judge(
     _propagate_context()
     with conn.transaction():  # as of one moment, and nothing is written
         conn.execute("set transaction isolation level repeatable read, read only")
-        for found in _of_others(conn, executor.me["version"], ids, versions):
+        conn.execute("set local idle_in_transaction_session_timeout = 0")  # however long the code takes
+        for found in _of_others(conn, executor.ours(), ids, versions):
             rows = [row for row in found if (row["id"], row["claim"]) not in known]
             yield list(zip(rows, _rehearse(executor, conn, stage, rows), strict=True))
             done += len(rows)
@@ -8170,14 +8235,16 @@ def _judge(
 
 
 def _give(
-    conn: Conn, me: dict[str, Any], checked: list[tuple[dict[str, Any], Fit]], patience_s: float, newcomer: bool
+    conn: Conn, me: dict[str, Any], checked: list[tuple[dict[str, Any], Fit]], patience_s: float, newcomer: bool,
+    tries: Iterator[int],
 ) -> list[Fit]:
     """Give what fits, and no live executor runs, to our version; say of each what became of it.
 
     Guarded by the claim, the status and the version under which it was checked, so of two who adopt at once one gets
     it.  The claim is raised, so an executor that is only cut off finds nothing of it when it comes back; and what such
-    a one has put on record since the check was not checked, so a history that has grown stays.  (Asked of `found`, the
-    count is made for those only: of `w`, some plans make it for every workflow.)
+    a one has put on record since the check was not checked, so a history that has grown stays.  Where the answer of an
+    earlier of the `tries` was lost, what has our version by now was adopted by that.  (Asked of `found`, the count is
+    made for those only: of `w`, some plans make it for every workflow.)
     """
     query = f"""
         update durable.workflows as w
@@ -8186,19 +8253,26 @@ def _give(
                                                         steps bigint)
           join durable.workflows as its on its.id = found.id
           left join durable.executors as e on e.incarnation = its.incarnation
+                                          and e.application_version = its.application_version
          where w.id = found.id and w.claim = found.claim and w.status = found.status
            and w.application_version = found.application_version and (w.status <> 'PENDING' or {_DEAD})
            and found.steps = {_STEPS_OF.format("found")}
         returning w.id
     """
     fitting = {row["id"]: row for row, fit in checked if fit.fits}
+    again = next(tries) > 0
     names = ("id", "claim", "status", "application_version", "steps")
     found = json.dumps([{name: row[name] for name in names} for row in fitting.values()])
     with conn.transaction():
         _note_lost(conn)
-        conn.execute("select from durable.workflows where id = any(%s) order by id for update", (list(fitting),))
+        locked = """
+            select id, claim, application_version from durable.workflows where id = any(%s) order by id for update
+        """
+        there = conn.execute(locked, (list(fitting),)).fetchall()
         asked = {**me, "found": found, "patience_s": patience_s, "newcomer": newcomer}
         adopted = {id for (id,) in conn.execute(query, asked)}
+    if again:
+        adopted |= {id for id, claim, its in there if its == me["version"] and claim > fitting[id]["claim"]}
     now = _claims(conn, [id for id in fitting if id not in adopted])
     hints = {("q", row["queue"]) for id, row in fitting.items() if id in adopted and row["status"] == "ENQUEUED"}
     hints |= {("c", id) for id, row in fitting.items() if id in adopted and row["status"] == "PENDING"}
@@ -8233,11 +8307,11 @@ _DEAD = """
 def _without_executors(
     conn: Conn, me: dict[str, Any], patience_s: float, newcomer: bool
 ) -> dict[str, tuple[int, int, datetime]]:
-    """Find the other versions that have work and no live executor; and for each a sign that changes with its work."""
+    """Find our other versions that have work and no live executor; and for each a sign that changes with its work."""
     _note_lost(conn)
     query = f"""
         select application_version, count(*), max(number), max(updated_at) from durable.unfinished as u
-         where status <> 'MAX_RECOVERY_ATTEMPTS_EXCEEDED' and application_version <> %(version)s
+         where status <> 'MAX_RECOVERY_ATTEMPTS_EXCEEDED' and application_version <> %(version)s and {_NOT_FOREIGN}
            and not exists (select from durable.executors as e
                             where e.application_version = u.application_version and not coalesce({_DEAD}, false))
          group by application_version
@@ -8324,12 +8398,13 @@ class _AdoptingExecutor(_RehearsingExecutor, _OfferingExecutor):
         if self.deactivated or self.stopping.is_set():
             return
         newcomer = time.monotonic() < self.launched_at + _RESTART_GRACE_S + _SWEEP_S / 2
-        signs = self.now(_without_executors, self.me, _SWEEP_S / 2, newcomer)
+        signs = self.now(_without_executors, self.ours(), _SWEEP_S / 2, newcomer)
         news = [version for version, sign in signs.items() if self.signs.get(version) != sign]
         if not news:
             return
         fits = self.judge_others(None, news, _SWEEP_S / 2, newcomer)
-        self.signs = signs
+        later = {fit.application_version for fit in fits if fit.fits and not fit.adopted}  # they moved on meanwhile
+        self.signs = {version: sign for version, sign in signs.items() if version not in later}
         adopted = [fit.workflow_id for fit in fits if fit.adopted]
         if adopted:
             _log.info("adopted from %s: %s", ", ".join(news), _some(adopted))
@@ -8351,7 +8426,7 @@ class _AdoptingExecutor(_RehearsingExecutor, _OfferingExecutor):
             """Judge what is not yet judged: the connection may break, and another go on."""
             with closing(self.connect()) as conn:
                 for checked in _judge(cast(_Executor, self), conn, ids, versions, known, tell):
-                    fits.extend(self.now(_give, self.me, checked, patience_s, newcomer))
+                    fits.extend(self.now(_give, self.me, checked, patience_s, newcomer, itertools.count()))
                     known.update((row["id"], row["claim"]) for row, _ in checked)
                     self.misfits.update({(row["id"], row["claim"]): fit.why for row, fit in checked if not fit.fits})
                     if self.stopping.is_set():
@@ -8366,7 +8441,8 @@ class _AdoptingExecutor(_RehearsingExecutor, _OfferingExecutor):
 def _note_misfits(conn: Conn, incarnation: int, misfits: dict[str, str]) -> None:
     """Tell everybody, by durable.why, what an executor did not adopt, and why."""
     query = "update durable.executors set misfits = %s where incarnation = %s"
-    conn.execute(query, (json.dumps(misfits), incarnation))
+    plain = {id: why.encode(errors="backslashreplace").decode().replace("\0", "\\0") for id, why in misfits.items()}
+    conn.execute(query, (json.dumps(plain), incarnation))
 
 
 class _Deploying(_Engine):
@@ -8377,17 +8453,28 @@ class _Deploying(_Engine):
         return settings
 
     def launch(self) -> None:
-        if _visiting:
+        if self._is_visited():
             raise _NotLaunched("this module is looked at, and not launched")
         super().launch()
 
+    def reset_system_database(self, **options: Any) -> None:
+        """Do nothing where others only look, and raise what it would in a workflow that runs."""
+        if _rehearsal() is not None:
+            raise DBOSException("launched: reset_system_database() is for before the launch; destroy() first")
+        if not self._is_visited():
+            cast(Any, super()).reset_system_database(**options)
+
+    def _is_visited(self) -> bool:
+        """Whether the command line has imported the application, to look at its workflows."""
+        return bool(getattr(sys.modules["__main__"], "_visiting", False))
+
     def _launched(self) -> _Executor:
         run = _rehearsal()
-        return super()._launched() if run is None else run.executor
+        return super()._launched() if run is None else run.executor.double(cast(Durable, self))
 
     def _me(self, what: str) -> Any:
         run = _rehearsal()
-        return super()._me(what) if run is None else run.executor.me.get(what)
+        return super()._me(what) if run is None else run.executor.double(cast(Durable, self)).me.get(what)
 
     async def _check(self, workflow_ids: list[str] | None = None) -> list[Fit]:
         """Say of each unfinished workflow of another version whether the code that is here can go on with it.
@@ -8430,6 +8517,9 @@ class _Deploying(_Engine):
     ) -> list[Fit]:
         with self._visitor() as executor:
             if executor is not self._executor:
+                with closing(executor.connect()) as conn:
+                    if conn.execute("show transaction_read_only").fetchone() != ("off",):
+                        raise DBOSException("the database is read-only, as a replica is: adopt where it takes writes")
                 executor.pool = executor.new_pool()
             executor.now(_await_the_living)
             return executor.judge_others(ids, None, 0.0, False, tell)
@@ -8461,30 +8551,47 @@ class _NotLaunched(BaseException):
     """Ends the import of a module whose workflows are to be checked where it would begin to work."""
 
 
-_visiting = False  # an application is imported to look at its workflows, and not to be launched
-
-
 def _application(target: str) -> Durable:
-    """Import an application, up to its launch, and return its instance: `module`, or `module:attribute`."""
-    global _visiting
+    """Import an application, up to its launch, and return its instance: `module`, or `module:attribute`.
+
+    It is the main module that says we only look, for the application may have another copy of this file.
+    """
     path, _, attribute = target.partition(":")
-    name = path.removesuffix(".py").replace(os.sep, ".")
+    name = (os.path.relpath(path) if os.sep in path else path).removesuffix(".py").replace(os.sep, ".")
     sys.path.insert(0, os.getcwd())
-    _visiting = True
-    with suppress(_NotLaunched):
-        spec = importlib.util.find_spec(name)
+    cast(Any, sys.modules["__main__"])._visiting = True
+    try:
+        spec = None if name.startswith(".") else importlib.util.find_spec(name)
         if spec is None or spec.loader is None:
             raise DBOSException(f"there is no module {name!r} here: name it as `import` would, where it runs")
         if name not in sys.modules:
             sys.modules[name] = importlib.util.module_from_spec(spec)  # stays there, wherever the import ends
+            sys.argv = [str(spec.origin)]  # ours are not for it
             spec.loader.exec_module(sys.modules[name])
+    except _NotLaunched:
+        pass
+    except BaseException as end:
+        if type(end).__name__ == _NotLaunched.__name__:
+            raise _elsewhere(end) from None
+        raise
     module = sys.modules[name]
     if attribute:
-        return cast(Durable, functools.reduce(getattr, attribute.split("."), cast(Any, module)))
-    found = {id(each): each for each in vars(module).values() if isinstance(each, Durable)}
+        found = [functools.reduce(getattr, attribute.split("."), cast(Any, module))]
+    else:
+        kinds = {id(each): each for each in vars(module).values() if type(each).__name__ == "Durable"}
+        found = list(kinds.values())
     if len(found) > 1:
         raise DBOSException(f"{name} has {len(found)} instances: say which, as {name}:ATTRIBUTE")
-    return next(iter(found.values()), DBOS)
+    app = found[0] if found else DBOS
+    if not isinstance(app, Durable):
+        raise _elsewhere(app)
+    return app
+
+
+def _elsewhere(thing: object) -> DBOSException:
+    """What to raise where the application has its own copy of this file."""
+    file = getattr(sys.modules.get(type(thing).__module__), "__file__", None)
+    return DBOSException(f"the application imports another durable.py than this one: run that, {file}")
 
 
 # Patches.
@@ -8693,7 +8800,8 @@ def _cell(name: str, value: Any) -> str:
 def _deploy(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Check or adopt with the code of an application, which imports this file by its name: ask that one."""
     with contextlib.redirect_stdout(sys.stderr):  # whatever the application prints
-        library = importlib.import_module(Path(__file__).stem)
+        library = importlib.import_module(__spec__.name if __spec__ else Path(__file__).stem)
+        sys.unraisablehook = library._unraisable
         app = library._application(options.MODULE)
         if getattr(options, "url", None):
             app._config = {**app._config, "system_database_url": options.url}
@@ -8737,7 +8845,7 @@ def _main() -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     _log.addHandler(logging.NullHandler())
     deploys = options.command in ("check", "adopt")  # an application is imported, and may raise anything
-    expected = (Exception,) if deploys else (DBOSException, psycopg.Error, ValueError, OSError)
+    expected = (Exception, SystemExit) if deploys else (DBOSException, psycopg.Error, ValueError, OSError)
     try:
         if options.command == "migrate":
             given = {"system_database_url": url or "", "use_listen_notify": False}

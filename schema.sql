@@ -231,6 +231,9 @@ begin
     if problem is not null then
         raise exception 'durable.enqueue: %', problem using errcode = 'invalid_parameter_value';
     end if;
+    app_version := nullif(app_version, '');  -- or nobody would ever take it
+    class_name := nullif(class_name, '');
+    instance_name := nullif(instance_name, '');
     loop
         insert into durable.workflows
                (id, name, class_name, config_name, inputs, status, claim, application_version, queue, priority,

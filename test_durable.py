@@ -5659,6 +5659,14 @@ def test_an_enqueue_in_sql_takes_the_options_of_one_in_python(dbos, listing, wit
     assert 990 < (row.delayed_until - row.created_at).total_seconds() < 1010
 
 
+def test_an_empty_option_of_an_enqueue_in_sql_is_none(dbos, listing, witness):
+    """As a language without null would say it: no version, class or instance is called that."""
+    options = "app_version => '', class_name => '', instance_name => ''"
+    for _ in range(2):
+        assert witness.one(f"select durable.enqueue('listing', 'line', workflow_id => 'w', {options})") == "w"
+        assert result_of(dbos, "w") == [[], {}]
+
+
 def test_an_id_enqueued_again_in_sql_is_the_existing_workflow(dbos, listing, witness):
     """Of the same function; for another, and for a deduplication ID that is held, it is an error that names them."""
     again = "select durable.enqueue('listing', 'line', '[1]', workflow_id => 'w', deduplication_id => 'one')"
@@ -12651,6 +12659,20 @@ def test_check_writes_nothing_and_leaves_nothing_behind(stopped, witness):
     eventually(lambda: threading.active_count() <= threads)
 
 
+def test_an_adoption_does_not_wait_for_a_replica(stopped, witness):
+    """Where nothing will ever be written it says so; a check is as good there as anywhere."""
+    dbos = stopped(charge_and_ship, charge_and_ship, 1)
+    name = witness.one("select current_database()")
+    witness.run(f"alter database {name} set default_transaction_read_only = on")
+    try:
+        assert said_of(dbos) == (True, "fits, up to position 2 (ship)")
+        with pytest.raises(DBOSException, match="the database is read-only"):
+            dbos.adopt()
+    finally:
+        witness.run(f"alter database {name} reset default_transaction_read_only")
+    assert witness.workflow("w").application_version == "v1"
+
+
 def test_check_needs_no_more_than_the_right_to_read(stopped, witness, url):
     """As on a replica, too, where nothing can be written."""
     dbos = stopped(charge_and_ship, charge_and_ship, 1)
@@ -12719,6 +12741,88 @@ def test_code_that_does_not_end_is_no_hang(stopped, soon_given_up, gate, witness
     assert said_of(dbos) == (fits, why)
     fits, why = said_of(dbos, "x")
     assert fits == (after is make_something_of_it) or why == "was left out: fulfil stood still in workflow w"
+
+
+def leave_a_generator(dbos, say):
+    def words():
+        try:
+            yield say("charge")
+            yield words
+        finally:
+            say("tidy")
+
+    left = words()
+    next(left)
+    return say("ship")
+
+
+def leave_a_cycle(dbos, say):
+    def words(me):
+        try:
+            yield say("charge")
+            yield me
+        finally:
+            say("tidy")
+
+    me = []
+    me.append(words(me))
+    next(me[0])
+    return say("ship")
+
+
+async def leave_an_async_generator(dbos, say):
+    async def words():
+        try:
+            yield await say("charge")
+        finally:
+            await say("tidy")
+
+    dbos.left = words()
+    await anext(dbos.left)
+    return await say("ship")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("body", [leave_a_generator, leave_a_cycle, leave_an_async_generator])
+def test_what_a_rehearsal_leaves_behind_calls_no_step(stopped, body):
+    """A generator that nobody ends goes with the rehearsal, and so do the steps of its `finally`."""
+    before = charge_and_ship_async if inspect.iscoroutinefunction(body) else charge_and_ship
+    dbos = stopped(before, body, 1)
+    for _ in range(2):
+        assert said_of(dbos) == (True, "fits, up to position 2 (ship)")
+        gc.collect()
+        assert dbos.said == []
+
+
+def test_check_knows_what_is_done_to_other_instances_and_by_clients(stopped, executor, url):
+    """Though those are not launched: their calls stand in the history of the workflow that made them."""
+    other = executor(application_version="o1", executor_id="other")
+    greet = other.workflow(name="greet")(lambda: "hello")
+    told = other.transaction(name="told")(lambda: 1)
+    work = Queue("line", durable=other)
+
+    def body(dbos, say):
+        client = DBOSClient(system_database_url=url)
+        client.send(dbos.workflow_id, "one")
+        client.destroy()
+        other.send(dbos.workflow_id, "two")
+        return say(greet() + other.start_workflow(greet).get_result() + work.enqueue(greet).get_result() + str(told()))
+
+    other.launch()
+    dbos = stopped(body, body, 9)
+    other.destroy()
+    assert said_of(dbos) == (True, "fits, up to position 10 (hellohellohello1)")
+
+
+def test_a_check_may_take_its_time(stopped, monkeypatch):
+    """Its transaction may be idle for longer than others."""
+    monkeypatch.setattr(durable, "_IDLE_TRANSACTION_S", 0.05)
+
+    def slow(dbos, say):
+        time.sleep(0.3)
+        return charge_and_ship(dbos, say)
+
+    assert said_of(stopped(charge_and_ship, slow, 1)) == (True, "fits, up to position 2 (ship)")
 
 
 def test_check_rehearses_coroutines_with_their_timeouts(stopped, witness):
@@ -12938,6 +13042,63 @@ def test_an_executor_that_was_cut_off_finds_nothing_of_what_was_adopted(executor
     assert handle.workflow_id == "w"
 
 
+def test_what_was_adopted_goes_on_though_its_former_executor_comes_back(executor, gate, witness, fast_sweeps):
+    """That lives, under the same name, and runs it no longer."""
+    before = executor(application_version="v1")
+    held = before.workflow(name="held")(gate.__call__)
+    before.launch()
+    begin(before, held)
+    gate.await_body()
+    witness.run("update durable.executors set stopped_at = now()")
+    after = executor(application_version="v2")
+    after.workflow(name="held")(lambda: "adopted")
+    assert [fit.adopted for fit in after.adopt()] == [True]
+    witness.run("update durable.executors set stopped_at = null, lost_at = null")
+    after.launch()
+    assert result_of(after, "w") == "adopted"
+    gate.open()
+
+
+def test_an_adoption_whose_answer_is_lost_is_told(stopped, witness, monkeypatch):
+    """The next try finds that it is done."""
+    give, lost = durable._give, []
+
+    def give_and_lose(*args):
+        fits = give(*args)
+        if not lost:
+            lost.append(fits)
+            raise psycopg.OperationalError("the answer is lost")
+        return fits
+
+    dbos = stopped(charge_and_ship, charge_and_ship, 1)
+    monkeypatch.setattr(durable, "_give", give_and_lose)
+    claim = witness.workflow("w").claim
+    (fit,) = dbos.adopt()
+    assert (fit.adopted, fit.why) == (True, "fits, up to position 2 (ship)")
+    assert (witness.workflow("w").application_version, witness.workflow("w").claim) == ("v2", claim + 1)
+
+
+def test_what_moved_on_between_check_and_adoption_is_looked_at_again(stopped, fast_sweeps, monkeypatch, witness):
+    """Also where only its history grew, which its row does not show."""
+    monkeypatch.setattr(durable, "_RESTART_GRACE_S", 0.1)
+    rehearse, grown = durable._rehearse, []
+
+    def meanwhile(*args):
+        fits = rehearse(*args)
+        if not grown:
+            grown.append(1)
+            witness.run("""
+                insert into durable.steps (workflow_id, position, name, output, started_at, completed_at)
+                values ('w', 2, 'ship', '"ship"', now(), now())
+            """)
+        return fits
+
+    monkeypatch.setattr(durable, "_rehearse", meanwhile)
+    stopped(charge_and_ship, charge_and_ship, 1, launch=True, adopt=True)
+    eventually(lambda: witness.workflow("w").application_version == "v2")
+    assert witness.steps("w") == ["charge", "ship"]
+
+
 @pytest.mark.parametrize("when", ["launch", "sweep"])
 def test_an_executor_that_may_adopts_what_nobody_serves(deploy, executor, witness, fast_sweeps, monkeypatch, when):
     """At its launch, and later of what dies then; what does not fit says why, once, where one looks for it."""
@@ -12962,6 +13123,18 @@ def test_an_executor_that_may_adopts_what_nobody_serves(deploy, executor, witnes
     eventually(lambda: witness.one(why).endswith(end))
     assert witness.workflow("parts").application_version == "v1"
     assert len(after._executor.misfits) == 1
+
+
+def test_why_it_does_not_fit_is_told_whatever_characters_are_in_that(stopped, monkeypatch, fast_sweeps, witness):
+    """As in the text of an error, which a database may refuse."""
+    monkeypatch.setattr(durable, "_RESTART_GRACE_S", 0.1)
+
+    def fail(dbos, say):
+        say("charge")
+        raise ValueError("no \0 or \ud800 here")
+
+    stopped(charge_and_ship, fail, 1, launch=True, adopt=True)
+    eventually(lambda: witness.one("select why from durable.why").endswith(r": no \0 or \ud800 here"))
 
 
 def test_what_did_not_fit_is_not_tried_again(stopped, fast_sweeps, monkeypatch, witness):
@@ -12992,6 +13165,24 @@ def test_a_live_version_keeps_its_work(deploy, executor, witness, fast_sweeps):
     assert witness.workflow("w").application_version == "v1"
     blue.destroy()
     eventually(lambda: witness.workflow("w").application_version == "v2")
+
+
+@pytest.mark.parametrize("name", ["shop", "bank", None])
+def test_the_work_of_another_application_is_left_to_that(stopped, witness, fast_sweeps, monkeypatch, name):
+    """Though it would fit, unless it is named one by one; which is whose can be told where they have names."""
+    monkeypatch.setattr(durable, "_RESTART_GRACE_S", 0.1)
+    dbos = stopped(charge_and_ship, charge_and_ship, 1)
+    witness.run("update durable.executors set application = 'shop'")
+    dbos(config={**dbos._config, "name": name})
+    ids = [] if name == "bank" else ["w"]
+    assert [fit.workflow_id for fit in dbos.check()] == ids
+    assert [fit.workflow_id for fit in dbos.check(["w"])] == ["w"]
+    dbos._config["adopt"] = True
+    dbos.launch()
+    witness.run("select durable.enqueue('fulfil', 'line', workflow_id => 'x', app_version => 'v0')")
+    eventually(lambda: witness.workflow("x").application_version == "v2")  # of whom nobody knows anything
+    assert witness.workflow("w").application_version == ("v2" if ids else "v1")
+    assert [fit.workflow_id for fit in dbos.adopt(["w"])] == ["w"] * (not ids)
 
 
 def test_adoption_is_set_by_config_or_environment(executor, monkeypatch):
@@ -13116,6 +13307,7 @@ def test_an_application_is_checked_and_adopts_from_the_command_line(deploy, witn
         (("check", "shop:missing"), "missing"),
         (("check", "broken.py"), "ZeroDivisionError"),
         (("check", "two"), "2 instances: say which, as two:ATTRIBUTE"),
+        (("check", "exits"), "SystemExit(3)"),
         (("adopt", "shop", "nobody"), "no unfinished workflow of another version nobody"),
     ],
     ids=lambda value: value[1] if isinstance(value, tuple) else "",
@@ -13123,10 +13315,44 @@ def test_an_application_is_checked_and_adopts_from_the_command_line(deploy, witn
 def test_what_cannot_be_checked_is_told_in_one_line(dbos, application, tmp_path, command, arguments, said):
     """With exit status 2, so that a pipeline can tell it from what does not fit."""
     (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "exits.py").write_text("raise SystemExit(3)")
     (tmp_path / "two.py").write_text("from durable import Durable\none, other = Durable(), Durable()")
     done = command(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr.splitlines()[-1]
+
+
+def test_an_application_that_is_looked_at_empties_no_tables(deploy, witness, tmp_path, application, told):
+    """Though it does so before each launch, as an example would; nor does a workflow that it rehearses."""
+    before = deploy("v1", charge_and_ship)
+    begin(before, before.fulfil).get_result()
+    before.destroy()
+    orphan(witness, "w", keep=1)
+    application(**{"DBOS.launch()": "DBOS.reset_system_database()", "raise SystemExit(\"it": "#"})
+    assert [fit["fits"] for fit in told("check", "shop")] == [True]
+    application(**{"return charge()": "charge(); DBOS.reset_system_database()"})
+    assert "raises durable.DBOSException" in told("check", "shop", status=1)[0]["why"]
+    assert witness.steps("w") == ["charge"]
+
+
+def test_an_application_is_named_by_its_file_too(dbos, application, tmp_path, command):
+    """However that is written."""
+    application(**{"DBOS.launch()": "import sys; assert len(sys.argv) == 1; DBOS.launch()"})
+    for name in ("shop.py", "./shop.py", str(tmp_path / "shop.py")):
+        assert command("check", name).stdout == "no workflow of another version is unfinished\n"
+
+
+def test_an_application_with_a_durable_py_of_its_own_is_checked_with_that(dbos, application, tmp_path, url, command):
+    """Another one launches nothing, and says which would do; `python -m` finds it in its package."""
+    (tmp_path / "own").mkdir()
+    for name in ("durable.py", "schema.sql"):
+        shutil.copy(HERE / name, tmp_path / "own" / name)
+    application(durable="own.durable")
+    done = command("check", "shop")
+    assert (done.returncode, "run that, " in done.stderr, "own/durable.py" in done.stderr) == (2, True, True)
+    call = [sys.executable, "-m", "own.durable", "--url", url, "check", "shop"]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert (done.returncode, done.stdout) == (0, "no workflow of another version is unfinished\n")
 
 
 # Programs made at random: what check says of a change, and what becomes of it when it is forced.
@@ -13437,9 +13663,9 @@ def command(url):
 def told(command):
     """What a command that succeeds prints, as JSON."""
 
-    def told(*arguments):
+    def told(*arguments, status=0):
         done = command(*arguments, "--json")
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == status, done.stderr
         return json.loads(done.stdout)
 
     return told
