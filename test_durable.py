@@ -13251,7 +13251,7 @@ def test_an_application_with_a_durable_py_of_its_own_is_checked_with_that(dbos, 
 
 KINDS = (
     "step", "fail", "retry", "transaction", "call", "start", "enqueue", "method", "sleep", "recv", "send", "event",
-    "get", "stream", "status", "patch", "deprecate",
+    "get", "stream", "status", "patch", "deprecate", "first", "list", "events", "other",
 )
 
 PROGRAMS = int(os.environ.get("DURABLE_TEST_PROGRAMS", "250"))
@@ -13355,6 +13355,9 @@ class Player:
     def say(self, word):
         return word
 
+    async def say_async(self, word):
+        return word
+
     def fail(self, word):
         raise ValueError(word)
 
@@ -13395,6 +13398,14 @@ class Player:
                 return dbos.patch(word)
             case "deprecate":
                 return dbos.deprecate_patch(word)
+            case "first":
+                return dbos.wait_first([dbos.start_workflow(self.children[word])]).get_result()
+            case "list":
+                return dbos.list_workflows(limit=1)
+            case "events":
+                return dbos.get_all_events(dbos.workflow_id)
+            case "other":
+                return dbos.run_step(options, self.say_async, word)
 
     async def call_async(self, kind, word):
         dbos = self.dbos
@@ -13431,6 +13442,15 @@ class Player:
                 return await dbos.patch_async(word)
             case "deprecate":
                 return await dbos.deprecate_patch_async(word)
+            case "first":
+                child = await dbos.start_workflow_async(self.children[word])
+                return await (await dbos.wait_first_async([child])).get_result()
+            case "list":
+                return await dbos.list_workflows_async(limit=1)
+            case "events":
+                return await dbos.get_all_events_async(dbos.workflow_id)
+            case "other":
+                return await dbos.run_step_async(options, self.say_async, word)
 
 
 def cut_short(witness, player, seed):
