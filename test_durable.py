@@ -12714,6 +12714,7 @@ def test_what_a_rehearsal_leaves_behind_calls_no_step(stopped, body):
         assert dbos.said == []
 
 
+@uses("Client")
 def test_check_knows_what_is_done_to_other_instances_and_by_clients(stopped, executor, url):
     """Though those are not launched: their calls stand in the history of the workflow that made them."""
     other = executor(application_version="o1", executor_id="other")
