@@ -12794,6 +12794,7 @@ def test_what_a_rehearsal_leaves_behind_calls_no_step(stopped, body):
         assert dbos.said == []
 
 
+@uses("Client")
 def test_check_knows_what_is_done_to_other_instances_and_by_clients(stopped, executor, url):
     """Though those are not launched: their calls stand in the history of the workflow that made them."""
     other = executor(application_version="o1", executor_id="other")
@@ -13360,7 +13361,7 @@ def test_an_application_with_a_durable_py_of_its_own_is_checked_with_that(dbos, 
 
 KINDS = (
     "step", "fail", "retry", "transaction", "call", "start", "enqueue", "method", "sleep", "recv", "send", "event",
-    "get", "stream", "status", "patch", "deprecate",
+    "get", "stream", "status", "patch", "deprecate", "first", "list", "events", "other",
 )
 
 PROGRAMS = int(os.environ.get("DURABLE_TEST_PROGRAMS", "250"))
@@ -13464,6 +13465,9 @@ class Player:
     def say(self, word):
         return word
 
+    async def say_async(self, word):
+        return word
+
     def fail(self, word):
         raise ValueError(word)
 
@@ -13504,6 +13508,14 @@ class Player:
                 return dbos.patch(word)
             case "deprecate":
                 return dbos.deprecate_patch(word)
+            case "first":
+                return dbos.wait_first([dbos.start_workflow(self.children[word])]).get_result()
+            case "list":
+                return dbos.list_workflows(limit=1)
+            case "events":
+                return dbos.get_all_events(dbos.workflow_id)
+            case "other":
+                return dbos.run_step(options, self.say_async, word)
 
     async def call_async(self, kind, word):
         dbos = self.dbos
@@ -13540,6 +13552,15 @@ class Player:
                 return await dbos.patch_async(word)
             case "deprecate":
                 return await dbos.deprecate_patch_async(word)
+            case "first":
+                child = await dbos.start_workflow_async(self.children[word])
+                return await (await dbos.wait_first_async([child])).get_result()
+            case "list":
+                return await dbos.list_workflows_async(limit=1)
+            case "events":
+                return await dbos.get_all_events_async(dbos.workflow_id)
+            case "other":
+                return await dbos.run_step_async(options, self.say_async, word)
 
 
 def cut_short(witness, player, seed):
