@@ -1623,7 +1623,7 @@ from psycopg.abc import PQGen
 
 __all__ += ["DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded"]
 
-_SCHEMA_VERSION = 50  # the edition of schema.sql that this code was written for, and how many storeys of it
+_SCHEMA_VERSION = 54  # the edition of schema.sql that this code was written for, and how many storeys of it
 _SWEEP_S = 3.0  # a lock that stays free from one sweep to the next is a death: missed after 3 to 6 s
 _RESTART_GRACE_S = 3.0  # after Postgres starts, time for the living to take their locks again
 _LONGEST_PAUSE_S = 1.0  # between two tries to reach a database that is away
@@ -2724,7 +2724,7 @@ class _Hosting(_Engine):
 import weakref
 from collections import deque
 
-_SCHEMA_VERSION = 51
+_SCHEMA_VERSION = 55
 
 _HISTORY_CHUNK = 1000  # recorded steps read at a time
 _UNFINISHED = ("DELAYED", "ENQUEUED", "PENDING")  # as Python writes a tuple, SQL reads a list
@@ -6465,7 +6465,7 @@ def _set_up_logging(level: str) -> None:
 # code, from a program that has none of it, by HTTP, in a browser and on the command line.
 
 
-_SCHEMA_VERSION = 52
+_SCHEMA_VERSION = 56
 
 # --- Management ---------------------------------------------------------------------------------------
 #

@@ -135,14 +135,14 @@ alter table durable.executors
     add column if not exists misfits jsonb not null default '{}';
 alter table durable.steps add column if not exists tries integer not null default 1;
 
--- Which edition this file is, by the storeys of it: 49 has the first, 52 all four.
-insert into durable.version (number) select 49 where not exists (select from durable.version where number >= 49);
+-- Which edition this file is, by the storeys of it: 53 has the first, 56 all four.
+insert into durable.version (number) select 53 where not exists (select from durable.version where number >= 53);
 
 -- ==== II. Self-hosting ==============================================================================
 --
 -- Who lives.
 
-update durable.version set number = 50 where number = 49;
+update durable.version set number = 54 where number = 53;
 
 -- Which executors live?  Those whose lock somebody holds.
 create or replace view durable.living as
@@ -157,7 +157,7 @@ select incarnation, executor_id, application, application_version, known, queues
 --
 -- What each room needs.
 
-update durable.version set number = 51 where number = 50;
+update durable.version set number = 55 where number = 54;
 
 -- --- Cancel and timeouts ----------------------------------------------------------------------------
 
@@ -316,7 +316,7 @@ create table if not exists durable.streams (
 --
 -- What management looks for, and the operator's questions.  However many workflows have ended, its views are as quick.
 
-update durable.version set number = 52 where number = 51;
+update durable.version set number = 56 where number = 55;
 
 -- For durable.unfinished.
 create index if not exists workflows_dead on durable.workflows (id)

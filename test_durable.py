@@ -10842,7 +10842,17 @@ EDITION_48 = """
 """
 
 
-@pytest.mark.parametrize("edition", [EDITION_1, EDITION_2, EDITION_44, EDITION_48], ids=["1", "2", "44", "48"])
+EDITION_52 = """
+    do $$ begin
+        execute replace(pg_get_functiondef('durable.enqueue'::regproc), 'app_version := nullif', '-- ');
+    end $$;
+    update durable.version set number = 52;
+"""
+
+
+@pytest.mark.parametrize(
+    "edition", [EDITION_1, EDITION_2, EDITION_44, EDITION_48, EDITION_52], ids=["1", "2", "44", "48", "52"]
+)
 def test_a_database_of_an_earlier_edition_is_brought_up_in_place(empty_url, executor, edition):
     """What was there stays, and everything works."""
 
@@ -10864,8 +10874,10 @@ def test_a_database_of_an_earlier_edition_is_brought_up_in_place(empty_url, exec
         dbos.send("w", "hello")
         assert handle.get_result() == "hello ada"
         assert connection.execute("select count(*) from durable.executors").fetchone() == (2,)
-        assert connection.execute("select durable.enqueue('greet', 'line')").rowcount == 1
-        assert connection.execute("select max(number) > 48 from durable.version").fetchone() == (True,)
+        assert connection.execute("select durable.enqueue('greet', 'line', app_version => '')").rowcount == 1
+        enqueued = "select application_version from durable.workflows where status = 'ENQUEUED'"
+        assert connection.execute(enqueued).fetchall() == [(None,)]
+        assert connection.execute("select max(number) > 52 from durable.version").fetchone() == (True,)
         assert connection.execute(INDEXES).fetchall() == schema
 
 
@@ -14201,7 +14213,7 @@ def test_each_storey_of_the_schema_raises_the_edition(empty_url):
             (edition,) = connection.execute("select max(number) from durable.version").fetchone()
             return edition
 
-        assert [edition_after(storey) for storey in (1, 2, 2, 3, 4, 4, 3, 1)] == [49, 50, 50, 51, 52, 52, 52, 52]
+        assert [edition_after(storey) for storey in (1, 2, 2, 3, 4, 4, 3, 1)] == [53, 54, 54, 55, 56, 56, 56, 56]
 
 
 def test_a_room_names_the_tables_of_no_room_that_it_does_not_need():
