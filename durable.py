@@ -869,8 +869,7 @@ _REBUILT: dict[type, Callable[[Any, str], Exception]] = {}  # by the type of a f
 
 
 def _type_name(value: object) -> str:
-    kind = type(value)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
 def _text_of(value: object) -> str:
@@ -1106,7 +1105,7 @@ class _BareExecutor:
         else:
             await _pause_run(cast(_Executor, self), timeout=_AGAIN_S)
 
-    def recover(self, listed: Sequence[str] = ()) -> list[str]:
+    def recover(self) -> list[str]:
         """Take up the workflows that nobody runs, and return their IDs."""
 
         def take(conn: Conn) -> list[dict[str, Any]]:
@@ -1555,8 +1554,7 @@ class _Engine:
     @property
     def step_id(self) -> int | None:
         """The position of the step that this code runs in."""
-        status = self.step_status
-        return status.step_id if status else None
+        return self.step_status.step_id if self.step_status else None
 
     @property
     def step_key(self) -> str:
