@@ -2530,8 +2530,9 @@ class _AdministeredExecutor(_LivingExecutor):
     def serve(self) -> list[str]:
         if self.config["run_admin_server"]:
             try:
-                self.admin = _AdminServer(cast(_Executor, self))
-                self.start_own_thread("durable-admin", functools.partial(self.admin.serve_forever, 0.1))
+                admin = _AdminServer(cast(_Executor, self))
+                self.start_own_thread("durable-admin", functools.partial(admin.serve_forever, 0.1))
+                self.admin = admin  # from now on it can be stopped
             except OSError as error:
                 _log.warning(
                     "no admin server: port %d on %s cannot be had (%s); set admin_port (0 picks a free one)",
