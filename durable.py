@@ -1986,8 +1986,11 @@ def _transact_at(run: _Run, position: int, name: str, isolation: str, call: Call
             with run.executor.turns[name] if tries else nullcontext(), run.executor.pool.connection() as conn:
                 try:
                     value, raised = _commit_together(conn, run, position, name, isolation, call, began)
-                except Exception as error:
-                    undone, lost = _undone(conn, error), conn.closed  # told while nobody else has the session
+                except Exception as error:  # to be judged while nobody else has the session
+                    lost, state = conn.closed, str(getattr(error, "sqlstate", None))[:2]
+                    # It counts as a try of the function where it may be of its making.  Elsewhere, before the function
+                    # was called or with our record, the database is in trouble, and is waited for.
+                    undone = conn.stage == "function" or (conn.stage == "record" and (lost or state in ("40", "25")))
                     raise
         except Exception as error:
             # The commit may have happened all the same, and only its acknowledgement be lost: the record
@@ -2013,9 +2016,8 @@ def _commit_together(
 ) -> tuple[Any, Exception | None]:
     """Call the function and commit; or roll back and return what it raised of its own accord."""
     conn.stage, conn.after = "begin", []
-    before, behind = conn.cleaning(run.executor)
     try:
-        with conn.lent():
+        with conn.lent(run.executor):
             # Begun in SQL, so that `with connection.transaction()` is a savepoint.
             begun = conn.execute(f"begin isolation level {isolation}; show transaction_read_only")
             if begun.nextset() and begun.fetchone() != ("off",):  # later, it is the function's own doing
@@ -2038,7 +2040,7 @@ def _commit_together(
         row = {"id": run.id, "claim": run.claim, "position": position, "name": name, "output": output}
         # One message, so that the record's lock on the workflow's row lives within this one round trip.
         psycopg.ClientCursor(conn).execute(
-            f"set constraints all immediate; {before}{_RECORD_OR_FAIL}; commit; {behind}",
+            f"set constraints all immediate; {conn.before}{_RECORD_OR_FAIL}; commit; {conn.behind}",
             {**row, "took_s": time.monotonic() - began},
         )
         conn.stage = "committed"
@@ -2048,7 +2050,7 @@ def _commit_together(
     finally:
         if conn.stage != "committed":
             with suppress(psycopg.Error):
-                conn.execute(f"rollback; {before}{behind}")
+                conn.execute(f"rollback; {conn.before}{conn.behind}")
 
 
 _lending: contextvars.ContextVar[_Connection | None]
@@ -2076,21 +2078,12 @@ _RECORD_OR_FAIL = """
 """
 
 
-def _undone(conn: _Connection, error: Exception) -> bool:
-    """Whether an error counts as a try of the function: it may be of its making.
-
-    Else the database is in trouble, before the function was called or with our record, and is waited for.
-    """
-    if conn.stage == "record":
-        return conn.closed or str(getattr(error, "sqlstate", None))[:2] in ("40", "25")
-    return conn.stage == "function"
-
-
 class _Connection(psycopg.Connection[Any]):
     """A connection of ours; while it is lent to a transaction function, committing is not that one's to do."""
 
     stage = ""  # of a transaction: it is to "begin", then it is the "function"'s, then it writes the "record"
     after: list[Callable[[], object]]  # what to tell whom once the transaction is committed
+    before = behind = ""  # what undoes the traces of the function: before the record, and behind the commit
 
     def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
         """Give up a session that may not write: it keeps the default with which it began, the next may have another."""
@@ -2106,21 +2099,13 @@ class _Connection(psycopg.Connection[Any]):
             raise DBOSException(_PARTED.format("called commit()"))
         super().commit()
 
-    def lent(self) -> AbstractContextManager[object]:
+    def lent(self, executor: _Executor) -> AbstractContextManager[object]:
         """Surrounds the function's work."""
         return nullcontext()
-
-    def seen(self) -> Conn:
-        """What the function sees as DBOS.connection."""
-        return self
 
     def met(self, error: Exception) -> bool:
         """Whether it was this session that met an error."""
         return isinstance(error, psycopg.Error)
-
-    def cleaning(self, executor: _Executor) -> tuple[str, str]:
-        """What undoes the traces of the function: before the record, and behind the commit."""
-        return "", ""
 
 
 _PARTED = (
@@ -2195,7 +2180,7 @@ class _Transacting(_Engine):
         ours = _lending.get()
         if ours is None:
             raise _NotThereNow("DBOS.connection is for code inside a DBOS.transaction")
-        return ours.seen()
+        return ours
 
 
 # --- Admin --------------------------------------------------------------------------------------------
@@ -2284,12 +2269,9 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
     id = ""  # of what the path names
     login: str | None = None  # what a browser without the token gets, if there is something for people
 
-    def setup(self) -> None:
-        super().setup()
-        self.executor, self.registry = self.server.executor, self.server.executor.registry
-
     def handle(self) -> None:
         """Read the whole head before believing any of it: cut short, it may lack the header that forbids."""
+        self.executor, self.registry = self.server.executor, self.server.executor.registry
         stream, head, line = self.rfile, io.BytesIO(), b"-"
         while line not in (b"", b"\r\n", b"\n") and head.tell() < _HEAD_LIMIT:
             line = stream.readline(_HEAD_LIMIT)
@@ -2474,8 +2456,9 @@ class _AdministeredExecutor(_LivingExecutor):
     def serve(self) -> list[str]:
         if self.config["run_admin_server"]:
             try:
-                self.admin = _AdminServer(cast(_Executor, self))
-                self.start_own_thread("durable-admin", functools.partial(self.admin.serve_forever, 0.1))
+                admin = _AdminServer(cast(_Executor, self))
+                self.start_own_thread("durable-admin", functools.partial(admin.serve_forever, 0.1))
+                self.admin = admin  # from now on it can be stopped
             except OSError as error:
                 _log.warning(
                     "no admin server: port %d on %s cannot be had (%s); set admin_port (0 picks a free one)",
@@ -2492,9 +2475,7 @@ class _AdministeredExecutor(_LivingExecutor):
         super().end()
 
     async def may_begin(self, start: _Start) -> bool:
-        if not self.deactivated or start.parent is not None:
-            return await super().may_begin(start)
-        if await self.ask(_find, start.row["id"]) is None:
+        if self.deactivated and start.parent is None and await self.ask(_find, start.row["id"]) is None:
             raise DBOSException(
                 f"executor {self.me['executor_id']} is deactivated and starts no new workflows: "
                 f"start {start.row['name']} on another, or enqueue it"
@@ -2532,6 +2513,7 @@ _DEFAULTS |= {
 
 _SECRETS = ("system_database_url", "admin_token")  # whose values no message shows
 _LIMITS = {"sys_db_pool_size": (2, 1000), "admin_port": (0, 65535)}
+_EMBEDDED = Path(".durable", "postgres")  # where the database is if nobody says
 
 
 class _ValidWorkflowID(_WorkflowID):
@@ -2553,10 +2535,10 @@ def _storable(text: str) -> bool:
     return "\0" not in text and text == text.encode("utf-8", "replace").decode()
 
 
-def _postgres_url(url: str | None, create: bool = True) -> str:
+def _postgres_url(url: str | None) -> str:
     """The URL for psycopg: SQLAlchemy's way of naming the driver is cut out, other databases are refused."""
     if not url:
-        return _embedded_url(create)
+        return _embedded_url()
     begin = re.match(r"([a-z]\w*)(\+\w+)?://", url, re.ASCII | re.IGNORECASE)
     if begin is None:
         return url  # keywords, whose values may have anything in them
@@ -2571,14 +2553,9 @@ def _giver(url: str | None) -> str:
     return next(variables, "system_database_url")
 
 
-def _embedded_url(create: bool) -> str:
-    """Start (or find running) the embedded Postgres of this folder; without `create`, only where there was one."""
-    folder = Path(".durable", "postgres").absolute()
-    if not (create or folder.exists()):
-        raise DBOSInitializationError(
-            f"no database: give its URL, set DBOS_SYSTEM_DATABASE_URL, or come where the application runs ({folder} "
-            f"is not there)"
-        )
+def _embedded_url() -> str:
+    """Start (or find running) the embedded Postgres of this folder."""
+    folder = _EMBEDDED.absolute()
     handles = folder / ".handle_pids.json"  # who uses the server: it forgets nobody who was killed, and never stops
     try:
         with warnings.catch_warnings():
@@ -2643,17 +2620,12 @@ class _SettledExecutor(_TransactingExecutor):
 
     def connect(self) -> _Connection:
         """Connect, or say in one sentence why not; later on, a database that is away is waited for."""
-        if self.me:
-            return super().connect()
         try:
             return super().connect()
         except (psycopg.Error, ValueError, OverflowError) as error:  # as of a host that is no name, a port too large
-            failure = error
-        raise self.unreachable(failure)
-
-    def unreachable(self, failure: Exception) -> DBOSInitializationError:
-        """What to raise if a launch finds no database."""
-        return DBOSInitializationError(f"cannot connect to the database: {str(failure).strip()}")
+            if self.me:
+                raise
+            raise DBOSInitializationError(f"cannot connect to the database: {str(error).strip()}") from error
 
 
 def _edition(conn: Conn) -> int | None:
@@ -6021,7 +5993,14 @@ class _DiscreetExecutor(_SettledExecutor):
         super().open()
         self.place = _without_password(self.url) or self.place
 
-    def unreachable(self, failure: Exception) -> DBOSInitializationError:
+    def connect(self) -> _Connection:
+        try:
+            return super().connect()
+        except DBOSInitializationError as error:
+            failure = error.__cause__
+        raise self._unreachable(failure)  # here, so that the failure is not chained to it
+
+    def _unreachable(self, failure: BaseException | None) -> DBOSInitializationError:
         giver, where = _giver(self.config["system_database_url"]), _without_password(self.url)
         if where:
             told = DBOSInitializationError(f"cannot connect to the {where} (of {giver}): {str(failure).strip()}")
@@ -6089,8 +6068,9 @@ class _CleanConnection(_Connection):
             raise
 
     @contextmanager
-    def lent(self) -> Iterator[None]:
+    def lent(self, executor: _Executor) -> Iterator[None]:
         """Show the session to a function as another object, which ends with it."""
+        self.before, self.behind = _CLEAN.format(settings=executor.session_settings(self)) + ";", _UNLOCK
         kept = self.prepare_threshold, self.prepared_max
         self.errors, self.borrowed = (), _Borrowed(self.pgconn)
         borrowed = self.borrowed
@@ -6104,14 +6084,8 @@ class _CleanConnection(_Connection):
             self.borrowed = None
             self.borrowed, self.errors = None, ()
 
-    def seen(self) -> Conn:
-        return cast(Conn, self.borrowed)
-
     def met(self, error: Exception) -> bool:
         return error in self.errors
-
-    def cleaning(self, executor: _Executor) -> tuple[str, str]:
-        return _CLEAN.format(settings=executor.session_settings(self)) + ";", _UNLOCK
 
 
 class _Borrowed(psycopg.Connection[Any]):
@@ -6132,6 +6106,13 @@ class _Borrowed(psycopg.Connection[Any]):
 
     def close(self) -> None:
         raise DBOSException(_PARTED.format("called close()"))
+
+
+class _Lending(_Transacting):
+    @property
+    def connection(self) -> Conn:
+        """The psycopg connection of the transaction that this code runs in; it is committed for you."""
+        return cast(Conn, cast(_CleanConnection, super().connection).borrowed)
 
 
 # What a function did to the session ends with its transaction; what it deferred still sees its settings.
@@ -6464,6 +6445,17 @@ def _set_up_logging(level: str) -> None:
 
 
 _SCHEMA_VERSION = 56
+
+
+def _url_of_one_there(url: str | None) -> str:
+    """The URL for psycopg; an embedded Postgres is not begun by those who only look."""
+    if not url and not _EMBEDDED.exists():
+        raise DBOSInitializationError(
+            f"no database: give its URL, set DBOS_SYSTEM_DATABASE_URL, or come where the application runs "
+            f"({_EMBEDDED.absolute()} is not there)"
+        )
+    return _postgres_url(url)
+
 
 # --- Management ---------------------------------------------------------------------------------------
 #
@@ -7225,7 +7217,7 @@ class _Client(_Management):
             "run_migrations": False, "run_admin_server": False,
         }))
         self._executor = _Executor(registry, registry._settings())
-        self._executor.url = _postgres_url(self._executor.url, create=False)
+        self._executor.url = _url_of_one_there(self._executor.url)
         self._executor.serves = False
         try:
             self._executor.open()
@@ -8529,7 +8521,7 @@ class _Deploying(_Engine):
             yield self._launched()
             return
         executor = _Executor(cast(Durable, self), {**self._settings(), "use_listen_notify": False})
-        executor.url = _postgres_url(executor.url, create=False)
+        executor.url = _url_of_one_there(executor.url)
         with closing(executor.connect()) as conn:
             number = _edition(conn)
             if number is None or number > _SCHEMA_VERSION:
@@ -8927,9 +8919,9 @@ class _Executor(
 
 
 class Durable(
-    _Deploying, _Patching, _Managing, _Management, _Logged, _Tolerant, _Forked, _Stepping, _Declaring, _Methods,
-    _Scheduling, _Streaming, _Streams, _Announcing, _Events, _Receiving, _Messaging, _Queueing, _Cancelling, _Ordered,
-    _Sleeping, _Knowing, _Hosting, _Transacting, _Engine,
+    _Deploying, _Patching, _Managing, _Management, _Logged, _Tolerant, _Forked, _Lending, _Stepping, _Declaring,
+    _Methods, _Scheduling, _Streaming, _Streams, _Announcing, _Events, _Receiving, _Messaging, _Queueing, _Cancelling,
+    _Ordered, _Sleeping, _Knowing, _Hosting, _Transacting, _Engine,
 ):
     """Registers functions as workflows and steps, and, once launched, runs them durably.
 
