@@ -13048,7 +13048,9 @@ def test_an_executor_that_was_cut_off_finds_nothing_of_what_was_adopted(executor
     witness.run("update durable.executors set stopped_at = now()")  # as everybody believes
     after = executor(application_version="v2", executor_id="next")
     after.workflow(name="held")(lambda: after.run_step({"name": "step"}, str))
+    run = before._executor.running["w"]
     assert [fit.adopted for fit in after.adopt()] == [True]
+    eventually(lambda: run.stopped)
     gate.open()
     eventually(lambda: not before._executor.running)
     assert (witness.status("w"), witness.steps("w"), said) == ("PENDING", [], [])
