@@ -7614,17 +7614,6 @@ def test_an_instance_declared_again_with_the_same_settings_is_accepted(shop, cap
     assert not warnings_in(caplog, "again")
 
 
-def test_an_unfinished_workflow_of_a_missing_instance_waits(dbos, shop, witness, caplog):
-    """An instance that recovery does not find is logged by name; the workflow stays as it is."""
-    dear = shop("dear", 1)
-    with SetWorkflowID("w"):
-        dear.sell(1)
-    witness.run("update durable.workflows set config_name = 'gone'")
-    rewind(dbos, witness, "w")
-    eventually(lambda: warnings_in(caplog, "gone"))
-    assert witness.status("w") == "PENDING"
-
-
 def test_inherited_methods_are_methods_too(dbos, witness):
     """A workflow that a base class defines finds the instance it was called on."""
 
@@ -11194,6 +11183,17 @@ def test_the_views_read_no_finished_workflow(dbos, witness):
         plan = "\n".join(witness.column(f"explain select * from durable.{view}"))
         assert "workflows_due" in plan
         assert "Seq Scan on workflows" not in plan
+
+
+def test_an_unfinished_workflow_of_a_missing_instance_waits(dbos, shop, witness, caplog):
+    """An instance that recovery does not find is logged by name; the workflow stays as it is."""
+    dear = shop("dear", 1)
+    with SetWorkflowID("w"):
+        dear.sell(1)
+    witness.run("update durable.workflows set config_name = 'gone'")
+    rewind(dbos, witness, "w")
+    eventually(lambda: warnings_in(caplog, "gone"))
+    assert witness.status("w") == "PENDING"
 
 
 # --- Client -------------------------------------------------------------------------------------------
