@@ -659,8 +659,9 @@ class _WorkflowID(_OptionBlock):
 async def _begin(executor: _Executor, function: _Function, start: _Start) -> tuple[str, _Run | None]:
     """Commit the row; return the ID and, if it is ours, the run, which is at work from now on: execute it."""
     row = start.row
-    if await _has_begun(start) or not await executor.may_begin(start):
+    if await _has_begun(start):
         return row["id"], None
+    await executor.may_begin(start)
     run = executor.run_type(executor, function, row)
     executor.claimed[run.id, run.claim] = run  # before the row is there: nobody may take it for lost
     try:
@@ -1094,9 +1095,8 @@ class _BareExecutor:
     def complete(self, row: dict[str, Any], parent: _Run | None) -> None:
         """Complete the row of a workflow that is about to begin."""
 
-    async def may_begin(self, start: _Start) -> bool:
-        """Raise, if it may not begin here; False: because it exists."""
-        return True
+    async def may_begin(self, start: _Start) -> None:
+        """Raise, if it may not begin here."""
 
     async def refused(self, start: _Start) -> None:
         """A row was not inserted, though its ID is free: raise if this is to stay so."""
@@ -1156,10 +1156,10 @@ class _BareExecutor:
 
     def spawn(self, run: _Run, loop: asyncio.AbstractEventLoop | None = None) -> None:
         """Run in the background, in the colour of the function; on the running loop where one is given."""
-        background: Callable[[_Run], Any] = _in_colour_of(run.function.call, self.background)
         if not run.function.is_async:
-            self.start_thread(run.job)
-        elif loop is None:
+            return self.start_thread(run.job)
+        background: Callable[[_Run], Any] = _in_colour_of(run.function.call, self.background)
+        if loop is None:
             self.start_thread(lambda: asyncio.run(background(run)))
         else:
             run.loop = loop
@@ -2474,13 +2474,13 @@ class _AdministeredExecutor(_LivingExecutor):
             self.admin.stop()
         super().end()
 
-    async def may_begin(self, start: _Start) -> bool:
+    async def may_begin(self, start: _Start) -> None:
         if self.deactivated and start.parent is None and await self.ask(_find, start.row["id"]) is None:
             raise DBOSException(
                 f"executor {self.me['executor_id']} is deactivated and starts no new workflows: "
                 f"start {start.row['name']} on another, or enqueue it"
             )
-        return await super().may_begin(start)
+        await super().may_begin(start)
 
 
 def _is_loopback(host: str) -> bool:
@@ -6343,12 +6343,12 @@ class _InterruptedExecutor(_LivingExecutor):
         self.interrupted -= {key for key in tuple(self.interrupted) if key[0] == run.id}
         return super().enter(run)
 
-    async def may_begin(self, start: _Start) -> bool:
+    async def may_begin(self, start: _Start) -> None:
         """What was interrupted, and is asked for again, goes on."""
         for id, claim in tuple(self.interrupted):
             if id == start.row["id"]:
                 self.take_up(await self.ask(_take, self.me, [{"id": id, "claim": claim}]))
-        return await super().may_begin(start)
+        await super().may_begin(start)
 
 
 # --- Foreign settings ---------------------------------------------------------------------------------
