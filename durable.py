@@ -7949,7 +7949,8 @@ class _Rehearsal(_OrderedRun):
         position, on_record = (left.position, left.name) if left else self.last or (None, None)
         there, calls = f"position {position} ({_said(on_record)}) is on record", None
         if error is not None:
-            why = f"raises {_type_name(error)} {behind}: {_text_of(error)}"
+            text = _text_of(error).encode(errors="backslashreplace").decode().replace("\0", "\\0")  # any log takes that
+            why = f"raises {_type_name(error)} {behind}: {text}"
         elif left is not None and self.returned:
             why = f"ends before its history does: {there}"
         elif self.first is not None and left is not None:
@@ -8431,8 +8432,7 @@ class _AdoptingExecutor(_RehearsingExecutor, _OfferingExecutor):
 def _note_misfits(conn: Conn, incarnation: int, misfits: dict[str, str]) -> None:
     """Tell everybody, by durable.why, what an executor did not adopt, and why."""
     query = "update durable.executors set misfits = %s where incarnation = %s"
-    plain = {id: why.encode(errors="backslashreplace").decode().replace("\0", "\\0") for id, why in misfits.items()}
-    conn.execute(query, (json.dumps(plain), incarnation))
+    conn.execute(query, (json.dumps(misfits), incarnation))
 
 
 class _Deploying(_Engine):
