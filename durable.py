@@ -3342,7 +3342,7 @@ class _HintedExecutor(_LivingExecutor):
 from concurrent.futures import Future
 from queue import SimpleQueue
 
-_READ_TOGETHER = 100  # workflows, their histories
+_READ_TOGETHER = 100  # workflows whose histories are read at a time
 _OWN_THREADS = 8  # of the pool, the listener, the dispatcher, the admin server, and one for calls
 
 
