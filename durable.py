@@ -65,7 +65,6 @@ import os
 import pickle
 import secrets
 import socket
-import sys
 import threading
 import time
 import types
@@ -81,7 +80,7 @@ from psycopg.rows import class_row, dict_row
 from psycopg_pool import ConnectionPool
 
 __all__ = [
-    "DBOS", "Durable", "DBOSConfig", "SetWorkflowID", "WorkflowHandle", "WorkflowHandleAsync", "StepStatus", "error",
+    "DBOS", "Durable", "DBOSConfig", "SetWorkflowID", "WorkflowHandle", "WorkflowHandleAsync", "StepStatus",
     "DBOSException", "DBOSInitializationError", "DBOSConflictingRegistrationError", "DBOSConflictingWorkflowError",
     "DBOSWorkflowFunctionNotFoundError", "DBOSNonExistentWorkflowError", "DBOSUnexpectedStepError",
     "DBOSMaxStepRetriesExceeded", "DBOSRestoredError",
@@ -159,7 +158,6 @@ class _Run:
         self.status, self.result = "PENDING", cast(tuple[Any] | None, None)
         self.stopped: _Stopped | None = None  # set from outside when this run is no longer to go on,
         self.stop = _Signal()  # and at the same time this, for those who wait
-        self.interrupted: BaseException | None = None
         self.tries: dict[int, int] = {}  # of steps that are not on record yet
         self._position = 0
         self._history: dict[int, _Record] = {}
@@ -294,10 +292,7 @@ class _Run:
             except Exception as raised:
                 error = _raised(raised)
             error = await self.finish(value, error)
-        except (KeyboardInterrupt, SystemExit) as end:
-            self.interrupted = end  # somebody wants it to stop: it stays PENDING until the next launch
-            raise
-        finally:
+        finally:  # what is no Exception is no outcome: somebody wants it to stop, and it stays PENDING
             self.executor.forget(self)
         if error is not None:
             raise error
@@ -543,8 +538,6 @@ class _Closing(_Stopped):
 
 
 _STOPS: dict[str, type[_Stopped]] = {}  # by the status that a workflow was given from outside; rooms add theirs
-
-error = sys.modules[__name__]  # `from dbos import error` finds the classes there; so it does here
 
 
 # --- Workflows ----------------------------------------------------------------------------------------
@@ -1284,10 +1277,6 @@ class _Handle(Generic[R]):
     def __init__(self, durable: Any, workflow_id: str, existing: bool = True) -> None:
         self._durable, self.workflow_id, self._exists = durable, workflow_id, existing
 
-    def get_workflow_id(self) -> str:
-        """Return the workflow's ID."""
-        return self.workflow_id
-
     async def _outcome(self) -> Any:
         id, executor = self.workflow_id, cast(_Executor, self._durable._launched())
         return await _recorded("DBOS.getResult", lambda: _result(executor, id, self._exists), child=id)
@@ -1351,8 +1340,8 @@ class _Engine:
         """Make a function, plain or async, a workflow: its code must be deterministic (see the top of this file).
 
         Arguments and result are stored; it works on copies of its arguments, as a replay will.  After
-        `max_recovery_attempts` recoveries it is dead-lettered; None: never.  KeyboardInterrupt and SystemExit
-        are no outcome: it stays PENDING until the next launch; so does one whose task was cancelled, until it is found.
+        `max_recovery_attempts` recoveries it is dead-lettered; None: never.  KeyboardInterrupt, SystemExit and
+        the cancelling of its task are no outcome: it stays PENDING, until it is recovered.
         Raises DBOSConflictingRegistrationError if another function has the name.
         """
 
@@ -2691,6 +2680,7 @@ class _Hosting(_Engine):
 # itself: its section here, in schema.sql and in the tests.  A room's first line names the rooms that it needs.
 # Here is what several of them share.
 
+import sys
 import weakref
 from collections import deque
 
@@ -6335,7 +6325,7 @@ class _InterruptedExecutor(_LivingExecutor):
         return super().seize(conn, [row for row in lost if (row["id"], row["claim"]) not in self.interrupted])
 
     def forget(self, run: _Run) -> None:
-        if run.interrupted is not None:
+        if isinstance(sys.exc_info()[1], (KeyboardInterrupt, SystemExit)):  # on its way out of the run
             self.interrupted.add((run.id, run.claim))
         super().forget(run)
 
@@ -6353,7 +6343,12 @@ class _InterruptedExecutor(_LivingExecutor):
 
 # --- Foreign settings ---------------------------------------------------------------------------------
 #
-# Settings of the DBOS library that mean nothing here are accepted, with a warning, so that one config serves both.
+# Settings of the DBOS library that mean nothing here are accepted, with a warning, so that one config serves both; and
+# `from dbos import error` finds the classes of errors there, so it does here.
+
+__all__ += ["error"]
+
+error = sys.modules[__name__]
 
 
 class _Tolerant(_Engine):
@@ -6776,14 +6771,20 @@ def _empty(conn: Conn) -> None:
         conn.execute(f"truncate {', '.join(names)}")
 
 
-class _StatusHandle(_Handle[R]):
+class _NamedHandle(_Handle[R]):
+    def get_workflow_id(self) -> str:
+        """Return the workflow's ID."""
+        return self.workflow_id
+
+
+class _StatusHandle(_NamedHandle[R]):
     def get_status(self) -> WorkflowStatus:
         """Read how the workflow stands; raises DBOSNonExistentWorkflowError if it was deleted."""
         _refuse_to_block_a_loop("DBOS.get_workflow_status")
         return _block(cast(_Management, self._durable)._existing_workflow(self.workflow_id))
 
 
-class _AwaitedStatusHandle(_Handle[R]):
+class _AwaitedStatusHandle(_NamedHandle[R]):
     async def get_status(self) -> WorkflowStatus:
         """Read how the workflow stands; raises DBOSNonExistentWorkflowError if it was deleted."""
         return await _suspend(cast(_Management, self._durable)._existing_workflow(self.workflow_id))
