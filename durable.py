@@ -4,7 +4,7 @@ A workflow is a function whose progress survives the process running it.  Each s
 to Postgres as it finishes; after a crash the function runs again from the top, and finished steps
 return what they returned before.
 
-    from durable import DBOS
+    from durable import DBOS, SetWorkflowID
 
     @DBOS.step()
     def charge(order: str) -> str:
@@ -12,11 +12,12 @@ return what they returned before.
 
     @DBOS.workflow()
     def fulfil(order: str) -> str:
-        receipt = charge(order)         # killed after this line?  It will not charge twice.
+        receipt = charge(order)      # killed after this line?  It will not charge twice.
         return ship(order, receipt)
 
-    DBOS.launch()                       # takes up what an earlier process left unfinished
-    fulfil("order-17")
+    DBOS.launch()                    # takes up what an earlier process left unfinished
+    with SetWorkflowID("order-17"):  # one workflow of this ID, however often the program is started
+        fulfil("order-17")
 
     workflow    a function, and the row that remembers it
     step        a call whose result is recorded, once, at a position
@@ -32,7 +33,7 @@ time writes a history.  Not guaranteed: a step interrupted before its record may
 world `DBOS.step_key`, which is the same at each try.  Asked of you: a workflow's own code is deterministic, and
 calls the same steps in the same order; clocks, random numbers, files and the network belong in steps.
 
-The map.  What stands above a banner is complete, and runs, without what stands below it:
+The map.  What stands above a banner runs without what stands below it, but for the last lines, which compose it:
 
     I.   The engine     workflows and steps, their values and colours; killed, they go on
     II.  Self-hosting   bad times, the dead and the living, transactions, the admin server, settings
@@ -161,7 +162,7 @@ class _Run:
         self.tries: dict[int, int] = {}  # of steps that are not on record yet
         self._position = 0
         self._history: dict[int, _Record] = {}
-        self.history_to: int | None = 0  # how far it is read; None: to its end
+        self.history_to: int | None = 0  # from where to read on; None: it is read
 
     def advance(self, by: int = 1) -> int:
         """Take the next position, before the first wait: tasks of one `gather` are numbered in the order of calls."""
@@ -178,7 +179,7 @@ class _Run:
         record = self._history.pop(position, None)
         if record is not None:
             self.same(record, name)
-            # Other tasks get their turn here as they did when the step ran, and so take the positions they took.
+            # Other tasks get their turn here, as when the step ran: else we might take a position that was theirs.
             await _Wait(lambda: None, lambda: asyncio.sleep(0))
         return record
 
@@ -299,7 +300,7 @@ class _Run:
         return value
 
     async def call(self) -> Any:
-        with _OptionBlock(), self.inside():  # a block around the call is not for the body
+        with _OptionBlock(), self.inside():  # a SetWorkflowID around the call is not for the body
             args, kwargs = self.arguments()
             value = self.function.call(*args, **kwargs)
             if self.function.is_async:
@@ -323,18 +324,18 @@ class _Run:
     async def finish(self, value: Any, error: Exception | None) -> Exception | None:
         """Write the outcome, if this run still may, and return the error that it came to."""
         output, problem, substitute = self.store(f"function {self.function.name}", value, error)
-        error = error or substitute  # a result that cannot be stored
-        status = "ERROR" if error else "SUCCESS"
+        error = substitute if error is None else error  # a result that cannot be stored
+        status = "SUCCESS" if error is None else "ERROR"  # it may be false: it is the user's
         row = {"id": self.id, "claim": self.claim, "status": status, "output": output, "error": problem}
         while not await self.executor.write(_FINISH, row):
             if not await self.standing(finished=status):
                 break  # it is written; only the acknowledgement was lost
-        self.status, self.result = status, None if error else (value,)
+        self.status, self.result = status, (value,) if error is None else None
         return error
 
 
-# The fence: whatever a run writes asks its workflow's row for `claim = mine and status = 'PENDING'`.  A row
-# that is not taken was fenced off, or is on record already, and `_Run.settle` finds out which.  Who takes a workflow
+# The fence: whatever a run writes asks its workflow's row for `claim = mine and status = 'PENDING'`.  A write
+# without effect was fenced off, or is on record already, and `_Run.settle` finds out which.  Who takes a workflow
 # updates its row, and so waits for our share lock: either our record is committed first, and the new run reads it, or
 # the claim has moved first, and our select finds no row.
 _RECORD = """
@@ -397,7 +398,7 @@ class _Inside(AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         if self.step is not None:
-            self.run.go_on()  # asked for the last time: the step was found not to be on record a while ago
+            self.run.go_on()  # asked for the last time: since the recall there may have been a wait
         self.token = _frame.set(_Frame(self.run, self.step))
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -444,7 +445,7 @@ async def _step(name: str, retries: _Retries, call: Callable[[], Any]) -> Any:
 
 
 async def _attempts(run: _Run, position: int, name: str, retries: _Retries, call: Callable[[], Any]) -> Any:
-    """Call, and call again as the step's retries allow; the last error is raised with all before it."""
+    """Call, and call again as the step's retries allow; when none is left, raise one error that has them all."""
     if not retries.retries_allowed:
         with run.inside(StepStatus(position)):
             return await _value_of(call())
@@ -564,7 +565,7 @@ async def _call(executor: _Executor, function: _Function, args: tuple[Any, ...],
         return await _checkpointed(start.parent, start.row["position"] + 1, "DBOS.getResult", see_through, child=id)
     finally:
         if run is not None:
-            executor.leave(run)  # perhaps before it began: the parent was to stop
+            executor.leave(run)  # it may not have begun, if the parent was to stop
 
 
 class _Start(NamedTuple):
@@ -622,7 +623,7 @@ def _next_id(parent: _Run | None, position: int) -> str:
 
 
 def _generated_id(run: _Run | None, position: int) -> str:
-    """The same at each try of a step, so that the second finds it taken; random outside of workflows."""
+    """The same in each replay, so that the second finds what the first began; random outside of workflows."""
     return f"{run.id}-{position}" if run else str(uuid.uuid4())
 
 
@@ -711,7 +712,7 @@ _COLUMNS = {column: f"%({column})s" for column in (
 def _insertion(is_child: bool) -> str:
     """A workflow begins: an ID that is taken inserts nothing.
 
-    A child's parent must stand, and its history says so in the same statement: a crash leaves both or neither.
+    A child's parent must hold its claim, and records the start in the same statement: a crash leaves both or neither.
     """
     born = f"insert into durable.workflows ({', '.join(_COLUMNS)}) select {', '.join(_COLUMNS.values())}"
     if not is_child:
@@ -743,7 +744,7 @@ async def _result(executor: _Executor, id: str, existing: bool = True) -> Any:
             await executor.watch(run)
             if run.result is not None:
                 return run.result[0]
-        with executor.expected("w", id) as hint:  # (a room may give hints) before the look: none falls in between
+        with executor.expected("w", id) as hint:  # before the look, so that no hint (a room gives them) is missed
             row = await executor.ask(_find, id)
             if row is None and existing:
                 raise DBOSNonExistentWorkflowError(f"there is no workflow {id}")
@@ -776,7 +777,7 @@ async def _pause_run(executor: _Executor, *signals: _Signal, timeout: float | No
 
 
 class _Function:
-    """A registered function: what a row's `name` means in this process."""
+    """A registered function, a step too: what a row's `name` means; a run calls `call`, and the user wrote `given`."""
 
     def __init__(self, name: str, call: Any, given: Callable[..., Any], most: int | None, kind: str) -> None:
         self.name, self.call, self.given, self.kind = name, call, given, kind
@@ -925,7 +926,7 @@ def _suspend(body: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
             return cast(T, end.value)
         try:
             value = (yield from wait.on_loop().__await__()) if isinstance(wait, _Wait) else (yield wait)
-        except GeneratorExit:  # it is thrown away, with the body perhaps before it
+        except GeneratorExit:  # nobody will drive us any more
             body.close()
             raise
         except BaseException as error:
@@ -1051,7 +1052,7 @@ class _BareExecutor:
     # What the operations use: statements, waits, values.
 
     def here(self) -> None:
-        """Raise if this executor is not this process's."""
+        """Raise if this executor is not this process's; so far nothing tells."""
 
     def now(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Make a statement on this thread; again, if its answer was lost: what it did will be found, and adopted."""
@@ -1070,7 +1071,7 @@ class _BareExecutor:
         return _Wait(call, lambda: asyncio.to_thread(call))
 
     def write(self, statement: str, row: dict[str, Any]) -> _Wait[bool]:
-        """Commit a row, and tell whether it was taken."""
+        """Commit a row, and tell whether it had an effect."""
         return self.ask(lambda conn: conn.execute(statement, row).rowcount > 0)
 
     def wait(self, *signals: _Signal, timeout: float | None = None) -> _Wait[None]:
@@ -1433,7 +1434,7 @@ class _Engine:
     # Launch and destroy.
 
     def launch(self) -> None:
-        """Start to work: connect, apply the schema, take up unfinished workflows, serve what is to be served.
+        """Start to work: connect, apply the schema, and take up unfinished workflows.
 
         Harmless when launched already.  Raises DBOSInitializationError when it cannot.
         """
@@ -1474,7 +1475,7 @@ class _Engine:
         return self._executor
 
     def _here(self) -> None:
-        """Raise if a plain call would be none: somebody may count on its record."""
+        """Raise if somebody may count on the record of a call that would be none, as in a process that was forked."""
         if self._executor is not None:
             self._executor.here()
 
@@ -7941,7 +7942,7 @@ class _Rehearsal(_OrderedRun):
 
     def verdict(self) -> _Verdict:
         """Say what came of it."""
-        left, error = self.left(), self.error or self.breach
+        left, error = self.left(), self.breach if self.error is None else self.error
         behind = f"behind position {self.last[0]} ({_said(self.last[1])})" if self.last else "before its first call"
         if self.parted is not None:
             return self.parted

@@ -1276,6 +1276,27 @@ def test_a_handle_means_that_the_row_is_committed(dbos, gate, witness):
     assert handle.get_result() == "waited"
 
 
+class Nothing(Exception):
+    """An exception that is false."""
+
+    def __len__(self):
+        return 0
+
+
+def test_an_exception_that_is_false_is_an_error(dbos, witness):
+    """What a workflow raised is its outcome, in its row and for who waits, though bool(error) be False."""
+
+    @dbos.workflow()
+    def fail():
+        raise Nothing("found")
+
+    with SetWorkflowID("w"), pytest.raises(Nothing, match="found"):
+        fail()
+    assert witness.status("w") == "ERROR"
+    with pytest.raises(Nothing, match="found"):
+        dbos.start_workflow(fail).get_result()
+
+
 def test_the_same_id_started_at_once_runs_once(dbos, greet):
     """Of ten simultaneous starts with one ID, one runs and all have its result."""
 
