@@ -159,6 +159,7 @@ class _Run:
         self.status, self.result = "PENDING", cast(tuple[Any] | None, None)
         self.stopped: _Stopped | None = None  # set from outside when this run is no longer to go on,
         self.stop = _Signal()  # and at the same time this, for those who wait
+        self.interrupted: BaseException | None = None
         self.tries: dict[int, int] = {}  # of steps that are not on record yet
         self._position = 0
         self._history: dict[int, _Record] = {}
@@ -293,7 +294,10 @@ class _Run:
             except Exception as raised:
                 error = _raised(raised)
             error = await self.finish(value, error)
-        finally:  # what is no Exception is no outcome: somebody wants it to stop, and it stays PENDING
+        except (KeyboardInterrupt, SystemExit) as end:
+            self.interrupted = end  # somebody wants it to stop: that is no outcome, and it stays PENDING
+            raise
+        finally:
             self.executor.forget(self)
         if error is not None:
             raise error
@@ -6326,7 +6330,7 @@ class _InterruptedExecutor(_LivingExecutor):
         return super().seize(conn, [row for row in lost if (row["id"], row["claim"]) not in self.interrupted])
 
     def forget(self, run: _Run) -> None:
-        if isinstance(sys.exc_info()[1], (KeyboardInterrupt, SystemExit)):  # on its way out of the run
+        if run.interrupted is not None:
             self.interrupted.add((run.id, run.claim))
         super().forget(run)
 

@@ -8890,6 +8890,20 @@ def test_what_was_interrupted_is_not_swept_up_by_the_process_that_was_told_to_st
     assert dbos._executor.recover(["local"]) == ["work"]
 
 
+def test_what_ends_while_an_interrupt_is_handled_was_not_interrupted(dbos):
+    """A workflow that tidies up in an `except KeyboardInterrupt` comes to its end, and is not left alone."""
+
+    @dbos.workflow()
+    def tidy():
+        return "tidy"
+
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        assert tidy() == "tidy"
+    assert dbos._executor.interrupted == set()
+
+
 def test_what_was_interrupted_goes_on_where_it_is_asked_for_though_deactivated(served):
     """It is active, and not new."""
     calls = []
