@@ -149,12 +149,11 @@ class _Record(NamedTuple):  # of a step
 class _Run:
     """One run of a workflow by this process, under one claim."""
 
-    def __init__(self, executor: _Executor, function: _Function, row: dict[str, Any]) -> None:
-        self.executor, self.function, self.row = executor, function, row
+    def __init__(self, executor: _Executor, row: dict[str, Any]) -> None:
+        self.executor, self.row = executor, row
+        self.function = cast(_Function, executor.registry._function_for(row))
         self.id, self.claim = str(row["id"]), int(row["claim"])
         self.job: Callable[[], object] = lambda: _block(executor.background(self))  # for a thread
-        self.thread = 0  # on which it runs, once it does
-        self.loop: asyncio.AbstractEventLoop | None = None  # likewise
         self.done = _Signal()  # it has ended: with `result`, or else the database knows how
         self.status, self.result = "PENDING", cast(tuple[Any] | None, None)
         self.stopped: _Stopped | None = None  # set from outside when this run is no longer to go on,
@@ -287,7 +286,6 @@ class _Run:
         value, error = None, None
         try:
             self.go_on()  # it may have waited for a thread
-            self.thread = threading.get_ident()
             try:
                 await self.remember()
                 value = await self.call()
@@ -307,23 +305,19 @@ class _Run:
         with _OptionBlock(), self.inside():  # a SetWorkflowID around the call is not for the body
             args, kwargs = self.arguments()
             value = self.function.call(*args, **kwargs)
-            if self.function.is_async:
-                self.loop = asyncio.get_running_loop()
-                value = await value
-            return value
+            return await value if self.function.is_async else value
 
     def arguments(self) -> tuple[list[Any], dict[str, Any]]:
         """Read the arguments back; an error here is the workflow's outcome, and names it."""
         try:
             inputs = self.executor.serializer.deserialize(self.row["inputs"])
-            args = [*self.executor.registry._receiver(self.row), *inputs["args"]]
-            self.function.signature.bind(*args, **inputs["kwargs"])
+            self.function.signature.bind(*inputs["args"], **inputs["kwargs"])
         except Exception as cause:
             raise DBOSException(
                 f"the arguments on record for workflow {self.id} cannot be passed to {self.function.name}"
                 f"{self.function.signature}: {cause}"
             ) from cause
-        return args, inputs["kwargs"]
+        return inputs["args"], inputs["kwargs"]
 
     async def finish(self, value: Any, error: Exception | None) -> Exception | None:
         """Write the outcome, if this run still may, and return the error that it came to."""
@@ -556,34 +550,26 @@ async def _call(executor: _Executor, function: _Function, args: tuple[Any, ...],
 
     In a parent this takes two positions: the start, and behind it the result.
     """
-    start = _prepare_start(executor, function, args, kwargs, positions=2)
-    id, run = await _begin(executor, function, start)
+    row, parent = _prepare_start(executor, function, args, kwargs, positions=2)
+    run = await _begin(executor, row, parent)
 
     async def see_through() -> Any:
         if run is not None:
             with suppress(_Superseded, *_STOPS.values()):  # its row knows better how it ends
                 return await run.execute()
-        return await _result(executor, id)
+        return await _result(executor, row["id"])
 
     try:
-        return await _checkpointed(start.parent, start.row["position"] + 1, "DBOS.getResult", see_through, child=id)
+        return await _checkpointed(parent, row["position"] + 1, "DBOS.getResult", see_through, child=row["id"])
     finally:
-        if run is not None:
-            executor.leave(run)  # it may not have begun, if the parent was to stop
-
-
-class _Start(NamedTuple):
-    """A workflow about to begin: its row (with the position that its start has in the parent), and the parent."""
-
-    row: dict[str, Any]
-    parent: _Run | None
+        if run is not None and not run.done.is_set:
+            executor.forget(run)  # it has not begun: the parent was to stop
 
 
 def _prepare_start(
-    executor: _Executor, function: _Function, args: tuple[Any, ...], kwargs: dict[str, Any], positions: int = 1,
-    **terms: Any,
-) -> _Start:
-    """Take the position and the ID, and prepare the row (`terms`: other than usual), all before the first wait."""
+    executor: _Executor, function: _Function, args: tuple[Any, ...], kwargs: dict[str, Any], positions: int = 1
+) -> tuple[dict[str, Any], _Run | None]:
+    """Take the position and the ID, before the first wait; return the row of a workflow to begin, and its parent."""
     if function.name not in executor.registry._functions:
         raise DBOSWorkflowFunctionNotFoundError(f"{function.name} is no longer registered: the registry was destroyed")
     frame, me = _frame.get(), executor.me
@@ -605,10 +591,10 @@ def _prepare_start(
         "id": _next_id(parent, position), **names, "inputs": inputs, "parent_workflow_id": parent and parent.id,
         "parent_claim": parent and parent.claim, "position": position, "status": "PENDING", "claim": _first_claim(),
         "recovery_attempts": 1, "executor_id": me["executor_id"], "incarnation": me["incarnation"],
-        "application_version": me["version"], **terms,
+        "application_version": me["version"],
     }
     executor.complete(row, parent)
-    return _Start(row, parent)
+    return row, parent
 
 
 def _first_claim() -> int:
@@ -654,16 +640,15 @@ class _WorkflowID(_OptionBlock):
         super().__init__(ids=[wfid])
 
 
-async def _begin(executor: _Executor, function: _Function, start: _Start) -> tuple[str, _Run | None]:
-    """Commit the row; return the ID and, if it is ours, the run, which is at work from now on: execute it."""
-    row = start.row
-    if await _has_begun(start):
-        return row["id"], None
-    await executor.may_begin(start)
-    run = executor.run_type(executor, function, row)
+async def _begin(executor: _Executor, row: dict[str, Any], parent: _Run | None) -> _Run | None:
+    """Commit the row; return the run, if it is ours: it is at work from now on, so execute it."""
+    if await _has_begun(row, parent):
+        return None
+    await executor.may_begin(row, parent)
+    run = executor.run_type(executor, row)
     executor.claimed[run.id, run.claim] = run  # before the row is there: nobody may take it for lost
     try:
-        existing = await _insert(executor, start)
+        existing = await _insert(executor, row, parent)
     except BaseException:
         executor.forget(run)
         raise
@@ -671,32 +656,31 @@ async def _begin(executor: _Executor, function: _Function, start: _Start) -> tup
         run.learn([])
     elif (existing["claim"], existing["status"]) != (run.claim, "PENDING"):  # or it is ours, and the answer was lost
         executor.forget(run)
-        return run.id, None
-    return run.id, executor.enter(run)
+        return None
+    return executor.enter(run)
 
 
-async def _has_begun(start: _Start) -> bool:
+async def _has_begun(row: dict[str, Any], parent: _Run | None) -> bool:
     """Whether the parent's history has this start: then take the ID from there, or raise what refused it."""
-    if start.parent is None:
+    if parent is None:
         return False
-    past = await start.parent.recall(start.row["position"], start.row["name"])
+    past = await parent.recall(row["position"], row["name"])
     if past is not None:
-        start.parent.outcome(past)
-        start.row["id"] = past.child_workflow_id
+        parent.outcome(past)
+        row["id"] = past.child_workflow_id
     return past is not None
 
 
-async def _insert(executor: _Executor, start: _Start) -> dict[str, Any] | None:
+async def _insert(executor: _Executor, row: dict[str, Any], parent: _Run | None) -> dict[str, Any] | None:
     """Insert the row and, in the parent's history, its start; return the row that was there before, if any."""
-    row, parent, existing = *start, None
-    is_child = row["parent_workflow_id"] is not None
+    existing, is_child = None, row["parent_workflow_id"] is not None
     with parent.calling(row["position"], row["name"]) if parent else nullcontext():
         while existing is None and not await executor.write(_insertion(is_child), row):
             existing = await executor.ask(_find, row["id"])
             if existing is not None:
                 executor.registry._same_workflow(existing, row)
             else:
-                await executor.refused(start)
+                await executor.refused(row, parent)
         if parent is not None and (existing is not None or not is_child):
             await parent.record(row["position"], row["name"], None, None, 0.0, child=row["id"])
     return existing
@@ -1042,7 +1026,6 @@ class _BareExecutor:
     conn: Conn | None = None  # ours alone, for as long as we live
     place = "its database"  # where that is, for the log
     poll_s: float | None = 0.1  # how often to look for what nobody tells us
-    create_task: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]] = staticmethod(asyncio.create_task)
 
     def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
         self.registry, self.config, self.url = registry, config, str(config["system_database_url"] or "")
@@ -1050,7 +1033,6 @@ class _BareExecutor:
         self.serializer: Any = _JSONElsePickle()
         self.claimed: dict[tuple[str, int], _Run] = {}  # what we hold, or are about to, by ID and claim
         self.running: dict[str, _Run] = {}  # of these what is at work, by ID
-        self.tasks: set[asyncio.Task[None]] = set()  # of coroutine workflows: a loop refers to its tasks weakly
         self.closed = _Signal()  # nothing is to go on
 
     # What the operations use: statements, waits, values.
@@ -1093,13 +1075,13 @@ class _BareExecutor:
     def complete(self, row: dict[str, Any], parent: _Run | None) -> None:
         """Complete the row of a workflow that is about to begin."""
 
-    async def may_begin(self, start: _Start) -> None:
+    async def may_begin(self, row: dict[str, Any], parent: _Run | None) -> None:
         """Raise, if it may not begin here."""
 
-    async def refused(self, start: _Start) -> None:
+    async def refused(self, row: dict[str, Any], parent: _Run | None) -> None:
         """A row was not inserted, though its ID is free: raise if this is to stay so."""
-        if start.parent is not None:
-            await start.parent.settle(start.row["position"], start.row["name"])
+        if parent is not None:
+            await parent.settle(row["position"], row["name"])
         else:
             await _pause_run(cast(_Executor, self), timeout=_AGAIN_S)
 
@@ -1122,8 +1104,7 @@ class _BareExecutor:
     def take_up(self, rows: list[dict[str, Any]]) -> list[str]:
         """Run in the background what was taken."""
         for row in rows:
-            function = cast(_Function, self.registry._function_for(row))
-            self.spawn(self.enter(self.run_type(cast(_Executor, self), function, row)))
+            self.spawn(self.enter(self.run_type(cast(_Executor, self), row)))
         return [row["id"] for row in rows]
 
     def enter(self, run: _Run) -> _Run:
@@ -1147,24 +1128,10 @@ class _BareExecutor:
             del self.running[run.id]
         run.done.set()
 
-    def leave(self, run: _Run) -> None:
-        """Whoever was to execute this run does so no longer."""
-        if not run.done.is_set:
-            self.forget(run)
-
-    def spawn(self, run: _Run, loop: asyncio.AbstractEventLoop | None = None) -> None:
-        """Run in the background, in the colour of the function; on the running loop where one is given."""
-        if not run.function.is_async:
-            return self.start_thread(run.job)
-        background: Callable[[_Run], Any] = _in_colour_of(run.function.call, self.background)
-        if loop is None:
-            self.start_thread(lambda: asyncio.run(background(run)))
-        else:
-            run.loop = loop
-            task = self.create_task(background(run))
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
-            task.add_done_callback(lambda _: self.leave(run))  # cancelled before it began, perhaps
+    def spawn(self, run: _Run) -> None:
+        """Run in the background, a coroutine on an event loop of its own."""
+        on_loop: Callable[[_Run], Any] = _in_colour_of(run.function.call, self.background)
+        self.start_thread((lambda: asyncio.run(on_loop(run))) if run.function.is_async else run.job)
 
     def start_thread(self, job: Callable[[], object], name: str = "durable-workflow") -> None:
         threading.Thread(target=job, daemon=True, name=name).start()  # a daemon keeps no interpreter from ending
@@ -1225,10 +1192,8 @@ class _BareExecutor:
 
     def close(self, patience_s: float) -> None:
         """Wait for what runs, then end everything; what did not finish stays PENDING."""
-        deadline, here = time.monotonic() + patience_s, _running_loop()  # which we block: what is on it cannot go on
-        while (left := deadline - time.monotonic()) > 0 and (
-            runs := [run for run in tuple(self.claimed.values()) if here is None or run.loop is not here]
-        ):
+        deadline = time.monotonic() + patience_s
+        while (runs := tuple(self.claimed.values())) and (left := deadline - time.monotonic()) > 0:
             _for_any(runs[0].done, timeout=left).block()
         self.closed.set()
         for run in tuple(self.claimed.values()):
@@ -1418,10 +1383,6 @@ class _Engine:
         """How a row names what is called, and the arguments without what that says already."""
         return {"name": function.name}, args
 
-    def _receiver(self, row: dict[str, Any]) -> list[object]:
-        """The opposite: the arguments that follow from how a row names what is called."""
-        return []
-
     def _function_for(self, row: dict[str, Any]) -> _Function | None:
         """What a row names, if this process has it."""
         return self._functions.get(row["name"])
@@ -1457,8 +1418,8 @@ class _Engine:
     def destroy(self, *, workflow_completion_timeout_sec: float = 0, destroy_registry: bool = False) -> None:
         """Stop claiming, wait so long for running workflows, and close everything.  Can be called again.
 
-        What has not finished stays PENDING, and the next launch under this name takes it up.  Called on an
-        event loop, which it blocks, it does not wait for what runs there: `await asyncio.to_thread(DBOS.destroy)`.
+        What has not finished stays PENDING, and the next launch under this name takes it up.  On an event loop,
+        which it would block: `await asyncio.to_thread(DBOS.destroy)`.
         """
         with self._life:
             try:
@@ -1568,20 +1529,17 @@ class _Engine:
     async def start_workflow_async(
         self, func: Callable[P, Coroutine[Any, Any, R]] | Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> WorkflowHandleAsync[R]:
-        """Run a workflow in the background, a coroutine function as a task of this event loop."""
-        loop = asyncio.get_running_loop()
-        return WorkflowHandleAsync(self, await _suspend(self._start(func, args, kwargs, loop)))
+        """Run a workflow in the background; return once its row is committed."""
+        return WorkflowHandleAsync(self, await _suspend(self._start(func, args, kwargs)))
 
-    async def _start(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
-        loop: asyncio.AbstractEventLoop | None = None,
-    ) -> str:
+    async def _start(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         executor = self._launched()
         function, args = self._function_of(func, args)
-        id, run = await _begin(executor, function, _prepare_start(executor, function, args, kwargs))
+        row, parent = _prepare_start(executor, function, args, kwargs)
+        run = await _begin(executor, row, parent)
         if run is not None:
-            executor.spawn(run, loop)
-        return id
+            executor.spawn(run)
+        return str(row["id"])
 
 
 # So far: a function that is killed and launched again goes on after its last step; its results, errors and
@@ -1879,10 +1837,7 @@ class _LivingExecutor(_PatientExecutor):
         begun = [run for run in runs if not run.done.is_set]
         claims = self.now(_claims, [run.id for run in begun]) if begun else {}
         for run in begun:
-            if run.loop is not None and run.loop.is_closed():
-                self.forget(run)  # it will never go on: the sweep takes it up
-            else:
-                self.judge(run, *claims[run.id])
+            self.judge(run, *claims[run.id])
 
     def judge(self, run: _Run, claim: int | None, status: str) -> None:
         """Halt a run whose row has this claim and status, if it may not write; unless that is what it wrote last."""
@@ -2468,13 +2423,13 @@ class _AdministeredExecutor(_LivingExecutor):
             self.admin.stop()
         super().end()
 
-    async def may_begin(self, start: _Start) -> None:
-        if self.deactivated and start.parent is None and await self.ask(_find, start.row["id"]) is None:
+    async def may_begin(self, row: dict[str, Any], parent: _Run | None) -> None:
+        if self.deactivated and parent is None and await self.ask(_find, row["id"]) is None:
             raise DBOSException(
                 f"executor {self.me['executor_id']} is deactivated and starts no new workflows: "
-                f"start {start.row['name']} on another, or enqueue it"
+                f"start {row['name']} on another, or enqueue it"
             )
-        await super().may_begin(start)
+        await super().may_begin(row, parent)
 
 
 def _is_loopback(host: str) -> bool:
@@ -3293,9 +3248,9 @@ class _HintedExecutor(_LivingExecutor):
                 self.hints.arrive(*key)
         return self.next_look
 
-    def spawn(self, run: _Run, loop: asyncio.AbstractEventLoop | None = None) -> None:
+    def spawn(self, run: _Run) -> None:
         self.awaited_elsewhere.add(run)
-        super().spawn(run, loop)
+        super().spawn(run)
 
     def forget(self, run: _Run) -> None:
         super().forget(run)
@@ -3334,6 +3289,7 @@ class _HintedExecutor(_LivingExecutor):
 # no further thread, work waits for those that there are.  Coroutine workflows that no caller awaits run on the
 # event loop of the launch, as long as it runs, or on one of our own.
 
+from collections import OrderedDict
 from concurrent.futures import Future
 from queue import SimpleQueue
 
@@ -3360,7 +3316,7 @@ class _Threads:
     def __init__(self, name: str, limit: int, freed: Callable[[], None] = lambda: None) -> None:
         self._name, self._free, self._freed = name, limit, freed
         self._lock = threading.Lock()
-        self._jobs: deque[Callable[[], object]] = deque()
+        self._jobs: OrderedDict[Callable[[], object], None] = OrderedDict()
         self._idle: list[SimpleQueue[Callable[[], object] | None]] = []
         self._threads: set[threading.Thread] = set()
         self._here = threading.local()
@@ -3370,7 +3326,7 @@ class _Threads:
     def submit(self, job: Callable[[], object]) -> None:
         with self._lock:
             if not self._closed:
-                self._jobs.append(job)
+                self._jobs[job] = None
                 return self._start_jobs()
         if not _begin_thread(threading.Thread(target=job, daemon=True)):
             job()  # it finds the executor closed, and tells who waits
@@ -3410,7 +3366,7 @@ class _Threads:
         with self._lock:
             if job not in self._jobs or not self.short:
                 return job in self._jobs
-            self._jobs.remove(job)
+            del self._jobs[job]
         contextvars.Context().run(job)
         return False
 
@@ -3432,7 +3388,7 @@ class _Threads:
     def _start_jobs(self) -> None:
         self.short = False
         while self._jobs and self._free > 0 and not self._closed:
-            job = self._jobs[0]
+            job = next(iter(self._jobs))
             if self._idle:
                 self._idle.pop().put(job)
             else:
@@ -3441,7 +3397,7 @@ class _Threads:
                     self.short = True
                     return
                 self._threads.add(thread)
-            self._jobs.popleft()
+            del self._jobs[job]
             self._free -= 1
 
     def _work(self, job: Callable[[], object] | None) -> None:
@@ -3506,6 +3462,8 @@ def _read_histories(conn: Conn, ids: list[str]) -> dict[str, list[_Record]]:
 class _ThreadedExecutor(_HintedExecutor):
     """Runs workflows on threads that there are, and on event loops that last."""
 
+    create_task: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]] = staticmethod(asyncio.create_task)
+
     def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
         super().__init__(registry, config)
         size, most = config["sys_db_pool_size"], config["max_executor_threads"]
@@ -3513,6 +3471,8 @@ class _ThreadedExecutor(_HintedExecutor):
         self.callers = _Threads("durable-call", size)  # for coroutines: what would block their loop
         self.steps = _Threads("durable-step", most)  # and their blocking steps
         self.all_threads = (self.threads, self.callers, self.steps)
+        self.tasks: set[asyncio.Task[None]] = set()  # of coroutine workflows: a loop refers to its tasks weakly
+        self.loops: dict[_Run, asyncio.AbstractEventLoop] = {}  # on which they run, or the code that calls them
         self.next_try = 0.0
         self.duties.append(self._find_threads)
         self._home = _running_loop()  # the application's, if it launches on one
@@ -3532,7 +3492,19 @@ class _ThreadedExecutor(_HintedExecutor):
     def enter(self, run: _Run) -> _Run:
         if "history" in run.row:
             run.learn(run.row.pop("history"))
+        if run.function.is_async and (loop := _running_loop()) is not None:
+            self.loops[run] = loop
         return super().enter(run)
+
+    def forget(self, run: _Run) -> None:
+        super().forget(run)
+        self.loops.pop(run, None)
+
+    def reconsider(self, runs: Iterable[_Run]) -> None:
+        for run, loop in tuple(self.loops.items()):
+            if loop.is_closed():
+                self.forget(run)  # it will never go on: the sweep takes it up
+        super().reconsider(runs)
 
     def room_again(self) -> None:
         """A thread is free."""
@@ -3579,10 +3551,9 @@ class _ThreadedExecutor(_HintedExecutor):
 
     async def watch(self, run: _Run) -> None:
         """Run what we wait for on this thread, if no other can be had."""
-        waits = run.thread == 0  # asked first: to look for its job among ten thousand others takes a while
         queues = True
         while queues and not (run.done.is_set or run.stop.is_set):
-            queues = await _Wait(lambda: waits and self.threads.help_with(run.job), lambda: asyncio.sleep(0, False))
+            queues = await _Wait(lambda: self.threads.help_with(run.job), lambda: asyncio.sleep(0, False))
             await _pause_run(cast(_Executor, self), run.done, run.stop, timeout=_POLL_S if queues else None)
 
     def open(self) -> None:
@@ -3607,19 +3578,29 @@ class _ThreadedExecutor(_HintedExecutor):
                 _log.warning("no thread can be had: the launch waits until the system has some")
                 time.sleep(_POLL_S)
 
-    def spawn(self, run: _Run, loop: asyncio.AbstractEventLoop | None = None) -> None:
+    def spawn(self, run: _Run) -> None:
+        """Run in the background, a coroutine as a task of the caller's loop where that is asked for."""
         try:
-            if run.function.is_async and loop is None:
-                run.loop = home = self.home()
+            if run.function.is_async:
+                self.loops[run] = loop = _options.get().get("loop") or self.home()
+                if loop is _running_loop():
+                    return self._begin_task(run)
                 with suppress(RuntimeError):  # it was closed just now: the sweep takes the run up
-                    home.call_soon_threadsafe(super().spawn, run, home)
+                    loop.call_soon_threadsafe(self._begin_task, run)
             else:
-                super().spawn(run, loop)
+                super().spawn(run)
                 if self.threads.short:
                     self.hints.arrive("w", run.id)  # who waits for it may help
         except BaseException:  # the next sweep finds the row
             self.forget(run)
             raise
+
+    def _begin_task(self, run: _Run) -> None:
+        background: Callable[[_Run], Any] = _in_colour_of(run.function.call, self.background)
+        task = self.create_task(background(run))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        task.add_done_callback(lambda _: None if run.done.is_set else self.forget(run))  # cancelled before it began
 
     def home(self) -> asyncio.AbstractEventLoop:
         """The event loop for coroutine workflows that no caller's loop runs: that of the launch, as long as it runs.
@@ -3644,6 +3625,16 @@ class _ThreadedExecutor(_HintedExecutor):
                 _log.exception("a coroutine tried to end the event loop, which goes on")
         loop.close()
 
+    def close(self, patience_s: float) -> None:
+        """Wait for nothing that runs on the event loop which this blocks: it cannot go on."""
+        self.stopping.set()
+        here, deadline = _running_loop(), time.monotonic() + patience_s
+        while here is not None and (left := deadline - time.monotonic()) > 0 and (
+            runs := [run for run in tuple(self.claimed.values()) if self.loops.get(run) is not here]
+        ):
+            _for_any(runs[0].done, timeout=left).block()
+        super().close(patience_s if here is None else 0)
+
     def end(self) -> None:
         here = _running_loop()
         home = self._home if self._home is not None and self._home.is_running() else None
@@ -3666,6 +3657,15 @@ class _ThreadedExecutor(_HintedExecutor):
         await asyncio.gather(*tasks, return_exceptions=True)
         if loop is self._loop:
             loop.call_soon(loop.stop)  # once close() knows that this is done
+
+
+class _Threading(_Engine):
+    async def start_workflow_async(
+        self, func: Callable[P, Coroutine[Any, Any, R]] | Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> WorkflowHandleAsync[R]:
+        """Run a workflow in the background, a coroutine function as a task of this event loop."""
+        with _OptionBlock(loop=asyncio.get_running_loop()):
+            return await super().start_workflow_async(func, *args, **kwargs)
 
 
 # --- Sleep --------------------------------------------------------------------------------------------
@@ -3751,8 +3751,9 @@ from concurrent.futures import ThreadPoolExecutor
 class _OrderedRun(_Run):
     """A run that sees to it that a replay makes its calls in the same order."""
 
-    def __init__(self, executor: _Executor, function: _Function, row: dict[str, Any]) -> None:
-        super().__init__(executor, function, row)
+    def __init__(self, executor: _Executor, row: dict[str, Any]) -> None:
+        super().__init__(executor, row)
+        self.thread = 0  # on which its code runs, once it does
         self.turn: _Turn | None = None  # what its code does now, if it is a coroutine
         self.task: Any = None  # likewise
         self.breach: DBOSException | None = None  # it left the order of its calls to chance
@@ -3860,6 +3861,7 @@ class _OrderedRun(_Run):
         return _InsideTask(self, step)
 
     async def call(self) -> Any:
+        self.thread = threading.get_ident()
         return await (self.in_turns(super().call()) if self.function.is_async else super().call())
 
     async def in_turns(self, body: Coroutine[Any, Any, T]) -> T:
@@ -4399,21 +4401,22 @@ async def _enqueue(
     starts = []
     for func, args, kwargs in calls:
         function, bound = executor.registry._function_of(func, args)
-        starts.append(_prepare_start(executor, function, bound, kwargs, **_queued(executor, queue)))
-    new = [start for start in starts if not await _has_begun(start)]
+        row, parent = _prepare_start(executor, function, bound, kwargs)
+        starts.append((row | _queued(executor, queue), parent))
+    new = [(row, parent) for row, parent in starts if not await _has_begun(row, parent)]
     if new:
         with ExitStack() as calling:
             for row, parent in new:
                 if parent is not None:
                     calling.enter_context(parent.calling(row["position"], row["name"]))
-            is_child = new[0].row["parent_workflow_id"] is not None
+            is_child = new[0][0]["parent_workflow_id"] is not None
             kind = _grouped(_insertion(is_child))
-            taken = await executor.journal.write(kind, *(start.row for start in new))
-        for start, was_taken in zip(new, taken, strict=True):
-            if not was_taken or (start.parent is not None and not is_child):
-                await _insert(executor, start)  # the ID was there, or is refused: find out which; or record it
+            taken = await executor.journal.write(kind, *(row for row, _ in new))
+        for (row, parent), was_taken in zip(new, taken, strict=True):
+            if not was_taken or (parent is not None and not is_child):
+                await _insert(executor, row, parent)  # the ID was there, or is refused: find out which; or record it
         executor.hints.send("q", queue)
-    return [start.row["id"] for start in starts]
+    return [row["id"] for row, _ in starts]
 
 
 def _queued(executor: _Executor, queue: str) -> dict[str, Any]:
@@ -4444,11 +4447,10 @@ class _QueueingExecutor(_TimedExecutor, _ThreadedExecutor, _HintedExecutor, _Gro
         unset = {"queue": None, "priority": 0, "deduplication_id": None, "delay_s": None}
         row |= unset if "queue" not in row else {}
 
-    async def refused(self, start: _Start) -> None:
-        row, parent = start
+    async def refused(self, row: dict[str, Any], parent: _Run | None) -> None:
         holder = row["deduplication_id"] and await self.ask(_holder_of, row["deduplication_id"], row["queue"])
         if not holder:
-            return await super().refused(start)
+            return await super().refused(row, parent)
         refusal = DBOSQueueDeduplicatedError(
             f"workflow {row['id']} was not enqueued on {row['queue']}: unfinished workflow {holder} has the "
             f"deduplication ID {row['deduplication_id']!r}",
@@ -4660,14 +4662,11 @@ class _Queueing(_Knowing):
                 *(row["id"], existing["queue"], row["queue"]),
             )
 
-    async def _start(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
-        loop: asyncio.AbstractEventLoop | None = None,
-    ) -> str:
+    async def _start(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         for option in ("deduplication_id", "priority", "delay_seconds"):
             if _options.get().get(option) is not None:
                 raise DBOSException(f"{option} is for queues: enqueue {_name_of(func)} instead of starting it")
-        return await super()._start(func, args, kwargs, loop)
+        return await super()._start(func, args, kwargs)
 
     def _add_queue(self, queue: Queue) -> None:
         with self._lock:
@@ -5391,6 +5390,8 @@ class _Scheduling(_Queueing):
 # Needs: Queues.  Class methods and instance methods as workflows and steps: a row names their class, and which
 # configured instance of it, so that a recovered workflow finds its own.
 
+import copy
+
 __all__ += ["DBOSConfiguredInstance"]
 
 _NAMES += ["class_name", "config_name"]
@@ -5400,15 +5401,15 @@ _COLUMNS |= {"class_name": "%(class_name)s", "config_name": "%(config_name)s"}
 
 class _Methods(_Queueing):
     def __init__(self, config: DBOSConfig | None = None) -> None:
-        self._classes: dict[str, type] = {}
-        self._instances: dict[tuple[str | None, str | None], object] = {}
         self._kinds: dict[_Function, str] = {}  # of methods: "class" or "instance"
+        # What they can be called on, by kind, and by how a row names it.
+        self._receivers: dict[str, dict[tuple[str | None, str | None], object]] = {"class": {}, "instance": {}}
         super().__init__(config)
 
     def _forget_all(self) -> None:
         super()._forget_all()
-        self._classes.clear()
-        self._instances.clear()
+        for receivers in self._receivers.values():
+            receivers.clear()
 
     def dbos_class(self, class_name: str | None = None) -> Callable[[type[T]], type[T]]:
         """Let the class methods and instance methods of a class be workflows and steps.
@@ -5418,9 +5419,9 @@ class _Methods(_Queueing):
 
         def decorate(cls: type[T]) -> type[T]:
             known_as = class_name or cls.__qualname__
-            former = self._classes.get(known_as)
+            former = self._receivers["class"].get((known_as, None))
             self._declare("class", known_as, cls, former, cls is former)
-            self._classes[known_as] = cls
+            self._receivers["class"][known_as, None] = cls
             cls._durable_class_name = known_as  # type: ignore[attr-defined]
             for attribute in [each for base in cls.__mro__ for each in vars(base).values()]:
                 function = getattr(getattr(attribute, "__func__", attribute), "_durable_function", None)
@@ -5434,10 +5435,10 @@ class _Methods(_Queueing):
     def register_instance(self, instance: DBOSConfiguredInstance) -> None:
         """Make an instance known by its class and `config_name`; its constructor does so for `DBOS`."""
         key = (_class_name(type(instance)), instance.config_name)
-        former = self._instances.get(key)
+        former = self._receivers["instance"].get(key)
         same = type(instance) is type(former) and vars(instance) == vars(former)
         self._declare("instance", f"{key[1]!r} of {key[0]}", instance, former, same)
-        self._instances[key] = instance
+        self._receivers["instance"][key] = instance
         self._publish()
 
     def _names_of(self, function: _Function, args: tuple[Any, ...]) -> tuple[dict[str, Any], tuple[Any, ...]]:
@@ -5457,40 +5458,34 @@ class _Methods(_Queueing):
                     f"{function.name} was called on a {_type_name(args[0])}, which no later process could find: "
                     f"derive it from DBOSConfiguredInstance"
                 )
-            if (_class_name(type(args[0])), name) not in self._instances:
+            if (_class_name(type(args[0])), name) not in self._receivers["instance"]:
                 self.register_instance(args[0])  # of an instance of Durable that is not DBOS
             return _class_name(type(args[0])), name
         if args and next(iter(function.signature.parameters), "") in ("self", "cls"):
             raise DBOSException(f"{function.name} is a method: put @DBOS.dbos_class() on its class")
         return None, None
 
-    def _receiver(self, row: dict[str, Any]) -> list[object]:
-        class_name, config_name = row["class_name"], row["config_name"]
-        if class_name is None:
-            return []
-        found = self._classes.get(class_name) if config_name is None else self._instances.get((class_name, config_name))
-        if found is None:
-            raise DBOSException(f"there is no class {class_name} or instance {config_name!r} of it in this process")
-        return [found]
-
     def _function_for(self, row: dict[str, Any]) -> _Function | None:
-        known = any(all(each[name] == row[name] for name in _NAMES) for each in self._known_as(row["name"]))
-        return super()._function_for(row) if known else None
+        function, names = super()._function_for(row), (row["class_name"], row["config_name"])
+        if function is None or function not in self._kinds:
+            return function if names == (None, None) else None
+        receiver = self._receivers[self._kinds[function]].get(names)
+        return None if receiver is None else _bound(function, receiver)
 
     def _known(self) -> list[dict[str, Any]]:
-        return [each for known in super()._known() for each in self._known_as(known["name"], known)]
-
-    def _known_as(self, name: str, known: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-        """What this process can run of that name: function, class and instance."""
-        receivers: dict[str | None, list[tuple[str | None, str | None]]] = {
-            None: [(None, None)], "class": [(each, None) for each in self._classes], "instance": list(self._instances),
-        }
-        function = self._functions.get(name)
-        kind = self._kinds.get(function) if function is not None else None
+        kinds = {name: self._kinds.get(function, "") for name, function in tuple(self._functions.items())}
         return [
-            {**(known or {"name": name}), "class_name": class_name, "config_name": config_name}
-            for class_name, config_name in (receivers[kind] if function is not None else ())
+            {**known, "class_name": class_name, "config_name": config_name} for known in super()._known()
+            for class_name, config_name in tuple(self._receivers.get(kinds[known["name"]], [(None, None)]))
         ]
+
+
+def _bound(method: _Function, receiver: object) -> _Function:
+    """A method of this class or instance."""
+    bound = copy.copy(method)
+    bound.call = functools.partial(method.call, receiver)
+    bound.signature = method.signature.replace(parameters=[*method.signature.parameters.values()][1:])
+    return bound
 
 
 def _class_name(cls: type) -> str:
@@ -6338,12 +6333,12 @@ class _InterruptedExecutor(_LivingExecutor):
         self.interrupted -= {key for key in tuple(self.interrupted) if key[0] == run.id}
         return super().enter(run)
 
-    async def may_begin(self, start: _Start) -> None:
+    async def may_begin(self, row: dict[str, Any], parent: _Run | None) -> None:
         """What was interrupted, and is asked for again, goes on."""
         for id, claim in tuple(self.interrupted):
-            if id == start.row["id"]:
+            if id == row["id"]:
                 self.take_up(await self.ask(_take, self.me, [{"id": id, "claim": claim}]))
-        await super().may_begin(start)
+        await super().may_begin(row, parent)
 
 
 # --- Foreign settings ---------------------------------------------------------------------------------
@@ -7275,7 +7270,7 @@ class _Client(_Management):
             executor.complete(row, None)
 
         async def enqueue() -> str:
-            await _insert(executor, _Start(row, None))
+            await _insert(executor, row, None)
             executor.hints.send("q", queue)
             return id
 
@@ -7792,10 +7787,10 @@ class _Rehearsal(_OrderedRun):
     """
 
     def __init__(
-        self, executor: _Executor, function: _Function, row: dict[str, Any], records: list[_Record],
+        self, executor: _Executor, row: dict[str, Any], records: list[_Record],
         read: Callable[[str, int], list[_Record]],
     ) -> None:
-        super().__init__(executor, function, row)
+        super().__init__(executor, row)
         self._read = read
         self.learn(records)
         self.moved_at = time.monotonic()
@@ -8193,10 +8188,9 @@ def _rehearse(executor: _Executor, conn: Conn, stage: _Stage, rows: list[dict[st
     """Let the code that is here run against the histories of these workflows."""
     histories = _read_histories(conn, [row["id"] for row in rows])
     read = functools.partial(_read_history, conn, limit=_HISTORY_CHUNK)
-    functions = {row["id"]: executor.registry._function_for(row) for row in rows}
     runs = {
-        row["id"]: _Rehearsal(executor, function, row, histories[row["id"]], read)
-        for row in rows if (function := functions[row["id"]]) is not None
+        row["id"]: _Rehearsal(executor, row, histories[row["id"]], read)
+        for row in rows if executor.registry._function_for(row) is not None
     }
     stage.play(tuple(runs.values()))
     return [_fit(row, runs.get(row["id"]), stage) for row in rows]
@@ -8927,7 +8921,7 @@ class _Executor(
 class Durable(
     _Deploying, _Patching, _Managing, _Management, _Logged, _Tolerant, _Forked, _Lending, _Stepping, _Declaring,
     _Methods, _Scheduling, _Streaming, _Streams, _Announcing, _Events, _Receiving, _Messaging, _Queueing, _Cancelling,
-    _Ordered, _Sleeping, _Knowing, _Hosting, _Transacting, _Engine,
+    _Ordered, _Sleeping, _Threading, _Knowing, _Hosting, _Transacting, _Engine,
 ):
     """Registers functions as workflows and steps, and, once launched, runs them durably.
 

@@ -1555,10 +1555,10 @@ def test_a_child_whose_parent_is_stopped_before_it_ran_is_held_by_nobody(dbos, m
     def parent():
         return child()
 
-    async def begin_and_stop(executor, function, start):
-        begun = await begin(executor, function, start)
-        if start.parent is not None:
-            start.parent.halt(durable._Superseded("taken over just now"))
+    async def begin_and_stop(executor, row, parent):
+        begun = await begin(executor, row, parent)
+        if parent is not None:
+            parent.halt(durable._Superseded("taken over just now"))
         return begun
 
     monkeypatch.setattr(durable, "_begin", begin_and_stop)
@@ -15346,8 +15346,8 @@ def call(function, id):
 
 def insert(peer, function, id):
     """Let the row of a workflow begin, and nobody run it."""
-    row = durable._prepare_start(peer.executor, function._durable_function, (), {}).row | {"id": id}
-    peer.executor.write(durable._insertion(False), row).block()
+    row, _ = durable._prepare_start(peer.executor, function._durable_function, (), {})
+    peer.executor.write(durable._insertion(False), row | {"id": id}).block()
 
 
 def abandon(stage, function, id, queue=None):
