@@ -265,7 +265,7 @@ class _Run:
         """Raise if a row with this claim and status is not ours to write."""
         if (claim, status) != (self.claim, "PENDING"):
             kind = _STOPS.get(status, _Superseded) if claim == self.claim else _Superseded
-            raise kind(kind.says.format(id=self.id, status=status, claim=self.claim))
+            raise kind(f"workflow {self.id} is {status} and no longer this run's (claim {self.claim})")
 
     def go_on(self) -> None:
         """Raise if this run is not to go on."""
@@ -527,8 +527,6 @@ class DBOSRestoredError(DBOSException):
 class _Stopped(BaseException):
     """This run may no longer write its workflow's history."""
 
-    says = "workflow {id} is {status} and no longer this run's (claim {claim})"
-
 class _Superseded(_Stopped):
     """Another run has a later claim, or the workflow is no longer there to be run."""
 
@@ -536,7 +534,7 @@ class _Closing(_Stopped):
     """The executor is being destroyed; the workflow stays PENDING for the next one."""
 
 
-_STOPS: dict[str, type[_Stopped]] = {}  # by the status that a workflow was given from outside; rooms add theirs
+_STOPS: dict[str, type[_Superseded]] = {}  # by the status that a workflow was given from outside; rooms add theirs
 
 
 # --- Workflows ----------------------------------------------------------------------------------------
@@ -555,7 +553,7 @@ async def _call(executor: _Executor, function: _Function, args: tuple[Any, ...],
 
     async def see_through() -> Any:
         if run is not None:
-            with suppress(_Superseded, *_STOPS.values()):  # its row knows better how it ends
+            with suppress(_Superseded):  # its row knows better how it ends
                 return await run.execute()
         return await _result(executor, row["id"])
 
@@ -603,18 +601,13 @@ def _first_claim() -> int:
 
 
 def _next_id(parent: _Run | None, position: int) -> str:
-    """The ID of a workflow about to begin: as asked for, or its parent's with the position, or random."""
+    """The ID of a workflow about to begin: as asked for; or the same in each replay of its parent; or random."""
     ids: list[str] | None = _options.get().get("ids")
     if ids:
         return ids.pop()
     if ids is not None:
         _log.warning("a second workflow in one SetWorkflowID block gets a generated ID: use a block for each")
-    return _generated_id(parent, position)
-
-
-def _generated_id(run: _Run | None, position: int) -> str:
-    """The same in each replay, so that the second finds what the first began; random outside of workflows."""
-    return f"{run.id}-{position}" if run else str(uuid.uuid4())
+    return f"{parent.id}-{position}" if parent else str(uuid.uuid4())
 
 
 _options = contextvars.ContextVar[Mapping[str, Any]]("durable_options", default=types.MappingProxyType({}))
@@ -721,11 +714,8 @@ def _find(conn: Conn, id: str) -> dict[str, Any] | None:
     return conn.cursor(row_factory=dict_row).execute(query, (id,)).fetchone()
 
 
-async def _result(executor: _Executor, id: str, existing: bool = True) -> Any:
-    """Wait until a workflow has ended, here or anywhere, and return or raise its outcome.
-
-    With `existing` off it may yet begin.
-    """
+async def _result(executor: _Executor, id: str) -> Any:
+    """Wait until a workflow has ended, here or anywhere, and return or raise its outcome."""
     while True:
         run = executor.running.get(id)
         if run is not None:
@@ -734,12 +724,11 @@ async def _result(executor: _Executor, id: str, existing: bool = True) -> Any:
                 return run.result[0]
         with executor.expected("w", id) as hint:  # before the look, so that no hint (a room gives them) is missed
             row = await executor.ask(_find, id)
-            if row is None and existing:
+            if row is None:
                 raise DBOSNonExistentWorkflowError(f"there is no workflow {id}")
-            if row is not None and row["status"] in _ENDINGS:
+            if row["status"] in _ENDINGS:
                 return _ENDINGS[row["status"]](executor, row)
-            existing = row is not None
-            await _pause_run(executor, hint, timeout=executor.poll_s if existing else _POLL_S)
+            await _pause_run(executor, hint, timeout=executor.poll_s)
 
 
 def _returned(executor: _Executor, row: dict[str, Any]) -> Any:
@@ -1024,7 +1013,6 @@ class _BareExecutor:
     run_type: type[_Run] = _Run
     pool: ConnectionPool[Any]  # for everybody's statements
     conn: Conn | None = None  # ours alone, for as long as we live
-    place = "its database"  # where that is, for the log
     poll_s: float | None = 0.1  # how often to look for what nobody tells us
 
     def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
@@ -1152,8 +1140,7 @@ class _BareExecutor:
 
     def about(self) -> str:
         """Who was launched, for the log."""
-        who = "{application} as executor {executor_id}, incarnation {incarnation}, version {version}".format(**self.me)
-        return f"{who}, on {self.place}"
+        return "{application} as executor {executor_id}, incarnation {incarnation}, version {version}".format(**self.me)
 
     def open(self) -> None:
         """Bring the schema up to date, and enter as a new incarnation; close() is to be called, even if this fails."""
@@ -1244,12 +1231,12 @@ def _some(ids: list[str]) -> str:
 class _Handle(Generic[R]):
     """A workflow that was started, enqueued or retrieved."""
 
-    def __init__(self, durable: Any, workflow_id: str, existing: bool = True) -> None:
-        self._durable, self.workflow_id, self._exists = durable, workflow_id, existing
+    def __init__(self, durable: Any, workflow_id: str) -> None:
+        self._durable, self.workflow_id = durable, workflow_id
 
     async def _outcome(self) -> Any:
         id, executor = self.workflow_id, cast(_Executor, self._durable._launched())
-        return await _recorded("DBOS.getResult", lambda: _result(executor, id, self._exists), child=id)
+        return await _recorded("DBOS.getResult", lambda: _result(executor, id), child=id)
 
 
 class _BlockingHandle(_Handle[R]):
@@ -1287,19 +1274,19 @@ class _Engine:
 
     def __init__(self, config: DBOSConfig | None = None) -> None:
         self._executor: _Executor | None = None
-        self._config = self._checked(config or {})
+        self._config: Mapping[str, Any] = {}
         self._lock = threading.RLock()  # what is registered
         self._life = threading.RLock()  # launch and destroy
         self._functions: dict[str, _Function] = {}
         self.logger = _log
+        self(config=config)
 
     def __call__(self: E, *, config: DBOSConfig | None = None) -> E:
         """Configure the instance (before its launch, or once more with the same) and return it.
 
         Raises DBOSInitializationError for a setting that makes no sense.
         """
-        if config is not None:
-            self._config = self._checked(config)
+        self._config = self._config if config is None else config
         return self
 
     # Registering functions.
@@ -1315,15 +1302,15 @@ class _Engine:
         Raises DBOSConflictingRegistrationError if another function has the name.
         """
 
-        def decorate(known_as: str, fn: Callable[P, R]) -> Callable[P, R]:
-            function = _Function(known_as, fn, fn, max_recovery_attempts, "workflow")
+        def decorate(fn: Callable[P, R]) -> Callable[P, R]:
+            function = _Function(name or fn.__qualname__, fn, fn, max_recovery_attempts, "workflow")
 
             async def body(*args: Any, **kwargs: Any) -> Any:
                 return await _call(self._launched(), function, args, kwargs)
 
             return self._register(function, _in_colour_of(fn, body))
 
-        return self._decorator("workflow", name, decorate)
+        return decorate
 
     def step(
         self, *, name: str | None = None, retries_allowed: bool = False, interval_seconds: float = 1.0,
@@ -1339,23 +1326,19 @@ class _Engine:
         """
         retries = _Retries(retries_allowed, interval_seconds, max_attempts, backoff_rate, should_retry)
 
-        def decorate(known_as: str, fn: Callable[P, R]) -> Callable[P, R]:
+        def decorate(fn: Callable[P, R]) -> Callable[P, R]:
+            known_as = name or fn.__qualname__
             retries.check(known_as, fn)
 
             async def body(*args: Any, **kwargs: Any) -> Any:
-                self._here()
+                if self._executor is not None:
+                    self._launched()  # raises where no record would be made, as in a process that was forked
                 return await _step(known_as, retries, functools.partial(fn, *args, **kwargs))
 
             call = _in_colour_of(fn, body)
             return self._register(_Function(f"<temp>.{known_as}", call, fn, 100, "step"), call)
 
-        return self._decorator("step", name, decorate)
-
-    def _decorator(
-        self, kind: str, name: str | None, decorate: Callable[[str, Callable[P, R]], Callable[P, R]]
-    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """What `workflow`, `step` and their like return: a decorator for a function, by default under its own name."""
-        return lambda fn: decorate(name or fn.__qualname__, fn)
+        return decorate
 
     def _register(self, function: _Function, call: Callable[P, R]) -> Callable[P, R]:
         with self._lock:
@@ -1439,22 +1422,13 @@ class _Engine:
         self._executor.here()
         return self._executor
 
-    def _here(self) -> None:
-        """Raise if somebody may count on the record of a call that would be none, as in a process that was forked."""
-        if self._executor is not None:
-            self._executor.here()
-
-    def _checked(self, config: Any) -> dict[str, Any]:
-        """The config, without what is unset."""
-        return {key: value for key, value in config.items() if value is not None}
-
     def _settings(self) -> dict[str, Any]:
         """All settings, with what the config leaves to the environment and to the defaults."""
         settings: dict[str, Any] = {}
         for key, (variables, default) in _DEFAULTS.items():
             found = (os.environ[name] for name in variables.split() if os.environ.get(name))
-            given = self._config.get(key, "")
-            settings[key] = next(found, default) if given == "" else given
+            given = self._config.get(key)
+            settings[key] = next(found, default) if given is None or given == "" else given
         return settings
 
     def _identity(self) -> dict[str, Any]:
@@ -2099,7 +2073,8 @@ class _Transacting(_Engine):
         if isolation_level not in ("SERIALIZABLE", "REPEATABLE READ", "READ COMMITTED"):
             raise DBOSException(f"isolation_level is {isolation_level!r}; it must be 'SERIALIZABLE' or a lower level")
 
-        def decorate(known_as: str, fn: Callable[P, R]) -> Callable[P, R]:
+        def decorate(fn: Callable[P, R]) -> Callable[P, R]:
+            known_as = name or fn.__qualname__
             if inspect.iscoroutinefunction(fn):
                 raise DBOSException(
                     f"{known_as} is async, and a transaction cannot be: make it a plain function, "
@@ -2120,7 +2095,7 @@ class _Transacting(_Engine):
             alone = _Function(f"<temp>.{known_as}", call, fn, 100, "transaction")
             return self._register(alone, call)
 
-        return self._decorator("transaction", name, decorate)
+        return decorate
 
     @property
     def connection(self) -> Conn:
@@ -2416,7 +2391,7 @@ class _AdministeredExecutor(_LivingExecutor):
         return super().serve()
 
     def about(self) -> str:
-        return f"{super().about()}; admin server: {self.admin.url if self.admin else 'none'}"
+        return f"{super().about()}, admin server {self.admin.url if self.admin else 'none'}"
 
     def end(self) -> None:
         if self.admin is not None:
@@ -2585,13 +2560,16 @@ def _edition(conn: Conn) -> int | None:
 
 
 class _Hosting(_Engine):
-    def _checked(self, config: Any) -> dict[str, Any]:
+    def __call__(self: E, *, config: DBOSConfig | None = None) -> E:
+        return super().__call__(config=None if config is None else cast(_Hosting, self)._checked(config))
+
+    def _checked(self, config: Any) -> Any:
         """Refuse what is not a setting or not of its type; None is unset."""
         if not isinstance(config, dict):
             raise DBOSInitializationError(f"the config is a {_type_name(config)}; it must be a dict")
         for key in config.keys() - _DEFAULTS.keys():
             raise DBOSInitializationError(f"unknown setting {key!r}; there are: {', '.join(_DEFAULTS)}")
-        checked = super()._checked(config)
+        checked = {key: value for key, value in config.items() if value is not None}
         if self._executor is not None and checked != self._config:
             raise DBOSInitializationError("it is launched already: configure it before, or destroy() it first")
         kinds = get_type_hints(DBOSConfig)
@@ -2702,6 +2680,11 @@ def _executor_for(access: _Access, workflow_id: str) -> _Executor:
     """The executor, for an operation on a workflow; refused is an ID that none can have."""
     _valid_name("workflow ID", workflow_id)
     return access._launched()
+
+
+def _generated_id(run: _Run | None, position: int) -> str:
+    """Of something that a workflow makes, the same in each replay; random outside of workflows."""
+    return f"{run.id}-{position}" if run else str(uuid.uuid4())
 
 
 def _own_run(name: str) -> _Run:
@@ -4042,10 +4025,8 @@ class DBOSAwaitedWorkflowCancelledError(DBOSException):
     """The workflow whose result was asked for is cancelled."""
 
 
-class DBOSWorkflowCancelledError(_Stopped):
+class DBOSWorkflowCancelledError(_Superseded):
     """The workflow was cancelled while this run was at work."""
-
-    says = "workflow {id} was cancelled"
 
 
 def _raise_cancelled(executor: _Executor, row: dict[str, Any]) -> Any:
@@ -5511,20 +5492,14 @@ class DBOSConfiguredInstance:
 import ast
 
 
-class _Declaring(_Engine):
-    def __init__(self, config: DBOSConfig | None = None) -> None:
-        self._sites: dict[tuple[str, str], _Site] = {}  # where each thing was declared
-        self._rerun: types.CodeType | None = None  # the last run of a module that was warned of
-        super().__init__(config)
+def _anywhere(method: T) -> T:
+    """Let a decorator go above `@staticmethod` and `@classmethod`, too, but not above one of another kind."""
+    kind = cast(Any, method).__name__
 
-    def _forget_all(self) -> None:
-        self._sites.clear()
-        super()._forget_all()
-
-    def _decorator(
-        self, kind: str, name: str | None, decorate: Callable[[str, Callable[P, R]], Callable[P, R]]
-    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Let a decorator go above `@staticmethod` and `@classmethod`, too, but not above one of another kind."""
+    @functools.wraps(cast(Any, method))
+    def decorator(self: _Engine, *args: Any, name: str | None = None, **options: Any) -> Any:
+        decorate = functools.partial(cast(Any, method), self, *args, **options)
+        decorate()  # refuses options that make no sense
 
         def above(fn: Any) -> Any:
             if isinstance(fn, (staticmethod, classmethod)):
@@ -5535,9 +5510,26 @@ class _Declaring(_Engine):
                     f"{_name_of(fn)} is a {former.kind} already and cannot be a {kind}, too: make that another "
                     f"function, which calls it"
                 )
-            return decorate(name or _name_of(fn), fn)
+            return decorate(name=name or _name_of(fn))(fn)
 
         return above
+
+    return cast(T, decorator)
+
+
+class _Declaring(_Engine):
+    def __init__(self, config: DBOSConfig | None = None) -> None:
+        self._sites: dict[tuple[str, str], _Site] = {}  # where each thing was declared
+        self._rerun: types.CodeType | None = None  # the last run of a module that was warned of
+        super().__init__(config)
+
+    def _forget_all(self) -> None:
+        self._sites.clear()
+        super()._forget_all()
+
+    workflow = _anywhere(_Engine.workflow)
+    step = _anywhere(_Engine.step)
+    transaction = _anywhere(_Transacting.transaction)
 
     def _declare(self, what: str, name: str, new: Any, former: Any, same: bool = False) -> None:
         """Note where something is declared; refuse a name that something else has, which is not the `same`.
@@ -5745,7 +5737,8 @@ class _Stepping(_Engine):
     def _run_step(
         self, options: StepOptions | None, func: Callable[..., Any], call: Callable[[], Any]
     ) -> Coroutine[Any, Any, Any]:
-        self._here()
+        if self._executor is not None:
+            self._launched()
         given, function = dict(options or {}), getattr(func, "_durable_function", None)
         transaction = function if isinstance(function, _Function) and function.kind == "transaction" else None
         name = given.pop("name", None) or (transaction.name[len("<temp>."):] if transaction else _name_of(func))
@@ -5979,9 +5972,8 @@ if __name__ != "__main__" and vars(sys.modules.get(__name__, types)) is globals(
 class _DiscreetExecutor(_SettledExecutor):
     """Says where its database is, and nothing that may be a part of its password."""
 
-    def open(self) -> None:
-        super().open()
-        self.place = _without_password(self.url) or self.place
+    def about(self) -> str:
+        return f"{super().about()}, on {_without_password(self.url) or 'its database'}"
 
     def connect(self) -> _Connection:
         try:
@@ -6351,8 +6343,8 @@ __all__ += ["error"]
 error = sys.modules[__name__]
 
 
-class _Tolerant(_Engine):
-    def _checked(self, config: Any) -> dict[str, Any]:
+class _Tolerant(_Hosting):
+    def _checked(self, config: Any) -> Any:
         if isinstance(config, dict):
             for key in config.keys() & _FOREIGN_KEYS:
                 _log.warning("the setting %r of the DBOS library has no effect in durable.py", key)
@@ -6772,6 +6764,26 @@ def _empty(conn: Conn) -> None:
 
 
 class _NamedHandle(_Handle[R]):
+    def __init__(self, durable: Any, workflow_id: str, existing: bool = True) -> None:
+        super().__init__(durable, workflow_id)
+        self._exists = existing
+
+    async def _outcome(self) -> Any:
+        """Wait for the workflow to begin, if it may yet, and then to end."""
+        if self._exists:
+            return await super()._outcome()
+        id, executor = self.workflow_id, cast(_Executor, self._durable._launched())
+
+        async def outcome() -> Any:
+            while not self._exists:
+                with executor.expected("w", id) as hint:
+                    self._exists = await executor.ask(_find, id) is not None
+                    if not self._exists:
+                        await _pause_run(executor, hint, timeout=_POLL_S)
+            return await _result(executor, id)
+
+        return await _recorded("DBOS.getResult", outcome, child=id)
+
     def get_workflow_id(self) -> str:
         """Return the workflow's ID."""
         return self.workflow_id

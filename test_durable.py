@@ -1858,24 +1858,6 @@ def test_an_operation_that_is_thrown_away_with_its_loop_says_nothing(monkeypatch
     assert heard == []
 
 
-def test_a_task_that_is_cancelled_before_it_began_holds_nothing(dbos, witness):
-    """Nobody runs the workflow then, and whoever looks for such takes it up."""
-
-    @dbos.workflow()
-    async def work():
-        return 1
-
-    async def main():
-        await dbos.start_workflow_async(work)
-        for task in tuple(dbos._executor.tasks):
-            task.cancel()
-        while dbos._executor.tasks:
-            await asyncio.sleep(0)
-        assert not dbos._executor.claimed
-
-    asyncio.run(main())
-
-
 # --- Waiting ------------------------------------------------------------------------------------------
 #
 # Steps whose result has not arrived yet: a wake-up, a message, an event, the next value of a stream.
@@ -3201,34 +3183,6 @@ def test_a_step_and_a_transaction_under_one_name_are_an_error(executor):
         dbos.transaction()(charge)
 
 
-# --- Two colours --------------------------------------------------------------------------------------
-#
-# async def workflows and steps do the same; gather keeps its positions.
-
-
-def test_a_loop_that_is_closed_under_a_workflow_loses_nothing(dbos, fast_sweeps):
-    """The sweep takes up what no loop runs any more."""
-    entered = []
-
-    @dbos.workflow()
-    async def work():
-        entered.append(1)
-        if len(entered) == 1:
-            await asyncio.sleep(3600)
-        return "done"
-
-    async def main():
-        handle = await dbos.start_workflow_async(work)
-        while not entered:
-            await asyncio.sleep(0.01)
-        return handle.workflow_id
-
-    loop = asyncio.new_event_loop()
-    workflow_id = loop.run_until_complete(main())
-    loop.close()
-    assert result_of(dbos, workflow_id) == "done"
-
-
 # --- Recovery -----------------------------------------------------------------------------------------
 #
 # What a dead executor left PENDING is taken up by its successor: same name, same version, one claim on.
@@ -4531,6 +4485,47 @@ def test_the_histories_of_what_is_recovered_are_read_together(dbos, witness, mon
     assert {id: result_of(dbos, id) for id in counts} == {id: list(range(count)) for id, count in counts.items()}
     assert ran == [("long", n) for n in range(1100, 1200)]
     assert alone == ["long"]
+
+
+def test_a_task_that_is_cancelled_before_it_began_holds_nothing(dbos, witness):
+    """Nobody runs the workflow then, and whoever looks for such takes it up."""
+
+    @dbos.workflow()
+    async def work():
+        return 1
+
+    async def main():
+        await dbos.start_workflow_async(work)
+        for task in tuple(dbos._executor.tasks):
+            task.cancel()
+        while dbos._executor.tasks:
+            await asyncio.sleep(0)
+        assert not dbos._executor.claimed
+
+    asyncio.run(main())
+
+
+def test_a_loop_that_is_closed_under_a_workflow_loses_nothing(dbos, fast_sweeps):
+    """The sweep takes up what no loop runs any more."""
+    entered = []
+
+    @dbos.workflow()
+    async def work():
+        entered.append(1)
+        if len(entered) == 1:
+            await asyncio.sleep(3600)
+        return "done"
+
+    async def main():
+        handle = await dbos.start_workflow_async(work)
+        while not entered:
+            await asyncio.sleep(0.01)
+        return handle.workflow_id
+
+    loop = asyncio.new_event_loop()
+    workflow_id = loop.run_until_complete(main())
+    loop.close()
+    assert result_of(dbos, workflow_id) == "done"
 
 
 # --- Sleep --------------------------------------------------------------------------------------------
