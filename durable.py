@@ -46,9 +46,9 @@ Needs Python 3.10+, psycopg 3 with psycopg_pool, PostgreSQL 13+, and schema.sql 
 
 # ==== I. The engine ===================================================================================
 #
-# So far there is nothing.  This storey makes a function survive the process that runs it: the heart (a call,
-# its position, its record); how a workflow begins and is waited for; what is stored of it; which thread or
-# event loop drives it; the executor that launches, recovers and ends; and the names that a program uses.
+# So far there is nothing.  This storey makes a function survive the process that runs it: the heart (a call, its
+# position, its record); how a workflow begins and is waited for; what is stored of it; which thread or event loop
+# drives it; the executor that launches, recovers and ends; and the names that a program uses.
 
 from __future__ import annotations
 
@@ -158,7 +158,6 @@ class _Run:
         self.status, self.result = "PENDING", cast(tuple[Any] | None, None)
         self.stopped: _Stopped | None = None  # set from outside when this run is no longer to go on,
         self.stop = _Signal()  # and at the same time this, for those who wait
-        self.interrupted: BaseException | None = None
         self.tries: dict[int, int] = {}  # of steps that are not on record yet
         self._position = 0
         self._history: dict[int, _Record] = {}
@@ -292,10 +291,7 @@ class _Run:
             except Exception as raised:
                 error = _raised(raised)
             error = await self.finish(value, error)
-        except (KeyboardInterrupt, SystemExit) as end:
-            self.interrupted = end  # somebody wants it to stop: that is no outcome, and it stays PENDING
-            raise
-        finally:
+        finally:  # without an outcome, as after KeyboardInterrupt, it stays PENDING
             self.executor.forget(self)
         if error is not None:
             raise error
@@ -999,20 +995,17 @@ def _for_any(*signals: _Signal, timeout: float | None = None) -> _Wait[None]:
 
 # --- Executors ----------------------------------------------------------------------------------------
 #
-# An executor is what exists from launch to destroy: connections, threads, and the runs at work.  It has a
-# name, which outlives the process, and each launch of that name has a number, its incarnation.  What an
-# earlier incarnation left PENDING is ours to take up: kill -9, launch again, and it goes on.  (Under the same version,
-# which is a hash of the workflows' code: what another code began is not ours.  And under a name of its own: so far
-# nobody can tell a dead namesake from a living one.)
+# An executor is what exists from launch to destroy: connections, threads, and the runs at work.  Its name outlives
+# the process, and each launch of that name has a number, its incarnation.  What an earlier incarnation left PENDING
+# is ours to take up: kill -9, launch again, and it goes on.  (Under the same version, a hash of the workflows' code;
+# and under a name of its own: so far nobody can tell a dead namesake from a living one.)
 #
-# What is below adds to this class by deriving from it, and calls `super()`; `_Executor`, in the last lines of
-# the file, is made of them all.
+# Classes below derive from this one and call `super()`; `_Executor`, in the last lines of the file, is all of them.
 
 
 class _BareExecutor:
     run_type: type[_Run] = _Run
     pool: ConnectionPool[Any]  # for everybody's statements
-    conn: Conn | None = None  # ours alone, for as long as we live
     poll_s: float | None = 0.1  # how often to look for what nobody tells us
 
     def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
@@ -1096,13 +1089,8 @@ class _BareExecutor:
         return [row["id"] for row in rows]
 
     def enter(self, run: _Run) -> _Run:
-        """This run is at work from now on, and no former one of its workflow (or of a deleted one of that ID)."""
-        former = self.running.get(run.id)
+        """This run is at work from now on."""
         self.claimed[run.id, run.claim] = self.running[run.id] = run
-        if former is not None:
-            former.halt(_Superseded(f"workflow {run.id} was taken up anew (claim {run.claim})"))
-        if self.closed.is_set:  # while the claim was made: it is for the next launch
-            run.halt(_Closing("the executor was destroyed"))
         return run
 
     async def watch(self, run: _Run) -> None:
@@ -1128,13 +1116,12 @@ class _BareExecutor:
         """Execute; nobody waits here for what the run raises: its row, or else the log, has it."""
         try:
             await run.execute()
-        except _Stopped as why:
-            _log.log(logging.DEBUG if self.closed.is_set else logging.INFO, "stopped %s: %s", run.function.name, why)
         except Exception as error:
             _log.debug("workflow %s (%s) failed: %r", run.id, run.function.name, error)
         except BaseException as end:
-            level = logging.DEBUG if self.closed.is_set else logging.WARNING
-            _log.log(level, "workflow %s (%s) was ended by %r, and stays PENDING", run.id, run.function.name, end)
+            level = logging.INFO if isinstance(end, _Stopped) else logging.WARNING
+            text = "workflow %s (%s) goes no further in this run: %r"
+            _log.log(logging.DEBUG if self.closed.is_set else level, text, run.id, run.function.name, end)
 
     # Life and death.
 
@@ -1145,9 +1132,9 @@ class _BareExecutor:
     def open(self) -> None:
         """Bring the schema up to date, and enter as a new incarnation; close() is to be called, even if this fails."""
         atexit.register(self.closed.set)  # so that no daemon thread complains of what it loses at the interpreter's end
-        self.conn = self.connect()
-        self.migrate(self.conn)
-        self.me = self.enlist(self.conn)
+        with self.connect() as conn:
+            self.migrate(conn)
+            self.me = self.enlist(conn)
         self.pool = self.new_pool()
 
     def enlist(self, conn: Conn) -> dict[str, Any]:
@@ -1191,8 +1178,6 @@ class _BareExecutor:
     def end(self) -> None:
         if hasattr(self, "pool"):
             self.pool.close(timeout=1.0)
-        if self.conn is not None:
-            self.conn.close()
 
 
 def _take(conn: Conn, me: dict[str, Any], found: list[dict[str, Any]], status: str = "PENDING") -> list[dict[str, Any]]:
@@ -1205,7 +1190,7 @@ def _take(conn: Conn, me: dict[str, Any], found: list[dict[str, Any]], status: s
         update durable.workflows as w
            set status = %(status)s, claim = w.claim + 1, executor_id = %(executor_id)s,
                incarnation = %(incarnation)s, updated_at = clock_timestamp(),
-               recovery_attempts = w.recovery_attempts + (%(status)s <> 'ENQUEUED')::integer
+               recovery_attempts = w.recovery_attempts + (%(status)s = 'PENDING')::integer
           from unnest(%(ids)s::text[], %(claims)s::bigint[]) as found(id, claim)
          where w.id = found.id and w.claim = found.claim and w.status = 'PENDING'
         returning w.inputs, {", ".join(f"w.{column}" for column in _LOOKED_AT)}
@@ -1224,8 +1209,7 @@ def _some(ids: list[str]) -> str:
 
 # --- The public face ----------------------------------------------------------------------------------
 #
-# What a program uses: handles; and the decorators, launch and destroy, of which the last lines of the file compose
-# `Durable`.
+# What a program uses: handles, decorators, launch and destroy.  `Durable` is composed in the last lines, too.
 
 
 class _Handle(Generic[R]):
@@ -1241,10 +1225,7 @@ class _Handle(Generic[R]):
 
 class _BlockingHandle(_Handle[R]):
     def get_result(self, *, polling_interval_sec: float = _POLL_S) -> R:
-        """Wait for the workflow to end, wherever it runs, and return or raise its outcome.
-
-        `polling_interval_sec` is accepted as in DBOS, and means nothing here.
-        """
+        """Wait for the workflow to end, wherever it runs; return or raise its outcome.  (The interval is ignored.)"""
         _refuse_to_block_a_loop("DBOS.get_result")
         return cast(R, _block(self._outcome()))
 
@@ -1282,10 +1263,7 @@ class _Engine:
         self(config=config)
 
     def __call__(self: E, *, config: DBOSConfig | None = None) -> E:
-        """Configure the instance (before its launch, or once more with the same) and return it.
-
-        Raises DBOSInitializationError for a setting that makes no sense.
-        """
+        """Configure the instance, before its launch, and return it."""
         self._config = self._config if config is None else config
         return self
 
@@ -1358,7 +1336,7 @@ class _Engine:
         """The registered function behind a callable, and its arguments with a bound method's receiver."""
         function = getattr(func, "_durable_function", None)
         if not isinstance(function, _Function) or function.name not in self._functions:
-            name = getattr(func, "__qualname__", repr(func))
+            name = getattr(func, "__qualname__", func)
             raise DBOSWorkflowFunctionNotFoundError(f"{name} is not a registered workflow or step: decorate it")
         return function, (func.__self__, *args) if inspect.ismethod(func) else args
 
@@ -1522,10 +1500,10 @@ class _Engine:
 
 # ==== II. Self-hosting ================================================================================
 #
-# So far a workflow survives its process, if that is launched again, alone under its name, on a database
-# that is there.  This storey makes of it what runs on many servers: it waits out bad times, knows the dead
-# from the slow, succeeds them, and gives up on what kills its process; transactions commit a step together
-# with its record; an admin server tells load balancers and operators; settings are checked.
+# So far a workflow survives its process, if that is launched again, alone under its name, on a database that is
+# there.  This storey makes of it what runs on many servers: it waits out bad times, knows the dead from the slow,
+# succeeds them, and gives up on what kills its process; transactions commit a step together with its record; an admin
+# server tells load balancers and operators; settings are checked.
 
 import hmac
 import http.server
@@ -1547,8 +1525,8 @@ from psycopg.abc import PQGen
 
 __all__ += ["DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded"]
 
-_SCHEMA_VERSION = 54  # the edition of schema.sql that this code was written for, and how many storeys of it
-_SWEEP_S = 3.0  # a lock that stays free from one sweep to the next is a death: missed after 3 to 6 s
+_SCHEMA_VERSION = 54  # the edition of schema.sql that this code needs, of which each storey below makes the next
+_SWEEP_S = 3.0  # a lock that stays free from one sweep to the next is a death, and taken over 1.5 to 6.6 s after it
 _RESTART_GRACE_S = 3.0  # after Postgres starts, time for the living to take their locks again
 _LONGEST_PAUSE_S = 1.0  # between two tries to reach a database that is away
 _TRIES = 10  # of a transaction's function, before a conflict is its outcome
@@ -1586,7 +1564,7 @@ def _may_pass(error: BaseException) -> bool:
 
 
 class _PatientExecutor(_BareExecutor):
-    """Waits for its database, in sessions that are the same whatever the server, the database or the role says."""
+    """Waits for its database, however long it is away."""
 
     trouble_since = trouble_until = 0.0  # when the database last gave trouble
 
@@ -1598,7 +1576,6 @@ class _PatientExecutor(_BareExecutor):
         return text
 
     def now(self, statement: Callable[Concatenate[Conn, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-
         def attempt() -> T:
             with self.pool.connection() as conn:
                 return statement(conn, *args, **kwargs)
@@ -1689,8 +1666,9 @@ class _LivingExecutor(_PatientExecutor):
 
     def open(self) -> None:
         super().open()
-        self.announce(cast(Conn, self.conn))
-        self.start_own_thread("durable-keep", self._keep)
+        conn = self.connect()  # ours alone, for as long as we live
+        self.announce(conn)
+        self.start_own_thread("durable-keep", functools.partial(self._keep, conn))
 
     def serve(self) -> list[str]:
         taken = super().serve()
@@ -1719,20 +1697,19 @@ class _LivingExecutor(_PatientExecutor):
         """Note that this incarnation ended in good order."""
         conn.execute("update durable.executors set stopped_at = now() where incarnation = %(incarnation)s", self.me)
 
-    def _keep(self) -> None:
+    def _keep(self, conn: _Connection) -> None:
         """Keep the lock that says we live; on a new connection whenever one is lost."""
-        conn = cast(Conn, self.conn)
         while not self.closed.is_set:
             try:
                 if conn.closed:
-                    self.conn = conn = self.connect()
-                    self.announce(conn)
-                elif not self._held:  # the server has not noticed yet that our former connection is gone
+                    conn, self._held = self.connect(), False
+                if not self._held:  # or the server has not noticed yet that our former connection is gone
                     self.announce(conn)
                 self.hear(conn)
             except psycopg.Error as error:
                 conn.close()
                 self.pause(random.uniform(0.05, 0.1), error)
+        conn.close()
 
     def announce(self, conn: Conn) -> None:
         """Say on a new connection that we live."""
@@ -1771,8 +1748,7 @@ class _LivingExecutor(_PatientExecutor):
             return math.inf
         if now >= self.next_sweep:
             self.next_sweep = now + _SWEEP_S * random.uniform(0.9, 1.1)
-            taken = self.recover()
-            if taken:
+            if taken := self.recover():
                 _log.info("recovered %s", _some(taken))
         return self.next_sweep
 
@@ -1780,7 +1756,7 @@ class _LivingExecutor(_PatientExecutor):
         """Take up what nobody runs, of `listed` executors too, live or not; stop what we run and is no longer ours."""
 
         def take(conn: Conn) -> list[dict[str, Any]]:
-            """Look first, and compare with memory then: what begins while a statement waits is not in what it read.
+            """Look first, and compare with memory then: a run of ours is in `claimed` before its row can be read.
 
             In one attempt, so that after trouble all is looked at anew: who lives, and what an unanswered try took.
             """
@@ -1799,6 +1775,16 @@ class _LivingExecutor(_PatientExecutor):
         worn = [row for row, function in known if row["recovery_attempts"] > function.most]
         able = [row for row, _ in known if row not in worn]
         return _take(conn, self.me, able) + _take(conn, self.me, worn, "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
+
+    def enter(self, run: _Run) -> _Run:
+        """This run is at work from now on, and no former one of its workflow (or of a deleted one of that ID)."""
+        former = self.running.get(run.id)
+        super().enter(run)
+        if former is not None:
+            former.halt(_Superseded(f"workflow {run.id} was taken up anew (claim {run.claim})"))
+        if self.closed.is_set:  # while the claim was made: it is for the next launch
+            run.halt(_Closing("the executor was destroyed"))
+        return run
 
     def take_up(self, rows: list[dict[str, Any]]) -> list[str]:
         dead = [row for row in rows if row["status"] == "MAX_RECOVERY_ATTEMPTS_EXCEEDED"]
@@ -1822,17 +1808,14 @@ class _LivingExecutor(_PatientExecutor):
                 run.halt(why)
 
 
-_ALIVE = "(select incarnation from durable.living)"  # a lock that somebody holds is an executor that lives
-
-
 def _left_alone(
     conn: Conn, me: dict[str, Any], failover: bool, newcomer: bool, listed: list[str]
 ) -> list[dict[str, Any]]:
     """Read what is PENDING of this version under our own incarnation, the executors that are listed, and the dead.
 
-    An incarnation that stopped in good order is dead.  One whose lock is free is believed so at one look by a
-    process that has just come up under its name; for everybody else half a sweep must have passed since somebody first
-    saw it free.  And one of another version lives or not: it runs nothing of this.
+    The dead of our own name; with `failover`, of every name.  Dead is who stopped in good order; whose lock was free
+    for half a sweep since somebody first saw it so; for a `newcomer` under its name, whose lock is free now; and
+    whoever was launched with another version: what it runs is not of this one.
     """
     query = f"""
         select {", ".join(f"w.{column}" for column in _LOOKED_AT)}
@@ -1857,7 +1840,7 @@ def _note_lost(conn: Conn) -> None:
     """
     conn.execute(f"""
         update durable.executors set lost_at = case when lost_at is null then clock_timestamp() end
-         where stopped_at is null and (lost_at is null) = (incarnation not in {_ALIVE})
+         where stopped_at is null and (lost_at is null) = (incarnation not in (select incarnation from durable.living))
            and (lost_at is not null
                 or pg_postmaster_start_time() < clock_timestamp() - make_interval(secs => {_RESTART_GRACE_S}))
     """)
@@ -1911,8 +1894,8 @@ def _transact_at(run: _Run, position: int, name: str, isolation: str, call: Call
                     value, raised = _commit_together(conn, run, position, name, isolation, call, began)
                 except Exception as error:  # to be judged while nobody else has the session
                     lost, state = conn.closed, str(getattr(error, "sqlstate", None))[:2]
-                    # It counts as a try of the function where it may be of its making.  Elsewhere, before the function
-                    # was called or with our record, the database is in trouble, and is waited for.
+                    # What may be the function's doing counts as a try of it: what came while it ran, and what its
+                    # record met (lost, a conflict, a transaction that it broke).  All else is trouble that passes.
                     undone = conn.stage == "function" or (conn.stage == "record" and (lost or state in ("40", "25")))
                     raise
         except Exception as error:
@@ -1963,7 +1946,7 @@ def _commit_together(
         row = {"id": run.id, "claim": run.claim, "position": position, "name": name, "output": output}
         # One message, so that the record's lock on the workflow's row lives within this one round trip.
         psycopg.ClientCursor(conn).execute(
-            f"set constraints all immediate; {conn.before}{_RECORD_OR_FAIL}; commit; {conn.behind}",
+            f"{conn.before}{_RECORD_OR_FAIL}; commit; {conn.behind}",
             {**row, "took_s": time.monotonic() - began},
         )
         conn.stage = "committed"
@@ -1976,8 +1959,7 @@ def _commit_together(
                 conn.execute(f"rollback; {conn.before}{conn.behind}")
 
 
-_lending: contextvars.ContextVar[_Connection | None]
-_lending = contextvars.ContextVar("durable_lending", default=None)  # in a transaction function: its connection
+_lending = contextvars.ContextVar["_Connection | None"]("durable_lending", default=None)  # to a transaction function
 
 
 @contextmanager
@@ -2066,9 +2048,8 @@ class _Transacting(_Engine):
 
         It happens exactly once.  It is run again, from its begin, on a serialization failure, a deadlock
         or a lost connection (the tenth in a row is its outcome), so everything but its SQL may happen more
-        than once.  Row factories, settings, roles, session locks and the like end with it.  Left idle within
-        the transaction for five minutes, Postgres cuts it off.  Called outside a workflow, it is one; inside a
-        step it raises DBOSException, for a step must be free to run again as a whole.
+        than once.  Called outside a workflow, it is one; inside a step it raises DBOSException, for a step must
+        be free to run again as a whole.
         """
         if isolation_level not in ("SERIALIZABLE", "REPEATABLE READ", "READ COMMITTED"):
             raise DBOSException(f"isolation_level is {isolation_level!r}; it must be 'SERIALIZABLE' or a lower level")
@@ -2210,7 +2191,7 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
             if not is_whole:
                 raise _Refusal(431, "the headers are too large") if is_long else _Refusal(400, "the headers do not end")
             self._guard()
-            self._answer(*self._route())
+            self._answer(*self._reply())
         except _Refusal as refusal:
             self._refuse(refusal.status, str(refusal), **refusal.headers)
         except DBOSException as error:
@@ -2242,7 +2223,7 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
         if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
             raise _Refusal(403, "requests from other sites are not taken")
 
-    def _route(self) -> tuple[int, str, str]:
+    def _reply(self) -> tuple[int, str, str]:
         """Find who answers, and turn the answer into status, type and text."""
         path = self.path.partition("?")[0]
         try:
@@ -2561,6 +2542,10 @@ def _edition(conn: Conn) -> int | None:
 
 class _Hosting(_Engine):
     def __call__(self: E, *, config: DBOSConfig | None = None) -> E:
+        """Configure the instance (before its launch, or once more with the same) and return it.
+
+        Raises DBOSInitializationError for a setting that makes no sense.
+        """
         return super().__call__(config=None if config is None else cast(_Hosting, self)._checked(config))
 
     def _checked(self, config: Any) -> Any:
@@ -2608,8 +2593,9 @@ class _Hosting(_Engine):
         return None if admin is None else admin.server_address[1]
 
 
-# So far: any number of processes, on any number of servers, run workflows on one database; one that dies is
-# succeeded within seconds, one that is slow is not, and what an operator needs to know and do has an address.
+# So far: any number of processes, on any number of servers, run workflows on one database; one that dies is succeeded
+# within seconds (by the next of its name, and with `failover` by anybody), one that is slow is not; and what an
+# operator needs to know and do has an address.
 
 
 # ==== III. Rooms ======================================================================================
@@ -6052,7 +6038,8 @@ class _CleanConnection(_Connection):
     @contextmanager
     def lent(self, executor: _Executor) -> Iterator[None]:
         """Show the session to a function as another object, which ends with it."""
-        self.before, self.behind = _CLEAN.format(settings=executor.session_settings(self)) + ";", _UNLOCK
+        clean = _CLEAN.format(settings=executor.session_settings(self))
+        self.before, self.behind = f"set constraints all immediate; {clean};", _UNLOCK
         kept = self.prepare_threshold, self.prepared_max
         self.errors, self.borrowed = (), _Borrowed(self.pgconn)
         borrowed = self.borrowed
@@ -6093,7 +6080,11 @@ class _Borrowed(psycopg.Connection[Any]):
 class _Lending(_Transacting):
     @property
     def connection(self) -> Conn:
-        """The psycopg connection of the transaction that this code runs in; it is committed for you."""
+        """The psycopg connection of the transaction that this code runs in; it is committed for you.
+
+        Row factories, settings, roles, session locks and the like end with the transaction.  Left idle for five
+        minutes within it, Postgres cuts it off.
+        """
         return cast(Conn, cast(_CleanConnection, super().connection).borrowed)
 
 
@@ -6296,12 +6287,36 @@ def _backend(conn: Conn) -> int:
 
 # --- Interrupts ---------------------------------------------------------------------------------------
 #
-# What KeyboardInterrupt or SystemExit ended is left alone until the next launch, or until somebody asks for it: it is
-# still PENDING here, and a sweep would have the process that was told to stop begin it again.
+# Needs: Order.  What KeyboardInterrupt or SystemExit ended is left alone until the next launch, or until somebody asks
+# for it: it is still PENDING here, and a sweep would have the process that was told to stop begin it again.
+
+
+class _InterruptedRun(_OrderedRun):
+    """Knows whether somebody wants it to stop: that is no outcome."""
+
+    interrupted = False
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            self.interrupted = True
+            raise
+
+    async def call(self) -> Any:
+        with self.noting():
+            return await super().call()
+
+    async def finish(self, value: Any, error: Exception | None) -> Exception | None:
+        with self.noting():
+            return await super().finish(value, error)
 
 
 class _InterruptedExecutor(_LivingExecutor):
     """Leaves alone what was interrupted."""
+
+    run_type = _InterruptedRun
 
     def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
         super().__init__(registry, config)
@@ -6317,7 +6332,7 @@ class _InterruptedExecutor(_LivingExecutor):
         return super().seize(conn, [row for row in lost if (row["id"], row["claim"]) not in self.interrupted])
 
     def forget(self, run: _Run) -> None:
-        if run.interrupted is not None:
+        if isinstance(run, _InterruptedRun) and run.interrupted:
             self.interrupted.add((run.id, run.claim))
         super().forget(run)
 
@@ -6432,6 +6447,8 @@ def _set_up_logging(level: str) -> None:
 
 
 _SCHEMA_VERSION = 56
+
+_ALIVE = "(select incarnation from durable.living)"  # executors whose lock somebody holds
 
 
 def _url_of_one_there(url: str | None) -> str:
