@@ -244,8 +244,7 @@ class _Run:
     async def settle(self, position: int, name: str) -> _Record | None:
         """Find out why a write was refused: return the record that is there, or stop this run.
 
-        It is our own, whose acknowledgement was lost, or that of a call which another run made before it was succeeded.
-        None means that nothing stands in the way: write again.
+        That is our own, whose acknowledgement was lost.  None means that nothing stands in the way: write again.
         """
         await self.standing()
         there = await self.executor.ask(_read_history, self.id, position - 1, 1)
@@ -1053,10 +1052,10 @@ class _BareExecutor:
     # Workflows: begun, taken up, ended.
 
     def complete(self, row: dict[str, Any], parent: _Run | None) -> None:
-        """Complete the row of a workflow that is about to begin."""
+        """Complete the row of a workflow that is about to begin: here it is."""
 
     async def may_begin(self, row: dict[str, Any], parent: _Run | None) -> None:
-        """Raise, if it may not begin here."""
+        """Raise, if it may not begin here; so far it may."""
 
     async def refused(self, row: dict[str, Any], parent: _Run | None) -> None:
         """A row was not inserted, though its ID is free: raise if this is to stay so."""
