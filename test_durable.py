@@ -14816,6 +14816,7 @@ class SteppedExecutor(durable._Executor):
     def __init__(self, *args):
         super().__init__(*args)
         self.tells, self.jobs = False, []
+        self.launched_at, self.next_sweep = time.monotonic(), time.monotonic() + durable._SWEEP_S
         self.claimed, self.running = Remembered("claimed"), Remembered("running")
         for group in (self.journal, self.inbox):
             group.write_one = functools.partial(self.write_one, group, group.write_one)
