@@ -3060,10 +3060,14 @@ class _GroupingExecutor(_AdministeredExecutor):
 # Whoever waits for something outside of this run waits for a hint, and then looks at the table.  A hint
 # says "look now": a NOTIFY from another process, or a call from our own.  It may be lost, doubled or late,
 # and that costs time, nothing else: one statement a second, made for all waiters of this process together,
-# looks for what was missed.
+# looks for what was missed.  The end of a workflow is told elsewhere only where it is asked for (or it came from a
+# queue or a recovery, and may have been asked for before): most are awaited where they run, or not at all.
+
+from collections import deque
 
 _CHANNEL = "durable"  # where hints travel
 _HINT_PAUSE_S = 0.002  # hints that come closer together than this travel together
+_LAST = 1000  # workflows that ended a moment ago: who asks for the end of one is told again
 _LOOK_CHUNK = 1000  # waiters that a look is made for, each second, where hints arrive too
 
 
@@ -3072,6 +3076,16 @@ class _HintsConfig(TypedDict, total=False):
 
 
 _DEFAULTS["use_listen_notify"] = ("", True)
+
+
+class _Hint(_Signal):
+    """That a hint came."""
+
+    __slots__ = ("asked", "key")
+
+    def __init__(self, key: tuple[str, ...]) -> None:
+        super().__init__()
+        self.key, self.asked = key, False
 
 
 class _Hints:
@@ -3083,16 +3097,16 @@ class _Hints:
     def __init__(self, executor: _Executor) -> None:
         self._executor = executor
         self._lock = threading.Lock()
-        self._expected: dict[tuple[str, ...], dict[_Signal, int]] = {}
+        self._expected: dict[tuple[str, ...], dict[_Hint, int]] = {}
         self._looked_at = 0
         self.missed = False  # while the listening connection was away, hints may have been
         self._outgoing: set[tuple[str, ...]] = set()
         self._sending = False
 
     @contextmanager
-    def expected(self, *key: str, since: int = 0) -> Iterator[_Signal]:
+    def expected(self, *key: str, since: int = 0) -> Iterator[_Hint]:
         """A signal that the hint will set; `since` is the offset from which a stream is read."""
-        signal = _Signal()
+        signal = _Hint(key)
         with self._lock:
             self._expected.setdefault(key, {})[signal] = since
         try:
@@ -3125,6 +3139,13 @@ class _Hints:
             signals = tuple(self._expected.get(key, ()))
         for signal in signals:
             signal.set()
+
+    def ask(self, hint: _Hint) -> None:
+        """Ask whoever runs a workflow to tell of its end, which is awaited here."""
+        kind, about, *_ = hint.key
+        if kind == "w" and self._executor.listens and not hint.asked and about not in self._executor.running:
+            hint.asked = True
+            self.send("a", about)
 
     def hear(self, payload: str) -> None:
         """Pass on what came from another process; anybody may write to the channel, so it may be anything."""
@@ -3197,15 +3218,26 @@ class _HintedExecutor(_LivingExecutor):
         super().__init__(registry, config)
         self.hints = _Hints(cast(_Executor, self))
         self.listens = self.tells = config["use_listen_notify"]
-        self.awaited_elsewhere: set[_Run] = set()  # runs that more than their callers may wait for
+        self.last: deque[str] = deque(maxlen=_LAST)  # workflows that have ended here
         self.next_look = 0.0
         self.duties.append(self._look)
 
     def expected(self, *hint: str, since: int = 0) -> AbstractContextManager[_Signal]:
         return self.hints.expected(*hint, since=since)
 
+    def wait(self, *signals: _Signal, timeout: float | None = None) -> _Wait[None]:
+        for signal in signals:
+            if isinstance(signal, _Hint):
+                self.hints.ask(signal)
+        return super().wait(*signals, timeout=timeout)
+
     def hinted(self, kind: str, about: str, *more: str) -> None:
-        """A hint came, from whomever."""
+        """A hint came, from whomever.  a: the end of a workflow is awaited elsewhere; perhaps it was just now."""
+        if kind == "a":
+            if (run := self.running.get(about)) is not None:
+                run.row["awaited"] = True
+            if about in self.last:
+                self.hints.send("w", about)
 
     def _look(self, now: float) -> float:
         """Look for what hints should have told."""
@@ -3216,17 +3248,14 @@ class _HintedExecutor(_LivingExecutor):
                 self.hints.arrive(*key)
         return self.next_look
 
-    def spawn(self, run: _Run) -> None:
-        self.awaited_elsewhere.add(run)
-        super().spawn(run)
-
     def forget(self, run: _Run) -> None:
+        self.last.append(run.id)  # before it is taken out of `running`: `hinted` finds it there, or here
         super().forget(run)
-        (self.hints.send if run in self.awaited_elsewhere else self.hints.arrive)("w", run.id)
-        self.awaited_elsewhere.discard(run)
+        (self.hints.send if run.row.get("awaited") else self.hints.arrive)("w", run.id)
 
     def take_up(self, rows: list[dict[str, Any]]) -> list[str]:
         for row in rows:
+            row["awaited"] = True  # perhaps since before we had it
             if row["status"] in _ENDINGS:  # dead-lettered
                 self.hints.send("w", row["id"])
         return super().take_up(rows)

@@ -4474,6 +4474,78 @@ def no_polling(monkeypatch):
         monkeypatch.setattr(durable._Executor, look, lambda *_: float("inf"), raising=False)
 
 
+@pytest.fixture
+def overheard(url):
+    """What is said to other processes: the hints so far, as [letter, what it is about]."""
+    heard = []
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("listen durable")
+
+        def overheard():
+            heard.extend(json.loads(note.payload.partition(" ")[2]) for note in connection.notifies(timeout=0))
+            return heard
+
+        yield overheard
+
+
+@pytest.mark.parametrize("how", ["called", "started"])
+def test_who_waits_elsewhere_is_told_of_the_end(dbos, elsewhere, gate, no_polling, overheard, how):
+    """It asks, and whoever runs the workflow answers, whether it was called or started."""
+
+    @dbos.workflow()
+    def work():
+        gate()
+        return "waited"
+
+    def call():
+        with SetWorkflowID("w"):
+            return work() if how == "called" else dbos.start_workflow(work).get_result()
+
+    with ThreadPoolExecutor() as pool:
+        here = pool.submit(call)
+        gate.await_body()
+        there = pool.submit(WorkflowHandle(elsewhere, "w").get_result)
+        eventually(lambda: ["a", "w"] in overheard())
+        eventually(lambda: dbos._executor.running["w"].row.get("awaited"))
+        gate.open()
+        assert there.result(PATIENCE_S) == here.result(PATIENCE_S) == "waited"
+
+
+def test_who_asks_just_after_the_end_is_told_of_it_again(dbos, elsewhere, greet, no_polling, monkeypatch):
+    """The end may come between its look at the table and the arrival of its question."""
+    find, looked, ended = durable._find, threading.Event(), threading.Event()
+
+    def find_and_wait(conn, id):
+        row = find(conn, id)
+        if threading.current_thread().name == "elsewhere" and not ended.is_set():
+            looked.set()
+            ended.wait(PATIENCE_S)
+        return row
+
+    @dbos.workflow()
+    def work():
+        looked.wait(PATIENCE_S)
+        return 1
+
+    monkeypatch.setattr(durable, "_find", find_and_wait)
+    handle, told = begin(dbos, work), []
+    waiter = threading.Thread(target=lambda: told.append(result_of(elsewhere, "w")), name="elsewhere")
+    waiter.start()
+    assert handle.get_result() == 1
+    ended.set()
+    waiter.join(PATIENCE_S)
+    assert told == [1]
+
+
+def test_an_end_that_nobody_elsewhere_awaits_is_told_to_nobody(dbos, elsewhere, greet, overheard):
+    """To tell everybody costs more than to run a short workflow."""
+    for name in ("a", "b"):
+        begin(dbos, greet, name, id=name).get_result()
+    elsewhere._executor.hints.send("last", "word")
+    eventually(lambda: ["last", "word"] in overheard())
+    assert overheard() == [["last", "word"]]
+
+
 # --- Threads ------------------------------------------------------------------------------------------
 #
 # Many workflows, a limit of threads, and systems that have none left.
