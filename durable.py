@@ -3498,8 +3498,9 @@ class _ThreadedExecutor(_HintedExecutor):
         self.loops.pop(run, None)
 
     def reconsider(self, runs: Iterable[_Run]) -> None:
-        for run, loop in tuple(self.loops.items()):
-            if loop.is_closed():
+        runs = list(runs)
+        for run in runs:
+            if (loop := self.loops.get(run)) is not None and loop.is_closed():
                 self.forget(run)  # it will never go on: the sweep takes it up
         super().reconsider(runs)
 
