@@ -3067,7 +3067,7 @@ from collections import deque
 
 _CHANNEL = "durable"  # where hints travel
 _HINT_PAUSE_S = 0.002  # hints that come closer together than this travel together
-_LAST = 1000  # workflows that ended a moment ago: who asks for the end of one is told again
+_LAST = 1000  # workflows that ended a moment ago: who asks for the end of one is told once more
 _LOOK_CHUNK = 1000  # waiters that a look is made for, each second, where hints arrive too
 
 
@@ -3236,7 +3236,8 @@ class _HintedExecutor(_LivingExecutor):
         if kind == "a":
             if (run := self.running.get(about)) is not None:
                 run.row["awaited"] = True
-            if about in self.last:
+            with suppress(ValueError):  # told once only: it may have begun again, and who waits would ask again
+                self.last.remove(about)
                 self.hints.send("w", about)
 
     def _look(self, now: float) -> float:
@@ -3249,7 +3250,8 @@ class _HintedExecutor(_LivingExecutor):
         return self.next_look
 
     def forget(self, run: _Run) -> None:
-        self.last.append(run.id)  # before it is taken out of `running`: `hinted` finds it there, or here
+        if run.status != "PENDING":
+            self.last.append(run.id)  # before it is taken out of `running`: `hinted` finds it there, or here
         super().forget(run)
         (self.hints.send if run.row.get("awaited") else self.hints.arrive)("w", run.id)
 

@@ -4537,6 +4537,51 @@ def test_who_asks_just_after_the_end_is_told_of_it_again(dbos, elsewhere, greet,
     assert told == [1]
 
 
+AT_WORK_ELSEWHERE = """
+    update durable.workflows
+       set status = 'PENDING', output = null, completed_at = null, claim = claim + 1,
+           executor_id = 'elsewhere', incarnation = %s
+"""
+ENDED_ELSEWHERE = "update durable.workflows set status = 'SUCCESS', output = '\"done elsewhere\"', completed_at = now()"
+
+
+def test_questions_for_what_runs_again_elsewhere_have_an_end(dbos, elsewhere, greet, no_polling, overheard, witness):
+    """Who ran it before answers once, and not as often as who waits looks in vain."""
+    begin(dbos, greet, "name").get_result()
+    witness.run(AT_WORK_ELSEWHERE, elsewhere.incarnation)
+    with ThreadPoolExecutor() as pool:
+        result = pool.submit(result_of, elsewhere, "w")
+        eventually(lambda: overheard().count(["a", "w"]) == 2)
+        dbos._executor.hints.send("last", "word")
+        eventually(lambda: ["last", "word"] in overheard())
+        assert overheard() == [["a", "w"], ["w", "w"], ["a", "w"], ["last", "word"]]
+        witness.run(ENDED_ELSEWHERE)
+        dbos._executor.hints.send("w", "w")
+        assert result.result(PATIENCE_S) == "done elsewhere"
+
+
+def test_who_was_succeeded_waits_in_peace(dbos, elsewhere, gate, no_polling, overheard, witness, statements):
+    """Its run is over, and the workflow is not: it does not tell itself of an end."""
+
+    @dbos.workflow()
+    def work():
+        gate()
+
+    with ThreadPoolExecutor() as pool:
+        result = pool.submit(begin(dbos, work).get_result)
+        gate.await_body()
+        witness.run(AT_WORK_ELSEWHERE, elsewhere.incarnation)
+        gate.open()
+        eventually(lambda: ["a", "w"] in overheard())
+        before = sum(statements.values())
+        elsewhere._executor.hints.send("last", "word")
+        eventually(lambda: ["last", "word"] in overheard())
+        assert sum(statements.values()) - before < 10
+        witness.run(ENDED_ELSEWHERE)
+        elsewhere._executor.hints.send("w", "w")
+        assert result.result(PATIENCE_S) == "done elsewhere"
+
+
 def test_an_end_that_nobody_elsewhere_awaits_is_told_to_nobody(dbos, elsewhere, greet, overheard):
     """To tell everybody costs more than to run a short workflow."""
     for name in ("a", "b"):
