@@ -1117,9 +1117,8 @@ class _BareExecutor:
         except Exception as error:
             _log.debug("workflow %s (%s) failed: %r", run.id, run.function.name, error)
         except BaseException as end:
-            level = logging.INFO if isinstance(end, _Stopped) else logging.WARNING
-            level = logging.DEBUG if self.closed.is_set else level
-            _log.log(level, "workflow %s (%s) goes no further in this run: %r", run.id, run.function.name, end)
+            at = logging.DEBUG if self.closed.is_set else logging.INFO if isinstance(end, _Stopped) else logging.WARNING
+            _log.log(at, "workflow %s (%s) goes no further in this run: %r", run.id, run.function.name, end)
 
     # Life and death.
 
@@ -1366,13 +1365,15 @@ class _Engine:
         with self._life:
             if self._executor is not None:
                 return
-            self._executor = _Executor(cast(Durable, self), self._settings())
+            executor = _Executor(cast(Durable, self), self._settings())
             try:
-                self._executor.open()
-                taken = self._executor.serve()
-                _log.info("launched %s; recovered: %s", self._executor.about(), _some(taken))
+                executor.open()
+                self._executor = executor  # other threads may call from now on
+                taken = executor.serve()
+                _log.info("launched %s; recovered: %s", executor.about(), _some(taken))
             except BaseException:
-                self.destroy()  # what cannot begin leaves nothing behind
+                executor.close(0)  # what cannot begin leaves nothing behind
+                self._executor = None
                 raise
 
     def destroy(self, *, workflow_completion_timeout_sec: float = 0, destroy_registry: bool = False) -> None:
@@ -1394,7 +1395,7 @@ class _Engine:
         self._functions.clear()
 
     def _launched(self) -> _Executor:
-        if self._executor is None or not hasattr(self._executor, "pool"):  # or is about to be
+        if self._executor is None:
             raise _NotThereNow("not launched: call DBOS.launch() first")
         self._executor.here()
         return self._executor
@@ -1662,10 +1663,10 @@ class _LivingExecutor(_PatientExecutor):
         self._own_threads: list[threading.Thread] = []  # which go on from launch to close
 
     def open(self) -> None:
+        conn = self.connect()  # ours alone, for as long as we live; made before anybody can look for its lock
         super().open()
-        self.launched_at, self.next_sweep = time.monotonic(), time.monotonic() + _SWEEP_S
-        conn = self.connect()  # ours alone, for as long as we live
         self.announce(conn)
+        self.launched_at, self.next_sweep = time.monotonic(), time.monotonic() + _SWEEP_S
         self.start_own_thread("durable-keep", functools.partial(self._keep, conn))
 
     def serve(self) -> list[str]:
@@ -3234,8 +3235,11 @@ class _HintedExecutor(_LivingExecutor):
     def hinted(self, kind: str, about: str, *more: str) -> None:
         """A hint came, from whomever.  a: the end of a workflow is awaited elsewhere; perhaps it was just now."""
         if kind == "a":
-            if (run := self.running.get(about)) is not None:
-                run.row["awaited"] = True
+            if len(self.claimed) > len(self.running):  # its row may be there, and it not yet at work
+                for run in [run for run in tuple(self.claimed.values()) if run.id == about]:
+                    run.row["awaited"] = True
+            if (run_at_work := self.running.get(about)) is not None:
+                run_at_work.row["awaited"] = True
             with suppress(ValueError):  # told once only: it may have begun again, and who waits would ask again
                 self.last.remove(about)
                 self.hints.send("w", about)
@@ -3597,7 +3601,9 @@ class _ThreadedExecutor(_HintedExecutor):
 
     def _begin_task(self, run: _Run) -> None:
         background: Callable[[_Run], Any] = _in_colour_of(run.function.call, self.background)
-        task = self.create_task(background(run))
+        context = contextvars.copy_context()
+        context.run(_frame.set, None)  # a parent's code began it, and has no part in it
+        task = context.run(self.create_task, background(run))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         task.add_done_callback(lambda _: None if run.done.is_set else self.forget(run))  # cancelled before it began
@@ -5448,6 +5454,8 @@ class _Methods(_Queueing):
 
     def _name_receiver(self, function: _Function, args: tuple[Any, ...]) -> tuple[str | None, str | None]:
         """How a row names the class or instance that a method is called on."""
+        if function in self._kinds and not args:
+            raise DBOSException(f"{function.name} is a method: call it on what it belongs to, not with that by name")
         if self._kinds.get(function) == "class":
             return _class_name(args[0]), None
         if self._kinds.get(function) == "instance":
