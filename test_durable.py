@@ -847,6 +847,26 @@ def test_nothing_runs_before_the_launch(executor):
         dbos.start_workflow(early)
 
 
+def test_nobody_calls_before_the_launch_is_through(executor, monkeypatch):
+    """What a call needs may not be there yet: until then it is not launched."""
+    dbos, told, open_it = executor(), [], durable._BareExecutor.open
+
+    @dbos.workflow()
+    def work():
+        return 1
+
+    def open_and_call(executor):
+        open_it(executor)
+        with pytest.raises(DBOSException, match="not launched") as refused:
+            work()
+        told.append(refused)
+
+    monkeypatch.setattr(durable._BareExecutor, "open", open_and_call)
+    dbos.launch()
+    assert told
+    assert work() == 1
+
+
 def test_destroy_waits_for_running_workflows(dbos, gate, witness):
     """Within workflow_completion_timeout_sec, what runs may finish."""
 
@@ -4535,6 +4555,29 @@ def test_who_asks_just_after_the_end_is_told_of_it_again(dbos, elsewhere, greet,
     ended.set()
     waiter.join(PATIENCE_S)
     assert told == [1]
+
+
+def test_who_asks_during_a_start_is_told_of_the_end(dbos, elsewhere, no_polling, overheard, witness, monkeypatch):
+    """The row is there, and whoever began it does not know that yet."""
+    enter, asked = durable._Executor.enter, threading.Event()
+
+    def enter_late(executor, run):
+        asked.wait(PATIENCE_S)
+        return enter(executor, run)
+
+    @dbos.workflow()
+    def work():
+        return 1
+
+    monkeypatch.setattr(durable._Executor, "enter", enter_late)
+    with ThreadPoolExecutor() as pool:
+        pool.submit(begin, dbos, work)
+        eventually(lambda: witness.one("select count(*) from durable.workflows") == 1)
+        there = pool.submit(result_of, elsewhere, "w")
+        eventually(lambda: ["a", "w"] in overheard())
+        eventually(lambda: any(run.row.get("awaited") for run in tuple(dbos._executor.claimed.values())))
+        asked.set()
+        assert there.result(PATIENCE_S) == 1
 
 
 AT_WORK_ELSEWHERE = """
