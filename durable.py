@@ -1104,8 +1104,8 @@ class _BareExecutor:
 
     def spawn(self, run: _Run) -> None:
         """Run in the background, a coroutine on an event loop of its own."""
-        on_loop: Callable[[_Run], Any] = _in_colour_of(run.function.call, self.background)
-        self.start_thread((lambda: asyncio.run(on_loop(run))) if run.function.is_async else run.job)
+        on_loop: Callable[[], Any] = lambda: asyncio.run(_in_colour_of(run.function.call, self.background)(run))
+        self.start_thread(on_loop if run.function.is_async else run.job)
 
     def start_thread(self, job: Callable[[], object], name: str = "durable-workflow") -> None:
         threading.Thread(target=job, daemon=True, name=name).start()  # a daemon keeps no interpreter from ending
@@ -1372,8 +1372,8 @@ class _Engine:
                 taken = executor.serve()
                 _log.info("launched %s; recovered: %s", executor.about(), _some(taken))
             except BaseException:
-                executor.close(0)  # what cannot begin leaves nothing behind
-                self._executor = None
+                self._executor = executor
+                self.destroy()  # what cannot begin leaves nothing behind
                 raise
 
     def destroy(self, *, workflow_completion_timeout_sec: float = 0, destroy_registry: bool = False) -> None:
