@@ -3191,7 +3191,10 @@ class _Hints:
 def _notify(conn: Conn, sender: int, keys: Iterable[tuple[str, ...]]) -> None:
     """Give hints to the other processes.  (What does not fit a notification is found by polling.)"""
     payloads = [payload for key in keys if len(payload := f"{sender} {json.dumps(key)}") < 7900]
-    query = "select pg_notify(%s, payload) from json_array_elements_text(%s) as payload"  # dumped faster than an array
+    query = """
+        select set_config('synchronous_commit', 'off', true), pg_notify(%s, payload)
+          from json_array_elements_text(%s) as payload
+    """  # It writes nothing, so nobody need wait for the disk.  (JSON is dumped faster than an array.)
     conn.execute(query, (_CHANNEL, json.dumps(payloads)))
 
 
@@ -4481,7 +4484,7 @@ class _QueueingExecutor(_TimedExecutor, _ThreadedExecutor, _HintedExecutor, _Gro
     def hinted(self, kind: str, about: str, *more: str) -> None:
         """q: a queue has something."""
         super().hinted(kind, about, *more)
-        if kind == "q":
+        if kind == "q" and about in self.registry._queues and self.registry._serves(about):
             self.look_at(about)
 
     def ended(self, id: str, queue: str | None, claim: int, status: str) -> None:
@@ -4529,7 +4532,7 @@ class _QueueingExecutor(_TimedExecutor, _ThreadedExecutor, _HintedExecutor, _Gro
     def _take_due(self, now: float) -> float:
         while self.due:
             queue = self.registry._queues.get(self.due.pop())
-            if queue is not None and self.registry._serves(queue.name):
+            if queue is not None:  # it may have been forgotten meanwhile
                 self._dequeue(queue)
         return math.inf
 
@@ -4571,8 +4574,30 @@ def _dequeue(conn: Conn, queue: Queue, room: int, me: dict[str, Any]) -> list[di
 
     Rows that another executor is taking right now are skipped.  Where the queue has limits that hold
     across executors, those take turns: an advisory lock comes in the same round trip, in a statement
-    of its own, so that the next one counts what the previous holder committed.  `least` passes over
-    the limits that are null.
+    of its own, so that the next one counts what the previous holder committed.
+    """
+    limits = (queue.concurrency is not None) * (_FREE_PLACES,) + (queue.limiter is not None) * (_FREE_STARTS,)
+    cur = conn.cursor(row_factory=dict_row)
+    with conn.pipeline() if limits else nullcontext():
+        if limits:
+            conn.execute("select pg_advisory_xact_lock(%s, hashtext(%s))", (-_LOCKS, queue.name))
+        values = {"queue": queue.name, "room": room, "concurrency": queue.concurrency, **(queue.limiter or {})}
+        cur.execute(_dequeuing(*limits), me | values)
+    return [row if row["has_history"] else {**row, "history": []} for row in cur.fetchall()]
+
+
+# What a queue's limits leave, over all executors.  A queue without them does not count: that is a third of a dequeue.
+_FREE_PLACES = """%(concurrency)s::bigint - (select count(*) from durable.workflows
+                                              where queue = %(queue)s and status = 'PENDING'
+                                                and incarnation is not null)"""
+_FREE_STARTS = """%(limit)s::bigint - (select count(*) from durable.workflows
+                                        where queue = %(queue)s and dequeued_at
+                                            > statement_timestamp() - make_interval(secs => %(period)s))"""
+
+
+@functools.cache
+def _dequeuing(*limits: str) -> str:
+    """Take due rows of a queue.
 
     Written so that the planner walks workflows_due in order and stops at the limit, however long the queue:
     `lateral` instead of a join before the limit, few rows expected (`|| ''`) behind it, and one
@@ -4581,16 +4606,8 @@ def _dequeue(conn: Conn, queue: Queue, room: int, me: dict[str, Any]) -> list[di
     names = ", ".join(f"{name} text" for name in _NAMES)
     is_known = " and ".join(f"w.{name} is not distinct from known.{name}" for name in _NAMES)
     taken = ", ".join(f"w.{column}" for column in [*_LOOKED_AT, "inputs", "deadline_at"])
-    query = f"""
+    return f"""
         with known as (select * from json_to_recordset(%(known)s) as k({names}, most bigint)),
-        room as (
-            select least(%(room)s::bigint,
-                         %(concurrency)s::bigint - (select count(*) from durable.workflows where queue = %(queue)s
-                                                        and status = 'PENDING' and incarnation is not null),
-                         %(limit)s::bigint - (select count(*) from durable.workflows
-                                               where queue = %(queue)s and dequeued_at
-                                                   > statement_timestamp() - make_interval(secs => %(period)s))
-                        ) as n),
         due as (
             select w.id, known.most, ({" or ".join(_HAS_HISTORY)}) as has_history
               from durable.workflows as w
@@ -4598,7 +4615,7 @@ def _dequeue(conn: Conn, queue: Queue, room: int, me: dict[str, Any]) -> list[di
              where w.queue = %(queue)s and w.status = 'ENQUEUED'
                and (w.application_version = %(version)s or w.application_version is null)
              order by w.priority, w.number
-             limit greatest(0, (select n from room)) for update of w skip locked),
+             limit greatest(0, least({", ".join(["%(room)s::bigint", *limits])})) for update of w skip locked),
         taken as (
             update durable.workflows as w
                set status = case when w.recovery_attempts > due.most
@@ -4612,13 +4629,6 @@ def _dequeue(conn: Conn, queue: Queue, room: int, me: dict[str, Any]) -> list[di
               from due where w.id = due.id and due.id = due.id || '' returning w.*, due.has_history)
         select {taken}, w.has_history from taken as w order by w.priority, w.number
     """
-    limiter = queue.limiter or {"limit": None, "period": None}
-    cur = conn.cursor(row_factory=dict_row)
-    with conn.pipeline():
-        if queue.concurrency is not None or queue.limiter is not None:
-            conn.execute("select pg_advisory_xact_lock(%s, hashtext(%s))", (-_LOCKS, queue.name))
-        cur.execute(query, {**me, "queue": queue.name, "room": room, "concurrency": queue.concurrency, **limiter})
-    return [row if row["has_history"] else {**row, "history": []} for row in cur.fetchall()]
 
 
 def _busy(conn: Conn, queues: list[str]) -> list[str]:

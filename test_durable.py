@@ -16966,8 +16966,7 @@ MUTANTS = [
         "claim = w.claim + 1", "claim = w.claim", "two dequeues",
     ),
     Mutant(
-        "a dequeue that counts nobody", "def _dequeue(conn",
-        "and status = 'PENDING' and incarnation is not null", "and false", "two dequeues",
+        "a dequeue that counts nobody", "_FREE_PLACES =", "status = 'PENDING'", "false", "two dequeues",
     ),
     Mutant("a cancel or a delete without a lock", "_IN_ORDER = ", " for update", "", "a run and a delete"),
     Mutant(
