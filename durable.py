@@ -2734,7 +2734,8 @@ class _Knowing(_Engine):
 # writes at once, by itself, so that a lone workflow pays nothing for the grouping; one who finds none leaves
 # its rows and waits.  Whoever has written hands its lane to one of those who gathered meanwhile.  (Measured
 # and rejected: lingering to grow a batch, always slower; one thread that writes for all, slower for few
-# callers; a queue on one connection's lock, a tenth of the speed.)
+# callers; a queue on one connection's lock, a tenth of the speed; of many threads, each waking the next: they
+# wait for the GIL all the same.)
 
 from collections import deque
 
@@ -2750,7 +2751,8 @@ class _Journal:
         lanes = _LANES if executor.config["sys_db_pool_size"] >= 4 else 1  # of a small pool, leave others something
         self._lanes = [_Lane() for _ in range(lanes)]
         self._free = list(self._lanes)
-        self._gathered: deque[_Entry] = deque()  # invariant: empty while a lane is free
+        self._gathered: deque[_Entry] = deque()  # invariant: where a lane is free, none, or a leader comes for them
+        self._coming = False  # a thread of ours, to lead for a coroutine: it takes along who gathers until then
 
     def write(self, write: _Write, *rows: dict[str, Any]) -> _Wait[list[bool]]:
         """Commit the rows together; tell for each whether it took effect."""
@@ -2793,11 +2795,16 @@ class _Journal:
 
     def _join(self, entry: _Entry) -> _Lane | None:
         with self._lock:
-            if self._free:
-                self._free[-1].holder = entry
-                return self._free.pop()
-            self._gathered.append(entry)
-            return None
+            if not self._free or self._is_taken_along(entry):
+                self._gathered.append(entry)
+                return None
+            self._free[-1].holder = entry
+            self._coming |= entry.written is not None
+            return self._free.pop()
+
+    def _is_taken_along(self, entry: _Entry) -> bool:
+        """Whether this needs no lane: many coroutines go on at a time before the thread that comes gets the GIL."""
+        return entry.written is not None and self._coming
 
     def _leave(self, entry: _Entry) -> None:
         with self._lock, suppress(ValueError):
@@ -2831,6 +2838,7 @@ class _Journal:
     def _take(self, own: _Entry) -> list[_Entry]:
         """Take what has gathered, but no key twice: a statement could not tell which of two rows it took."""
         with self._lock:
+            self._coming &= own.written is None
             waiting = (own, *self._gathered)
             self._gathered.clear()
             batch: list[_Entry] = []
@@ -2844,7 +2852,7 @@ class _Journal:
     def _hand_on(self, lane: _Lane) -> None:
         """Give the lane to whoever waits longest; nobody goes on writing while its own caller waits."""
         with self._lock:
-            if not self._gathered:
+            if not self._gathered or self._is_taken_along(self._gathered[0]):
                 lane.holder = None
                 self._free.append(lane)
                 return
@@ -2852,6 +2860,7 @@ class _Journal:
             lane.holder, heir.lane = heir, lane
             if heir.written is None:
                 return heir.wake()
+            self._coming = True
         self._executor.start_thread(functools.partial(self._lead, lane, heir), "durable-call")
 
     def _write(self, lane: _Lane, batch: list[_Entry]) -> None:
