@@ -4482,6 +4482,34 @@ def test_a_coroutine_that_waits_no_longer_for_its_commit_takes_nothing_from_the_
     assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes[:5])
 
 
+def test_coroutines_whose_thread_is_about_to_begin_write_in_one_commit_and_hold_up_no_thread(dbos, monkeypatch):
+    """The others need no lane of their own: they are taken along, by that thread or by one that comes before it."""
+    commit, start, batches, held = durable._commit, dbos._executor.start_thread, [], []
+
+    @dbos.workflow()
+    async def work(n):
+        return n
+
+    @dbos.workflow()
+    def plain():
+        return "plain"
+
+    async def main():
+        monkeypatch.setattr(durable, "_commit", lambda cursor, batch: batches.append(len(batch)) or commit(cursor, batch))
+        monkeypatch.setattr(dbos._executor, "start_thread", lambda *job: held.append(job))
+        tasks = [asyncio.create_task(work(n)) for n in range(10)]
+        for _ in range(100):  # turns, in which all come to their first write
+            await asyncio.sleep(0)
+        (job,) = held
+        monkeypatch.setattr(dbos._executor, "start_thread", start)
+        assert await asyncio.to_thread(plain) == "plain"
+        start(*job)
+        return await asyncio.gather(*tasks)
+
+    assert asyncio.run(main()) == list(range(10))
+    assert (batches[0], sum(batches)) == (1 + 9, 2 * 11)
+
+
 # --- Hints --------------------------------------------------------------------------------------------
 #
 # Whoever waits learns of it at once; and when every hint is lost, a moment later.
