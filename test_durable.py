@@ -4495,7 +4495,8 @@ def test_coroutines_whose_thread_is_about_to_begin_write_in_one_commit_and_hold_
         return "plain"
 
     async def main():
-        monkeypatch.setattr(durable, "_commit", lambda cursor, batch: batches.append(len(batch)) or commit(cursor, batch))
+        spy = lambda cursor, batch: batches.append(len(batch)) or commit(cursor, batch)
+        monkeypatch.setattr(durable, "_commit", spy)
         monkeypatch.setattr(dbos._executor, "start_thread", lambda *job: held.append(job))
         tasks = [asyncio.create_task(work(n)) for n in range(10)]
         for _ in range(100):  # turns, in which all come to their first write
