@@ -17410,9 +17410,9 @@ FIGURES = [
     Figure("recovery of {:,} workflows after kill -9", "recovery", 300, 300, "s", "0.5 s"),
     Figure("replay of {:,} recorded steps", "replay", 5_000, 500, "ms each", "0.02 ms"),
     Figure("a queue of {:,} one-step workflows", "queue", 3_000, 200, "/s", "0.5"),
-    Figure("from send there to recv here", "message", 100, 100, "ms", "3 ms"),
-    Figure("from set_event there to get_event here", "event", 100, 100, "ms", "3 ms"),
-    Figure("from enqueue there to start here, if idle", "idle_queue", 100, 5, "ms", "5 ms"),
+    Figure("from send there to recv here", "message", 100, 100, "ms", "0.71"),
+    Figure("from set_event there to get_event here", "event", 100, 100, "ms", "0.71"),
+    Figure("from enqueue there to start here, if idle", "idle_queue", 100, 5, "ms", "0.71"),
     Figure("{:,} one-step, start_workflow, get_result", "started", 500, 50, "/s", "0.8"),
     Figure("{:,} five-step, so started, 32 threads", "started_threads", 2_000, 100, "/s", "1.5"),
     Figure("{:,} five-step, so started, 32 coroutines", "coroutines", 2_000, 100, "/s", "2.0"),
@@ -18190,6 +18190,15 @@ _RECEIVE_MESSAGE = """
     select workflow_id, 1, 'DBOS.recv', message, now(), now() from received
 """
 
+_SET_EVENT = """
+    with said as (insert into durable.events (workflow_id, key, position, value)
+                  values ('event', %s, 1, '1') returning key::integer as number)
+    insert into durable.steps (workflow_id, position, name, started_at, completed_at)
+    select 'event', number + 1, 'DBOS.setEvent', now(), now() from said
+"""
+
+_GET_EVENT = "select value from durable.events where workflow_id = 'event' and key = %s order by position desc limit 1"
+
 
 class _Plain:
     """One connection, every statement prepared and a commit of its own."""
@@ -18300,45 +18309,45 @@ def _plain_drain(url: str, count: int, connections: int) -> float:
         return _timed(lambda: list(pool.map(_Plain.drain, plains)))
 
 
-def _plain_notify(url: str, count: int) -> float:
-    """From NOTIFY in another process until the notification is here."""
-    return _plain_latency("notify", url, count, lambda conn: None)
+# Latencies: one side inserts a row and sends a notification, the other hears that, and takes the row or reads it.
+
+_Act = Callable[[psycopg.Connection[Any], int], object]  # on a connection, for the so-many-th time
+
+_SAY: dict[str, _Act] = {
+    "message": lambda conn, number: conn.execute(_SEND_MESSAGE, [f"message {number}"]),
+    "event": lambda conn, number: conn.execute(_SET_EVENT, [number]),
+    "idle_queue": lambda conn, number: conn.execute(_ENQUEUE, [1]),
+}
+
+_HEAR: dict[str, _Act] = {
+    "message": lambda conn, number: conn.execute(_RECEIVE_MESSAGE, [f"message {number}"]),
+    "event": lambda conn, number: conn.execute(_GET_EVENT, [str(number)]).fetchone(),
+    "idle_queue": lambda conn, number: conn.execute(_TAKE).fetchone(),
+}
 
 
-def _plain_idle_queue(url: str, count: int) -> float:
-    """The same, with a row inserted before and taken after it."""
-    return _plain_latency("idle_queue", url, count, lambda conn: conn.execute(_TAKE).fetchone())
-
-
-def _plain_latency(what: str, url: str, count: int, act: Callable[[psycopg.Connection[Any]], object]) -> float:
+def _plain_latency(what: str, url: str, count: int) -> float:
     late = []
     with (
         psycopg.connect(url, autocommit=True, prepare_threshold=0) as listener,
         psycopg.connect(url, autocommit=True, prepare_threshold=0) as conn,
     ):
         listener.execute("listen bench")
+        conn.execute("truncate durable.messages, durable.events, durable.steps")  # of the rounds before
         partner = _start("partner of " + what, "plain", url, str(count))
-        for note in itertools.islice(listener.notifies(), count):
-            act(conn)
+        for number, note in enumerate(itertools.islice(listener.notifies(), count)):
+            _HEAR[what](conn, number)
             late.append(time.perf_counter() - float(note.payload))
         assert partner.wait() == 0
     return _median(late)
 
 
-def _plain_partner_of_notify(url: str, count: int) -> None:
-    _plain_notifier(url, count, lambda conn: None)
-
-
-def _plain_partner_of_idle_queue(url: str, count: int) -> None:
-    _plain_notifier(url, count, lambda conn: conn.execute(_ENQUEUE, [1]))
-
-
-def _plain_notifier(url: str, count: int, act: Callable[[psycopg.Connection[Any]], object]) -> None:
+def _plain_notifier(what: str, url: str, count: int) -> None:
     with psycopg.connect(url, autocommit=True, prepare_threshold=0) as conn:
-        for _ in range(count):
+        for number in range(count):
             time.sleep(PAUSE_S)
             sent_at = time.perf_counter()
-            act(conn)
+            _SAY[what](conn, number)
             conn.execute("select pg_notify('bench', %s)", [str(sent_at)])
 
 
@@ -18347,11 +18356,8 @@ _PLAIN: dict[str, Callable[[str, int], Any]] = {
     "one_by_one": functools.partial(_plain_shared, 1, 1),
     "threads": functools.partial(_plain_shared, 5, THREADS),
     "queue": _plain_queue,
-    "message": _plain_notify,
-    "event": _plain_notify,
-    "partner of notify": _plain_partner_of_notify,
-    "idle_queue": _plain_idle_queue,
-    "partner of idle_queue": _plain_partner_of_idle_queue,
+    **{what: functools.partial(_plain_latency, what) for what in _SAY},
+    **{"partner of " + what: functools.partial(_plain_notifier, what) for what in _SAY},
     "started": functools.partial(_plain_shared, 1, 1),
     "started_threads": functools.partial(_plain_shared, 5, THREADS),
     "coroutines": _plain_from_coroutines,
