@@ -2752,7 +2752,7 @@ class _Journal:
         self._lanes = [_Lane() for _ in range(lanes)]
         self._free = list(self._lanes)
         self._gathered: deque[_Entry] = deque()  # invariant: where a lane is free, none, or a leader comes for them
-        self._coming = False  # a thread of ours, to lead for a coroutine: it takes along who gathers until then
+        self._coming: _Lane | None = None  # to which a thread of ours comes, for a coroutine: it takes along others
 
     def write(self, write: _Write, *rows: dict[str, Any]) -> _Wait[list[bool]]:
         """Commit the rows together; tell for each whether it took effect."""
@@ -2790,31 +2790,54 @@ class _Journal:
         entry = _Entry(write, rows, written=loop.create_future())
         lane = self._join(entry)
         if lane is not None:
-            self._executor.start_thread(functools.partial(self._lead, lane, entry), "durable-call")
+            self._send_leader(lane, entry)
         return cast("asyncio.Future[list[bool]]", entry.written)
+
+    def _send_leader(self, lane: _Lane, entry: _Entry) -> None:
+        try:
+            self._executor.start_thread(functools.partial(self._lead, lane, entry), "durable-call")
+        except BaseException:  # KeyboardInterrupt: it comes, or not
+            self._leave(entry)
+            raise
 
     def _join(self, entry: _Entry) -> _Lane | None:
         with self._lock:
             if not self._free or self._is_taken_along(entry):
                 self._gathered.append(entry)
                 return None
-            self._free[-1].holder = entry
-            self._coming |= entry.written is not None
-            return self._free.pop()
+            return self._give(self._free.pop(), entry)
 
     def _is_taken_along(self, entry: _Entry) -> bool:
         """Whether this needs no lane: many coroutines go on at a time before the thread that comes gets the GIL."""
-        return entry.written is not None and self._coming
+        return entry.written is not None and self._coming is not None
+
+    def _give(self, lane: _Lane, entry: _Entry) -> _Lane:
+        lane.holder = entry
+        if entry.written is not None:
+            self._coming = lane
+        return lane
 
     def _leave(self, entry: _Entry) -> None:
-        with self._lock, suppress(ValueError):
-            self._gathered.remove(entry)
-        for lane in self._lanes:
-            if lane.holder is entry:
-                self._hand_on(lane)
+        with self._lock:
+            with suppress(ValueError):
+                self._gathered.remove(entry)
+            held = [lane for lane in self._lanes if lane.holder is entry]
+            if entry.written is not None:
+                if self._coming not in held:
+                    return  # the thread has come, and the lane is that one's
+                self._coming = None
+            for lane in held:
+                lane.holder = None
+        for lane in held:
+            self._hand_on(lane)
 
     def _lead(self, lane: _Lane, own: _Entry) -> None:
         """Write our own entry and what has gathered by now, then let others lead."""
+        with self._lock:
+            if lane.holder is not own:
+                return  # whoever sent us has left
+            if self._coming is lane:
+                self._coming = None
         try:
             batch = self._take(own)
             self._write_or_split(lane, batch)
@@ -2838,7 +2861,6 @@ class _Journal:
     def _take(self, own: _Entry) -> list[_Entry]:
         """Take what has gathered, but no key twice: a statement could not tell which of two rows it took."""
         with self._lock:
-            self._coming &= own.written is None
             waiting = (own, *self._gathered)
             self._gathered.clear()
             batch: list[_Entry] = []
@@ -2857,11 +2879,10 @@ class _Journal:
                 self._free.append(lane)
                 return
             heir = self._gathered.popleft()
-            lane.holder, heir.lane = heir, lane
+            heir.lane = self._give(lane, heir)
             if heir.written is None:
                 return heir.wake()
-            self._coming = True
-        self._executor.start_thread(functools.partial(self._lead, lane, heir), "durable-call")
+        self._send_leader(lane, heir)
 
     def _write(self, lane: _Lane, batch: list[_Entry]) -> None:
         def attempt() -> None:

@@ -4511,6 +4511,31 @@ def test_coroutines_whose_thread_is_about_to_begin_write_in_one_commit_and_hold_
     assert (batches[0], sum(batches)) == (1 + 9, 2 * 11)
 
 
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_thread_that_may_not_have_begun_keeps_no_coroutine_waiting(dbos, monkeypatch, begins):
+    """Ctrl-C came before it did, or behind; in a notebook the loop goes on."""
+    start = dbos._executor.start_thread
+
+    @dbos.workflow()
+    async def work(n):
+        return n
+
+    def interrupted(*job):
+        monkeypatch.setattr(dbos._executor, "start_thread", start)
+        if begins:
+            start(*job)
+        raise KeyboardInterrupt
+
+    async def main():
+        for _ in range(3):  # more often than there are lanes
+            monkeypatch.setattr(dbos._executor, "start_thread", interrupted)
+            with contextlib.suppress(KeyboardInterrupt):
+                await work(0)
+        return await asyncio.wait_for(asyncio.gather(*(work(n) for n in range(10))), PATIENCE_S)
+
+    assert asyncio.run(main()) == list(range(10))
+
+
 # --- Hints --------------------------------------------------------------------------------------------
 #
 # Whoever waits learns of it at once; and when every hint is lost, a moment later.
