@@ -3091,14 +3091,14 @@ class _GroupingExecutor(_AdministeredExecutor):
 # Whoever waits for something outside of this run waits for a hint, and then looks at the table.  A hint
 # says "look now": a NOTIFY from another process, or a call from our own.  It may be lost, doubled or late,
 # and that costs time, nothing else: one statement a second, made for all waiters of this process together,
-# looks for what was missed.  The end of a workflow is told elsewhere only where it is asked for (or it came from a
-# queue or a recovery, and may have been asked for before): most are awaited where they run, or not at all.
+# looks for what was missed.  The end of a workflow is told elsewhere only where it is asked for: most are awaited
+# where they run, or not at all.  Whoever may come to run it remembers the question; who comes new asks for it again.
 
-from collections import deque
+from collections import OrderedDict
 
 _CHANNEL = "durable"  # where hints travel
 _HINT_PAUSE_S = 0.002  # hints that come closer together than this travel together
-_LAST = 1000  # workflows that ended a moment ago: who asks for the end of one is told once more
+_REMEMBERED = 10_000  # workflows whose end is awaited elsewhere, and as many that ended a moment ago
 _LOOK_CHUNK = 1000  # waiters that a look is made for, each second, where hints arrive too
 
 
@@ -3117,6 +3117,19 @@ class _Hint(_Signal):
     def __init__(self, key: tuple[str, ...]) -> None:
         super().__init__()
         self.key, self.asked = key, False
+
+
+class _Remembered(OrderedDict[str, None]):
+    """The IDs that were added last, up to so many."""
+
+    def add(self, id: str) -> None:
+        self[id] = None
+        if len(self) > _REMEMBERED:
+            self.popitem(last=False)
+
+    def take(self, id: str) -> bool:
+        """Take an ID out; tell whether it was there."""
+        return self.pop(id, self) is None
 
 
 class _Hints:
@@ -3176,7 +3189,15 @@ class _Hints:
         kind, about, *_ = hint.key
         if kind == "w" and self._executor.listens and not hint.asked and about not in self._executor.running:
             hint.asked = True
-            self.send("a", about)
+            self.tell("a", about)
+
+    def ask_again(self) -> None:
+        """Ask somebody who may have missed that the same; of very many, polling finds the rest."""
+        with self._lock:
+            hints = [hint for hints in self._expected.values() for hint in hints if hint.asked][:_LOOK_CHUNK]
+        for hint in hints:
+            hint.asked = False
+            self.ask(hint)
 
     def hear(self, payload: str) -> None:
         """Pass on what came from another process; anybody may write to the channel, so it may be anything."""
@@ -3197,6 +3218,10 @@ class _Hints:
         if ours is not None:
             return ours.after.append(functools.partial(self.send, *key))
         self.arrive(*key)
+        self.tell(*key)
+
+    def tell(self, *key: str) -> None:
+        """Give a hint elsewhere."""
         if not self._executor.tells:
             return
         with self._lock:
@@ -3252,7 +3277,7 @@ class _HintedExecutor(_LivingExecutor):
         super().__init__(registry, config)
         self.hints = _Hints(cast(_Executor, self))
         self.listens = self.tells = config["use_listen_notify"]
-        self.last: deque[str] = deque(maxlen=_LAST)  # workflows that have ended here
+        self.asked, self.ended_here = _Remembered(), _Remembered()
         self.next_look = 0.0
         self.duties.append(self._look)
 
@@ -3266,16 +3291,13 @@ class _HintedExecutor(_LivingExecutor):
         return super().wait(*signals, timeout=timeout)
 
     def hinted(self, kind: str, about: str, *more: str) -> None:
-        """A hint came, from whomever.  a: the end of a workflow is awaited elsewhere; perhaps it was just now."""
+        """A hint came, from whomever.  a: the end of a workflow is awaited elsewhere.  h: somebody begins to listen."""
         if kind == "a":
-            if len(self.claimed) > len(self.running):  # its row may be there, and it not yet at work
-                for run in [run for run in tuple(self.claimed.values()) if run.id == about]:
-                    run.row["awaited"] = True
-            if (run_at_work := self.running.get(about)) is not None:
-                run_at_work.row["awaited"] = True
-            with suppress(ValueError):  # told once only: it may have begun again, and who waits would ask again
-                self.last.remove(about)
+            self.asked.add(about)
+            if self.ended_here.take(about):  # told once only: it may have begun again, and who waits would ask again
                 self.hints.send("w", about)
+        elif kind == "h":
+            self.hints.ask_again()
 
     def _look(self, now: float) -> float:
         """Look for what hints should have told."""
@@ -3288,13 +3310,12 @@ class _HintedExecutor(_LivingExecutor):
 
     def forget(self, run: _Run) -> None:
         if run.status != "PENDING":
-            self.last.append(run.id)  # before it is taken out of `running`: `hinted` finds it there, or here
+            self.ended_here.add(run.id)  # before it is looked for below: whoever asks meanwhile is told by `hinted`
         super().forget(run)
-        (self.hints.send if run.row.get("awaited") else self.hints.arrive)("w", run.id)
+        (self.hints.send if self.asked.take(run.id) else self.hints.arrive)("w", run.id)
 
     def take_up(self, rows: list[dict[str, Any]]) -> list[str]:
         for row in rows:
-            row["awaited"] = True  # perhaps since before we had it
             if row["status"] in _ENDINGS:  # dead-lettered
                 self.hints.send("w", row["id"])
         return super().take_up(rows)
@@ -3304,6 +3325,8 @@ class _HintedExecutor(_LivingExecutor):
         self.hints.missed = True
         if self.listens:
             conn.execute(f"listen {_CHANNEL}")
+            if not self.stopping.is_set():
+                _notify(conn, self.me["incarnation"], [("h", _CHANNEL)])
 
     def hear(self, conn: Conn) -> None:
         if not self.listens:

@@ -4580,7 +4580,7 @@ def test_who_waits_elsewhere_is_told_of_the_end(dbos, elsewhere, gate, no_pollin
         gate.await_body()
         there = pool.submit(WorkflowHandle(elsewhere, "w").get_result)
         eventually(lambda: ["a", "w"] in overheard())
-        eventually(lambda: dbos._executor.running["w"].row.get("awaited"))
+        eventually(lambda: "w" in dbos._executor.asked)
         gate.open()
         assert there.result(PATIENCE_S) == here.result(PATIENCE_S) == "waited"
 
@@ -4629,7 +4629,7 @@ def test_who_asks_during_a_start_is_told_of_the_end(dbos, elsewhere, no_polling,
         eventually(lambda: witness.one("select count(*) from durable.workflows") == 1)
         there = pool.submit(result_of, elsewhere, "w")
         eventually(lambda: ["a", "w"] in overheard())
-        eventually(lambda: any(run.row.get("awaited") for run in tuple(dbos._executor.claimed.values())))
+        eventually(lambda: "w" in dbos._executor.asked)
         asked.set()
         assert there.result(PATIENCE_S) == 1
 
@@ -4686,6 +4686,33 @@ def test_an_end_that_nobody_elsewhere_awaits_is_told_to_nobody(dbos, elsewhere, 
     elsewhere._executor.hints.send("last", "word")
     eventually(lambda: ["last", "word"] in overheard())
     assert overheard() == [["last", "word"]]
+
+
+def test_who_asked_before_an_executor_was_launched_is_told_of_the_end(executor, elsewhere, no_polling, overheard):
+    """Who comes new has heard no question, and says that it listens from now on: all ask again."""
+    ends = threading.Event()
+
+    def launch():
+        late = executor(executor_id="late", application_version="v1")
+
+        @late.workflow(name="work")
+        def work():
+            ends.wait(PATIENCE_S)
+            return "ended"
+
+        late.launch()
+        return late, work
+
+    first, work = launch()
+    begin(first, work)
+    first.destroy()
+    with ThreadPoolExecutor() as pool:
+        there = pool.submit(result_of, elsewhere, "w")
+        eventually(lambda: ["a", "w"] in overheard())
+        second, _ = launch()
+        eventually(lambda: "w" in second._executor.asked)
+        ends.set()
+        assert there.result(PATIENCE_S) == "ended"
 
 
 # --- Threads ------------------------------------------------------------------------------------------
@@ -5812,6 +5839,24 @@ def test_an_idle_queue_hears_of_a_new_job(dbos, executor):
 
     other.launch()
     assert other.enqueue_workflow("line", job_elsewhere).get_result() == "local"
+
+
+def test_the_end_of_a_queued_job_is_told_to_who_asked_while_it_waited_and_to_nobody_else(
+    queue, job, gate, elsewhere, no_polling, overheard
+):
+    """Whoever takes it from the queue has heard the question before."""
+    for id in ("plug", "first", "second"):
+        with SetWorkflowID(id):
+            enqueue(queue, job, id)
+    with ThreadPoolExecutor() as pool:
+        there = pool.submit(result_of, elsewhere, "first")
+        eventually(lambda: ["a", "first"] in overheard())
+        gate.open()
+        assert there.result(PATIENCE_S) == "first"
+        eventually(lambda: job.ran == ["plug", "first", "second"])
+    elsewhere._executor.hints.send("last", "word")
+    eventually(lambda: ["last", "word"] in overheard())
+    assert [about for kind, about in overheard() if kind == "w"] == ["first"]
 
 
 @pytest.mark.parametrize("listen", [True, False])
@@ -16958,7 +17003,7 @@ MUTANTS = [
         "and w.application_version = %(version)s", "", "a sweeper of another version",
     ),
     Mutant(
-        "a sweep that believes nobody alive", "_ALIVE = ",
+        "a sweep that believes nobody alive", "def _note_lost(",
         "select incarnation from durable.living", "select 0", "a run and a namesake",
     ),
     Mutant("a transaction under any claim", "_RECORD_OR_FAIL = ", OURS, "", "a run and an operator"),
