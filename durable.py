@@ -3278,8 +3278,9 @@ class _HintedExecutor(_LivingExecutor):
         self.hints = _Hints(cast(_Executor, self))
         self.listens = self.tells = config["use_listen_notify"]
         self.asked, self.ended_here = _Remembered(), _Remembered()
-        self.next_look = 0.0
-        self.duties.append(self._look)
+        self.next_look = self.next_question = 0.0
+        self.unasked = False  # somebody has begun to listen since we asked
+        self.duties += [self._look, self._ask_again]
 
     def expected(self, *hint: str, since: int = 0) -> AbstractContextManager[_Signal]:
         return self.hints.expected(*hint, since=since)
@@ -3297,7 +3298,15 @@ class _HintedExecutor(_LivingExecutor):
             if self.ended_here.take(about):  # told once only: it may have begun again, and who waits would ask again
                 self.hints.send("w", about)
         elif kind == "h":
+            self.unasked = True
+            self.work.set()
+
+    def _ask_again(self, now: float) -> float:
+        """Ask those who have begun to listen; once a second, as after a restart of Postgres all of them do."""
+        if self.unasked and now >= self.next_question:
+            self.unasked, self.next_question = False, now + _POLL_S
             self.hints.ask_again()
+        return self.next_question if self.unasked else math.inf
 
     def _look(self, now: float) -> float:
         """Look for what hints should have told."""
