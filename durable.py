@@ -2732,10 +2732,11 @@ class _Knowing(_Engine):
 # what durable execution is slow by.  The journal writes whatever is waiting in one commit.  While it writes,
 # the next batch gathers; it never waits for one.  It has no thread of its own: a caller who finds a lane free
 # writes at once, by itself, so that a lone workflow pays nothing for the grouping; one who finds none leaves
-# its rows and waits.  Whoever has written hands its lane to one of those who gathered meanwhile.  (Measured
-# and rejected: lingering to grow a batch, always slower; one thread that writes for all, slower for few
-# callers; a queue on one connection's lock, a tenth of the speed; of many threads, each waking the next: they
-# wait for the GIL all the same.)
+# its rows and waits.  Whoever has written hands its lane to one of those who gathered meanwhile.  For a coroutine
+# a thread is sent to write, which takes along what has gathered by the time that it begins.  (Measured and
+# rejected: lingering to grow a batch, always slower; one thread that writes for all, slower for few callers; a
+# queue on one connection's lock, a tenth of the speed; waking the threads of a batch one by one, each by the one
+# before: all wait for the GIL anyway.)
 
 from collections import deque
 
@@ -2750,9 +2751,7 @@ class _Journal:
         self._lock = threading.Lock()
         lanes = _LANES if executor.config["sys_db_pool_size"] >= 4 else 1  # of a small pool, leave others something
         self._lanes = [_Lane() for _ in range(lanes)]
-        self._free = list(self._lanes)
-        self._gathered: deque[_Entry] = deque()  # invariant: where a lane is free, none, or a leader comes for them
-        self._coming: _Lane | None = None  # to which a thread of ours comes, for a coroutine: it takes along others
+        self._gathered: deque[_Entry] = deque()  # while a lane is free, only what a leader will take, or hand it to
 
     def write(self, write: _Write, *rows: dict[str, Any]) -> _Wait[list[bool]]:
         """Commit the rows together; tell for each whether it took effect."""
@@ -2779,7 +2778,7 @@ class _Journal:
                 lane = entry.lane
             if lane is not None:
                 self._lead(lane, entry)
-        except BaseException:  # KeyboardInterrupt, anywhere: we leave, perhaps with a lane
+        except BaseException:  # KeyboardInterrupt, nearly anywhere: we leave, perhaps with a lane
             self._leave(entry)
             raise
         return entry.result()
@@ -2788,56 +2787,52 @@ class _Journal:
         # A coroutine never leads: its loop may be busy, or end, and everybody would wait for it.
         loop = asyncio.get_running_loop()
         entry = _Entry(write, rows, written=loop.create_future())
-        lane = self._join(entry)
-        if lane is not None:
-            self._send_leader(lane, entry)
-        return cast("asyncio.Future[list[bool]]", entry.written)
-
-    def _send_leader(self, lane: _Lane, entry: _Entry) -> None:
         try:
-            self._executor.start_thread(functools.partial(self._lead, lane, entry), "durable-call")
-        except BaseException:  # KeyboardInterrupt: it comes, or not
+            lane = self._join(entry)
+            if lane is not None:
+                self._send_leader(lane, entry)
+        except BaseException:
             self._leave(entry)
             raise
+        return cast("asyncio.Future[list[bool]]", entry.written)
 
     def _join(self, entry: _Entry) -> _Lane | None:
         with self._lock:
-            if not self._free or self._is_taken_along(entry):
-                self._gathered.append(entry)
-                return None
-            return self._give(self._free.pop(), entry)
+            free = [lane for lane in self._lanes if lane.holder is None]
+            if free and not self._is_taken_along(entry):
+                return free[-1].give(entry)
+            self._gathered.append(entry)
+            return None
 
     def _is_taken_along(self, entry: _Entry) -> bool:
-        """Whether this needs no lane: many coroutines go on at a time before the thread that comes gets the GIL."""
-        return entry.written is not None and self._coming is not None
+        """Whether it needs no lane of its own: it is a coroutine's, and the thread sent for another will take it.
 
-    def _give(self, lane: _Lane, entry: _Entry) -> _Lane:
-        lane.holder = entry
-        if entry.written is not None:
-            self._coming = lane
-        return lane
+        (Many coroutines of a loop go on before that thread gets its turn.)
+        """
+        return entry.written is not None and any(lane.starting for lane in self._lanes)
+
+    def _send_leader(self, lane: _Lane, own: _Entry) -> None:
+        self._executor.start_thread(functools.partial(self._lead_off_loop, lane, own), "durable-call")
+
+    def _lead_off_loop(self, lane: _Lane, own: _Entry) -> None:
+        with self._lock:
+            if lane.starting is not own:
+                return  # another thread was sent as well, and was quicker
+            lane.starting = None
+        self._lead(lane, own)
 
     def _leave(self, entry: _Entry) -> None:
-        with self._lock:
-            with suppress(ValueError):
-                self._gathered.remove(entry)
-            held = [lane for lane in self._lanes if lane.holder is entry]
-            if entry.written is not None:
-                if self._coming not in held:
-                    return  # the thread has come, and the lane is that one's
-                self._coming = None
-            for lane in held:
-                lane.holder = None
-        for lane in held:
-            self._hand_on(lane)
+        with self._lock, suppress(ValueError):
+            self._gathered.remove(entry)
+        for lane in self._lanes:
+            if lane.holder is entry and entry.written is None:
+                self._hand_on(lane)
+            own = lane.starting
+            if own is not None:  # we were to send a thread, perhaps: better two than none
+                self._send_leader(lane, own)
 
     def _lead(self, lane: _Lane, own: _Entry) -> None:
         """Write our own entry and what has gathered by now, then let others lead."""
-        with self._lock:
-            if lane.holder is not own:
-                return  # whoever sent us has left
-            if self._coming is lane:
-                self._coming = None
         try:
             batch = self._take(own)
             self._write_or_split(lane, batch)
@@ -2861,25 +2856,24 @@ class _Journal:
     def _take(self, own: _Entry) -> list[_Entry]:
         """Take what has gathered, but no key twice: a statement could not tell which of two rows it took."""
         with self._lock:
-            waiting = (own, *self._gathered)
-            self._gathered.clear()
-            batch: list[_Entry] = []
+            waiting, batch, rest = (own, *self._gathered), list[_Entry](), deque[_Entry]()
             seen: set[tuple[str, Any, Any]] = set()
             for entry in waiting:
                 keys = entry.row_keys() if len(waiting) > 1 else []
-                (batch if seen.isdisjoint(keys) else self._gathered).append(entry)
+                (batch if seen.isdisjoint(keys) else rest).append(entry)
                 seen.update(keys)
+            self._gathered = rest
             return batch
 
     def _hand_on(self, lane: _Lane) -> None:
-        """Give the lane to whoever waits longest; nobody goes on writing while its own caller waits."""
+        """Give the lane to whoever waits longest for one; nobody goes on writing while its own caller waits."""
         with self._lock:
-            if not self._gathered or self._is_taken_along(self._gathered[0]):
+            heir = next((entry for entry in self._gathered if not self._is_taken_along(entry)), None)
+            if heir is None:
                 lane.holder = None
-                self._free.append(lane)
                 return
-            heir = self._gathered.popleft()
-            heir.lane = self._give(lane, heir)
+            self._gathered.remove(heir)
+            heir.lane = lane.give(heir)
             if heir.written is None:
                 return heir.wake()
         self._send_leader(lane, heir)
@@ -2901,8 +2895,8 @@ class _Journal:
     def close(self) -> None:
         """Give the idle connections back to the pool."""
         with self._lock:
-            for lane in self._free:
-                if lane.conn is not None:
+            for lane in self._lanes:
+                if lane.holder is None and lane.conn is not None:
                     self._executor.pool.putconn(lane.conn)
                     lane.conn = None
 
@@ -2960,7 +2954,12 @@ class _Lane:
 
     conn: _Connection | None = None
     cursor: psycopg.Cursor[Any]
-    holder: _Entry | None = None  # who leads with it
+    holder: _Entry | None = None  # who leads with it; None: it is free
+    starting: _Entry | None = None  # the same, while a thread sent for a coroutine has not begun to lead
+
+    def give(self, entry: _Entry) -> _Lane:
+        self.holder, self.starting = entry, None if entry.written is None else entry
+        return self
 
 
 def _commit(cursor: psycopg.Cursor[Any], batch: list[_Entry]) -> None:
@@ -3090,15 +3089,16 @@ class _GroupingExecutor(_AdministeredExecutor):
 #
 # Whoever waits for something outside of this run waits for a hint, and then looks at the table.  A hint
 # says "look now": a NOTIFY from another process, or a call from our own.  It may be lost, doubled or late,
-# and that costs time, nothing else: one statement a second, made for all waiters of this process together,
+# and that costs time, nothing else: one statement a second, made for many waiters of this process together,
 # looks for what was missed.  The end of a workflow is told elsewhere only where it is asked for: most are awaited
-# where they run, or not at all.  Whoever may come to run it remembers the question; who comes new asks for it again.
+# where they run, or not at all.  Every executor remembers the questions, as it may come to run the workflow; for
+# a newcomer, the others repeat theirs.
 
 from collections import OrderedDict
 
 _CHANNEL = "durable"  # where hints travel
 _HINT_PAUSE_S = 0.002  # hints that come closer together than this travel together
-_REMEMBERED = 10_000  # workflows whose end is awaited elsewhere, and as many that ended a moment ago
+_REMEMBERED = 10_000  # IDs: of workflows whose end is awaited elsewhere, and of those that ended here
 _LOOK_CHUNK = 1000  # waiters that a look is made for, each second, where hints arrive too
 
 
@@ -3119,17 +3119,18 @@ class _Hint(_Signal):
         self.key, self.asked = key, False
 
 
-class _Remembered(OrderedDict[str, None]):
+class _Remembered(OrderedDict[str, bool]):
     """The IDs that were added last, up to so many."""
 
     def add(self, id: str) -> None:
-        self[id] = None
+        self.pop(id, None)
+        self[id] = True
         if len(self) > _REMEMBERED:
             self.popitem(last=False)
 
     def take(self, id: str) -> bool:
         """Take an ID out; tell whether it was there."""
-        return self.pop(id, self) is None
+        return self.pop(id, False)
 
 
 class _Hints:
@@ -3192,10 +3193,10 @@ class _Hints:
             self.tell("a", about)
 
     def ask_again(self) -> None:
-        """Ask somebody who may have missed that the same; of very many, polling finds the rest."""
+        """Ask it all again, for somebody who has not heard it; of very many, looks find the rest."""
         with self._lock:
-            hints = [hint for hints in self._expected.values() for hint in hints if hint.asked][:_LOOK_CHUNK]
-        for hint in hints:
+            asked = [hint for waiting in self._expected.values() for hint in waiting if hint.asked]
+        for hint in asked[:_LOOK_CHUNK]:
             hint.asked = False
             self.ask(hint)
 
@@ -3207,6 +3208,8 @@ class _Hints:
         with suppress(ValueError):
             key = json.loads(text)
             if isinstance(key, list) and key[1:]:
+                if key[0] == "w":
+                    self._executor.asked.take(str(key[1]))  # who asked has heard it, too
                 self.arrive(*map(str, key))
 
     def send(self, *key: str) -> None:
@@ -3249,7 +3252,7 @@ def _notify(conn: Conn, sender: int, keys: Iterable[tuple[str, ...]]) -> None:
     query = """
         select set_config('synchronous_commit', 'off', true), pg_notify(%s, payload)
           from json_array_elements_text(%s) as payload
-    """  # It writes nothing, so nobody need wait for the disk.  (JSON is dumped faster than an array.)
+    """  # A transaction by itself, which writes nothing: no need to wait for the disk.  (JSON is dumped fast.)
     conn.execute(query, (_CHANNEL, json.dumps(payloads)))
 
 
@@ -3279,7 +3282,7 @@ class _HintedExecutor(_LivingExecutor):
         self.listens = self.tells = config["use_listen_notify"]
         self.asked, self.ended_here = _Remembered(), _Remembered()
         self.next_look = self.next_question = 0.0
-        self.unasked = False  # somebody has begun to listen since we asked
+        self.newcomers = False  # somebody has begun to listen since we asked
         self.duties += [self._look, self._ask_again]
 
     def expected(self, *hint: str, since: int = 0) -> AbstractContextManager[_Signal]:
@@ -3295,18 +3298,19 @@ class _HintedExecutor(_LivingExecutor):
         """A hint came, from whomever.  a: the end of a workflow is awaited elsewhere.  h: somebody begins to listen."""
         if kind == "a":
             self.asked.add(about)
-            if self.ended_here.take(about):  # told once only: it may have begun again, and who waits would ask again
+            # Once: if it has begun again since, who waits would look in vain, ask, and be told, for ever.
+            if self.ended_here.take(about) and self.asked.take(about):
                 self.hints.send("w", about)
         elif kind == "h":
-            self.unasked = True
+            self.newcomers = True
             self.work.set()
 
     def _ask_again(self, now: float) -> float:
         """Ask those who have begun to listen; once a second, as after a restart of Postgres all of them do."""
-        if self.unasked and now >= self.next_question:
-            self.unasked, self.next_question = False, now + _POLL_S
+        if self.newcomers and now >= self.next_question:
+            self.newcomers, self.next_question = False, now + _POLL_S
             self.hints.ask_again()
-        return self.next_question if self.unasked else math.inf
+        return self.next_question if self.newcomers else math.inf
 
     def _look(self, now: float) -> float:
         """Look for what hints should have told."""
@@ -3318,10 +3322,13 @@ class _HintedExecutor(_LivingExecutor):
         return self.next_look
 
     def forget(self, run: _Run) -> None:
-        if run.status != "PENDING":
-            self.ended_here.add(run.id)  # before it is looked for below: whoever asks meanwhile is told by `hinted`
+        ended = run.status != "PENDING"
+        if ended:
+            self.ended_here.add(run.id)  # first: a question that comes after we look for one below, finds this
         super().forget(run)
-        (self.hints.send if self.asked.take(run.id) else self.hints.arrive)("w", run.id)
+        self.hints.arrive("w", run.id)
+        if ended and self.asked.take(run.id):
+            self.hints.tell("w", run.id)
 
     def take_up(self, rows: list[dict[str, Any]]) -> list[str]:
         for row in rows:
@@ -3334,8 +3341,8 @@ class _HintedExecutor(_LivingExecutor):
         self.hints.missed = True
         if self.listens:
             conn.execute(f"listen {_CHANNEL}")
-            if not self.stopping.is_set():
-                _notify(conn, self.me["incarnation"], [("h", _CHANNEL)])
+            if not self.stopping.is_set():  # as it is for a client, who runs nothing
+                _notify(conn, self.me["incarnation"], [("h", str(self.me["incarnation"]))])
 
     def hear(self, conn: Conn) -> None:
         if not self.listens:
@@ -4638,17 +4645,18 @@ def _dequeue(conn: Conn, queue: Queue, room: int, me: dict[str, Any]) -> list[di
     across executors, those take turns: an advisory lock comes in the same round trip, in a statement
     of its own, so that the next one counts what the previous holder committed.
     """
-    limits = (queue.concurrency is not None) * (_FREE_PLACES,) + (queue.limiter is not None) * (_FREE_STARTS,)
+    concurrency, limiter = queue.concurrency, queue.limiter  # as they are now: another thread may set them
+    limits = [_FREE_PLACES] * (concurrency is not None) + [_FREE_STARTS] * (limiter is not None)
     cur = conn.cursor(row_factory=dict_row)
     with conn.pipeline() if limits else nullcontext():
         if limits:
             conn.execute("select pg_advisory_xact_lock(%s, hashtext(%s))", (-_LOCKS, queue.name))
-        values = {"queue": queue.name, "room": room, "concurrency": queue.concurrency, **(queue.limiter or {})}
+        values = {"queue": queue.name, "room": room, "concurrency": concurrency, **(limiter or {})}
         cur.execute(_dequeuing(*limits), me | values)
     return [row if row["has_history"] else {**row, "history": []} for row in cur.fetchall()]
 
 
-# What a queue's limits leave, over all executors.  A queue without them does not count: that is a third of a dequeue.
+# What a queue's limits leave, over all executors.  Only counted where they are set: it is a third of a dequeue.
 _FREE_PLACES = """%(concurrency)s::bigint - (select count(*) from durable.workflows
                                               where queue = %(queue)s and status = 'PENDING'
                                                 and incarnation is not null)"""
@@ -4659,7 +4667,7 @@ _FREE_STARTS = """%(limit)s::bigint - (select count(*) from durable.workflows
 
 @functools.cache
 def _dequeuing(*limits: str) -> str:
-    """Take due rows of a queue.
+    """The statement that takes due rows of a queue, as far as its limits go.
 
     Written so that the planner walks workflows_due in order and stops at the limit, however long the queue:
     `lateral` instead of a join before the limit, few rows expected (`|| ''`) behind it, and one
