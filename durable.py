@@ -2822,6 +2822,7 @@ class _Journal:
         self._lead(lane, own)
 
     def _leave(self, entry: _Entry) -> None:
+        """Leave nothing behind for which others wait."""
         with self._lock, suppress(ValueError):
             self._gathered.remove(entry)
         for lane in self._lanes:
@@ -4646,7 +4647,7 @@ def _dequeue(conn: Conn, queue: Queue, room: int, me: dict[str, Any]) -> list[di
     of its own, so that the next one counts what the previous holder committed.
     """
     concurrency, limiter = queue.concurrency, queue.limiter  # as they are now: another thread may set them
-    limits = [_FREE_PLACES] * (concurrency is not None) + [_FREE_STARTS] * (limiter is not None)
+    limits = [left for left, limit in ((_FREE_PLACES, concurrency), (_FREE_STARTS, limiter)) if limit is not None]
     cur = conn.cursor(row_factory=dict_row)
     with conn.pipeline() if limits else nullcontext():
         if limits:
