@@ -1525,7 +1525,7 @@ from psycopg.abc import PQGen
 
 __all__ += ["DBOSAwaitedWorkflowMaxRecoveryAttemptsExceeded"]
 
-_SCHEMA_VERSION = 54  # the edition of schema.sql that this code needs, of which each storey below makes the next
+_SCHEMA_VERSION = 58  # the edition of schema.sql that this code needs, of which each storey below makes the next
 _SWEEP_S = 3.0  # a lock that stays free from one sweep to the next is a death, and taken over 1.5 to 6.6 s after it
 _RESTART_GRACE_S = 3.0  # after Postgres starts, time for the living to take their locks again
 _LONGEST_PAUSE_S = 1.0  # between two tries to reach a database that is away
@@ -2606,7 +2606,7 @@ class _Hosting(_Engine):
 import sys
 import weakref
 
-_SCHEMA_VERSION = 55
+_SCHEMA_VERSION = 59
 
 _HISTORY_CHUNK = 1000  # recorded steps read at a time
 _UNFINISHED = ("DELAYED", "ENQUEUED", "PENDING")  # as Python writes a tuple, SQL reads a list
@@ -6567,7 +6567,7 @@ def _set_up_logging(level: str) -> None:
 # code, from a program that has none of it, by HTTP, in a browser and on the command line.
 
 
-_SCHEMA_VERSION = 56
+_SCHEMA_VERSION = 60
 
 _ALIVE = "(select incarnation from durable.living)"  # executors whose lock somebody holds
 
@@ -7042,9 +7042,11 @@ def _list(
     """Read the rows that meet all conditions of `where` (see _CONDITIONS), by age; also under WorkflowStatus' names."""
     prefixes = {f"prefix_{n}": each for n, each in enumerate(where.get("workflow_id_prefix", ()))}
     likes = {name: re.sub(r"([\\%_])", r"\\\1", prefix) + "%" for name, prefix in prefixes.items()}
+    names = {f"name_{n}": each for n, each in enumerate(where.get("name", ()))}
     alternatives = {
         "status": [_OF_STATUS[each] for each in where.get("status", ())],
         "workflow_id_prefix": [f"id like %({name})s" for name in likes],
+        "name": [f"name = %({name})s" for name in names],
     }
     words = _CONDITIONS | {name: f"({' or '.join(each or ['false'])})" for name, each in alternatives.items()}
     conditions = " and ".join(["true", *(words[name] for name in where)])
@@ -7055,7 +7057,7 @@ def _list(
         select {columns} from durable.workflows where {conditions}
          order by workflows.created_at {order}, number {order} limit %(limit)s offset %(offset)s
     """
-    parameters = {**where, **likes, "limit": limit, "offset": offset}
+    parameters = {**where, **likes, **names, "limit": limit, "offset": offset}
     return conn.cursor(row_factory=dict_row).execute(query, parameters, prepare=False).fetchall()  # see _OF_STATUS
 
 
@@ -7064,9 +7066,8 @@ def _list(
 _CONDITIONS = {
     name: f"{column} = any(%({name})s::text[])"
     for name, column in {
-        "workflow_ids": "id", "name": "name", "app_version": "application_version",
-        "forked_from": "forked_from", "parent_workflow_id": "parent_workflow_id",
-        "executor_id": "executor_id",
+        "workflow_ids": "id", "app_version": "application_version", "forked_from": "forked_from",
+        "parent_workflow_id": "parent_workflow_id", "executor_id": "executor_id",
     }.items()
 } | {
     # As the indexes know it: what is or was in a queue was taken from it, waits there, or was cancelled before.
@@ -7078,7 +7079,7 @@ _CONDITIONS = {
 }
 
 # The planner finds an index for words that stand in the statement, one by one, and for a pattern that it sees
-# when it plans; in an array, or in a statement prepared for all patterns, it would find none.
+# when it plans; in an array, or in a statement prepared for all patterns, it would find none, or not the order.
 _OF_STATUS = {status: f"status = '{status}'" for status in (*_UNFINISHED, *_FINISHED)}
 
 _OF_STATUS["PENDING"] = "(status = 'PENDING' and incarnation is not null)"

@@ -135,14 +135,14 @@ alter table durable.executors
     add column if not exists misfits jsonb not null default '{}';
 alter table durable.steps add column if not exists tries integer not null default 1;
 
--- Which edition this file is, by the storeys of it: 53 has the first, 56 all four.
-insert into durable.version (number) select 53 where not exists (select from durable.version where number >= 53);
+-- Which edition this file is, by the storeys of it: 57 has the first, 60 all four.
+insert into durable.version (number) select 57 where not exists (select from durable.version where number >= 57);
 
 -- ==== II. Self-hosting ==============================================================================
 --
 -- Who lives.
 
-update durable.version set number = 54 where number = 53;
+update durable.version set number = 58 where number = 57;
 
 -- Which executors live?  Those whose lock somebody holds.
 create or replace view durable.living as
@@ -157,7 +157,7 @@ select incarnation, executor_id, application, application_version, known, queues
 --
 -- What each room needs.
 
-update durable.version set number = 55 where number = 54;
+update durable.version set number = 59 where number = 58;
 
 -- --- Cancel and timeouts ----------------------------------------------------------------------------
 
@@ -316,7 +316,7 @@ create table if not exists durable.streams (
 --
 -- What management looks for, and the operator's questions.  However many workflows have ended, its views are as quick.
 
-update durable.version set number = 56 where number = 55;
+update durable.version set number = 60 where number = 59;
 
 -- For durable.unfinished.
 create index if not exists workflows_dead on durable.workflows (id)
@@ -334,6 +334,9 @@ select id, number, status, name, class_name, config_name, queue, priority, appli
 
 -- For _list, _begun_until and _count: by age.
 create index if not exists workflows_created on durable.workflows (created_at);
+
+-- For _list: by name, by age.
+create index if not exists workflows_named on durable.workflows (name, created_at);
 
 -- For _ended_before and _last_ended: in the order in which they came to their ends.
 create index if not exists workflows_ended on durable.workflows (coalesce(completed_at, updated_at))
