@@ -3123,11 +3123,14 @@ class _Hint(_Signal):
 class _Remembered(OrderedDict[str, bool]):
     """The IDs that were added last, up to so many."""
 
+    forgot = False  # some
+
     def add(self, id: str) -> None:
         self.pop(id, None)
         self[id] = True
         if len(self) > _REMEMBERED:
             self.popitem(last=False)
+            self.forgot = True
 
     def take(self, id: str) -> bool:
         """Take an ID out; tell whether it was there."""
@@ -3189,9 +3192,11 @@ class _Hints:
     def ask(self, hint: _Hint) -> None:
         """Ask whoever runs a workflow to tell of its end, which is awaited here."""
         kind, about, *_ = hint.key
-        if kind == "w" and self._executor.listens and not hint.asked and about not in self._executor.running:
-            hint.asked = True
-            self.tell("a", about)
+        if kind == "w" and self._executor.listens and not hint.asked:
+            run = self._executor.running.get(about)
+            if run is None or run.stopped is not None:
+                hint.asked = True
+                self.tell("a", about)
 
     def ask_again(self) -> None:
         """Ask it all again, for somebody who has not heard it; of very many, looks find the rest."""
@@ -3232,8 +3237,12 @@ class _Hints:
             self._outgoing.add(key)
             begin = not self._sending
             self._sending = True
-        if begin:
-            self._executor.start_thread(self._flush, "durable-call")
+        try:
+            if begin:
+                self._executor.start_thread(self._flush, "durable-call")
+        except BaseException:  # KeyboardInterrupt: the thread comes, or not; the next hint sends another
+            self._sending = False
+            raise
 
     def _flush(self) -> None:
         while True:
@@ -3328,7 +3337,7 @@ class _HintedExecutor(_LivingExecutor):
             self.ended_here.add(run.id)  # first: a question that comes after we look for one below, finds this
         super().forget(run)
         self.hints.arrive("w", run.id)
-        if ended and self.asked.take(run.id):
+        if ended and (self.asked.take(run.id) or self.asked.forgot):  # that may have been about this one
             self.hints.tell("w", run.id)
 
     def take_up(self, rows: list[dict[str, Any]]) -> list[str]:
@@ -3342,7 +3351,7 @@ class _HintedExecutor(_LivingExecutor):
         self.hints.missed = True
         if self.listens:
             conn.execute(f"listen {_CHANNEL}")
-            if not self.stopping.is_set():  # as it is for a client, who runs nothing
+            if self.claimed or not self.stopping.is_set():  # a client never runs anything
                 _notify(conn, self.me["incarnation"], [("h", str(self.me["incarnation"]))])
 
     def hear(self, conn: Conn) -> None:
@@ -3464,16 +3473,17 @@ class _Threads:
     def _start_jobs(self) -> None:
         self.short = False
         while self._jobs and self._free > 0 and not self._closed:
-            job = next(iter(self._jobs))
+            job, _ = self._jobs.popitem(last=False)  # before it begins: interrupted here, it is not to begin twice
             if self._idle:
                 self._idle.pop().put(job)
             else:
                 thread = threading.Thread(target=self._work, args=(job,), daemon=True, name=self._name)
                 if not _begin_thread(thread):
+                    self._jobs[job] = None
+                    self._jobs.move_to_end(job, last=False)
                     self.short = True
                     return
                 self._threads.add(thread)
-            del self._jobs[job]
             self._free -= 1
 
     def _work(self, job: Callable[[], object] | None) -> None:

@@ -4521,10 +4521,12 @@ def test_a_thread_that_may_not_have_begun_keeps_no_coroutine_waiting(dbos, monke
         return n
 
     def interrupted(*job):
-        monkeypatch.setattr(dbos._executor, "start_thread", start)
-        if begins:
+        is_here = threading.current_thread() is threading.main_thread()  # where Ctrl-C is noticed
+        if begins or not is_here:
             start(*job)
-        raise KeyboardInterrupt
+        if is_here:
+            monkeypatch.setattr(dbos._executor, "start_thread", start)
+            raise KeyboardInterrupt
 
     async def main():
         for _ in range(3):  # more often than there are lanes
@@ -4713,6 +4715,42 @@ def test_who_asked_before_an_executor_was_launched_is_told_of_the_end(executor, 
         eventually(lambda: "w" in second._executor.asked)
         ends.set()
         assert there.result(PATIENCE_S) == "ended"
+
+
+def test_who_waits_where_a_run_was_stopped_that_lingers_asks_whoever_runs_it_now(
+    dbos, elsewhere, gate, no_polling, overheard, witness
+):
+    """The code of a run that is over may take its time; the workflow is run elsewhere, and its end is told there."""
+
+    @dbos.workflow()
+    def work():
+        gate()
+
+    with ThreadPoolExecutor() as pool:
+        begin(dbos, work)
+        gate.await_body()
+        witness.run(AT_WORK_ELSEWHERE, elsewhere.incarnation)
+        dbos._executor.running["w"].halt(durable._Superseded("it runs elsewhere"))
+        result = pool.submit(result_of, dbos, "w")
+        eventually(lambda: "w" in elsewhere._executor.asked)
+        witness.run(ENDED_ELSEWHERE)
+        elsewhere._executor.hints.tell("w", "w")
+        assert result.result(PATIENCE_S) == "done elsewhere"
+        gate.open()
+
+
+def test_hints_are_given_after_one_that_was_interrupted(dbos, overheard, monkeypatch):
+    """Ctrl-C came as the thread that sends them was to begin."""
+    executor = dbos._executor
+
+    def interrupted(*job):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(executor, "start_thread", interrupted)
+        executor.hints.send("first", "word")
+    executor.hints.send("last", "word")
+    eventually(lambda: sorted(overheard()) == [["first", "word"], ["last", "word"]])
 
 
 # --- Threads ------------------------------------------------------------------------------------------
@@ -5857,6 +5895,22 @@ def test_the_end_of_a_queued_job_is_told_to_who_asked_while_it_waited_and_to_nob
     elsewhere._executor.hints.send("last", "word")
     eventually(lambda: ["last", "word"] in overheard())
     assert [about for kind, about in overheard() if kind == "w"] == ["first"]
+
+
+def test_more_questions_than_are_remembered_are_answered_all_the_same(
+    queue, job, gate, elsewhere, no_polling, overheard, monkeypatch
+):
+    """Who has forgotten some tells of every end: it cannot know which were about its own."""
+    monkeypatch.setattr(durable, "_REMEMBERED", 1)
+    for id in ("plug", "first", "second", "third"):
+        with SetWorkflowID(id):
+            enqueue(queue, job, id)
+    with ThreadPoolExecutor() as pool:
+        there = [pool.submit(result_of, elsewhere, id) for id in ("first", "second", "third")]
+        eventually(lambda: sum(kind == "a" for kind, _ in overheard()) == 3)
+        eventually(lambda: queue._durable._executor.asked.forgot)
+        gate.open()
+        assert [each.result(PATIENCE_S) for each in there] == ["first", "second", "third"]
 
 
 @pytest.mark.parametrize("listen", [True, False])
