@@ -2751,7 +2751,7 @@ class _Journal:
         self._lock = threading.Lock()
         lanes = _LANES if executor.config["sys_db_pool_size"] >= 4 else 1  # of a small pool, leave others something
         self._lanes = [_Lane() for _ in range(lanes)]
-        self._gathered: deque[_Entry] = deque()  # while a lane is free, only what a leader will take, or hand it to
+        self._gathered: deque[_Entry] = deque()  # while a lane is free, only what the leader of another will take
 
     def write(self, write: _Write, *rows: dict[str, Any]) -> _Wait[list[bool]]:
         """Commit the rows together; tell for each whether it took effect."""
@@ -2805,7 +2805,7 @@ class _Journal:
             return None
 
     def _is_taken_along(self, entry: _Entry) -> bool:
-        """Whether it needs no lane of its own: it is a coroutine's, and the thread sent for another will take it.
+        """Whether it needs no lane of its own: it is a coroutine's, and the thread sent for another will see to it.
 
         (Many coroutines of a loop go on before that thread gets its turn.)
         """
@@ -3123,7 +3123,7 @@ class _Hint(_Signal):
 class _Remembered(OrderedDict[str, bool]):
     """The IDs that were added last, up to so many."""
 
-    forgot = False  # some
+    forgot = False  # some: from now on every end is told
 
     def add(self, id: str) -> None:
         self.pop(id, None)
@@ -3192,10 +3192,11 @@ class _Hints:
     def ask(self, hint: _Hint) -> None:
         """Ask whoever runs a workflow to tell of its end, which is awaited here."""
         kind, about, *_ = hint.key
-        if kind == "w" and self._executor.listens and not hint.asked:
+        if kind == "w" and self._executor.listens and not hint.asked and not hint.is_set:
             run = self._executor.running.get(about)
             if run is None or run.stopped is not None:
                 hint.asked = True
+                self._executor.asked.add(about)  # like everybody else: should it run here, they are to hear of its end
                 self.tell("a", about)
 
     def ask_again(self) -> None:
@@ -3215,7 +3216,7 @@ class _Hints:
             key = json.loads(text)
             if isinstance(key, list) and key[1:]:
                 if key[0] == "w":
-                    self._executor.asked.take(str(key[1]))  # who asked has heard it, too
+                    self._executor.asked.take(str(key[1]))  # who asked hears it, too; if it is no end, they ask again
                 self.arrive(*map(str, key))
 
     def send(self, *key: str) -> None:
@@ -3226,6 +3227,8 @@ class _Hints:
         ours = _lending.get()
         if ours is not None:
             return ours.after.append(functools.partial(self.send, *key))
+        if key[0] == "w":
+            self._executor.asked.take(key[1])
         self.arrive(*key)
         self.tell(*key)
 
@@ -3233,11 +3236,11 @@ class _Hints:
         """Give a hint elsewhere."""
         if not self._executor.tells:
             return
-        with self._lock:
-            self._outgoing.add(key)
-            begin = not self._sending
-            self._sending = True
         try:
+            with self._lock:
+                self._outgoing.add(key)
+                begin = not self._sending
+                self._sending = True
             if begin:
                 self._executor.start_thread(self._flush, "durable-call")
         except BaseException:  # KeyboardInterrupt: the thread comes, or not; the next hint sends another
@@ -3262,7 +3265,7 @@ def _notify(conn: Conn, sender: int, keys: Iterable[tuple[str, ...]]) -> None:
     query = """
         select set_config('synchronous_commit', 'off', true), pg_notify(%s, payload)
           from json_array_elements_text(%s) as payload
-    """  # A transaction by itself, which writes nothing: no need to wait for the disk.  (JSON is dumped fast.)
+    """  # A transaction by itself, which writes no row: no need to wait for the disk.  (JSON is dumped fast.)
     conn.execute(query, (_CHANNEL, json.dumps(payloads)))
 
 
@@ -3315,6 +3318,11 @@ class _HintedExecutor(_LivingExecutor):
             self.newcomers = True
             self.work.set()
 
+    def judge(self, run: _Run, claim: int | None, status: str) -> None:
+        super().judge(run, claim, status)
+        if run.stopped is not None:  # who waits for it here is to look, and to ask whoever runs it now
+            self.hints.arrive("w", run.id)
+
     def _ask_again(self, now: float) -> float:
         """Ask those who have begun to listen; once a second, as after a restart of Postgres all of them do."""
         if self.newcomers and now >= self.next_question:
@@ -3348,11 +3356,11 @@ class _HintedExecutor(_LivingExecutor):
 
     def announce(self, conn: Conn) -> None:
         super().announce(conn)
-        self.hints.missed = True
         if self.listens:
             conn.execute(f"listen {_CHANNEL}")
-            if self.claimed or not self.stopping.is_set():  # a client never runs anything
-                _notify(conn, self.me["incarnation"], [("h", str(self.me["incarnation"]))])
+        self.hints.missed = True  # until now
+        if self.listens and (self.claimed or not self.stopping.is_set()):  # a client never runs anything
+            _notify(conn, self.me["incarnation"], [("h", str(self.me["incarnation"]))])
 
     def hear(self, conn: Conn) -> None:
         if not self.listens:
@@ -3473,15 +3481,16 @@ class _Threads:
     def _start_jobs(self) -> None:
         self.short = False
         while self._jobs and self._free > 0 and not self._closed:
-            job, _ = self._jobs.popitem(last=False)  # before it begins: interrupted here, it is not to begin twice
+            # First: interrupted behind this, it may not begin, as its submitter hears; behind a start, it would twice.
+            job, _ = self._jobs.popitem(last=False)
             if self._idle:
                 self._idle.pop().put(job)
             else:
                 thread = threading.Thread(target=self._work, args=(job,), daemon=True, name=self._name)
                 if not _begin_thread(thread):
+                    self.short = True
                     self._jobs[job] = None
                     self._jobs.move_to_end(job, last=False)
-                    self.short = True
                     return
                 self._threads.add(thread)
             self._free -= 1

@@ -4533,6 +4533,7 @@ def test_a_thread_that_may_not_have_begun_keeps_no_coroutine_waiting(dbos, monke
             monkeypatch.setattr(dbos._executor, "start_thread", interrupted)
             with contextlib.suppress(KeyboardInterrupt):
                 await work(0)
+        monkeypatch.setattr(dbos._executor, "start_thread", start)
         return await asyncio.wait_for(asyncio.gather(*(work(n) for n in range(10))), PATIENCE_S)
 
     assert asyncio.run(main()) == list(range(10))
