@@ -3184,6 +3184,10 @@ class _Hints:
     def arrive(self, *key: str) -> None:
         """A hint came, from another process or our own."""
         self._executor.hinted(*key)
+        self.rouse(*key)
+
+    def rouse(self, *key: str) -> None:
+        """Have whoever waits for this hint look at the table."""
         with self._lock:
             signals = tuple(self._expected.get(key, ()))
         for signal in signals:
@@ -3215,8 +3219,6 @@ class _Hints:
         with suppress(ValueError):
             key = json.loads(text)
             if isinstance(key, list) and key[1:]:
-                if key[0] == "w":
-                    self._executor.asked.take(str(key[1]))  # who asked hears it, too; if it is no end, they ask again
                 self.arrive(*map(str, key))
 
     def send(self, *key: str) -> None:
@@ -3227,8 +3229,6 @@ class _Hints:
         ours = _lending.get()
         if ours is not None:
             return ours.after.append(functools.partial(self.send, *key))
-        if key[0] == "w":
-            self._executor.asked.take(key[1])
         self.arrive(*key)
         self.tell(*key)
 
@@ -3309,7 +3309,9 @@ class _HintedExecutor(_LivingExecutor):
 
     def hinted(self, kind: str, about: str, *more: str) -> None:
         """A hint came, from whomever.  a: the end of a workflow is awaited elsewhere.  h: somebody begins to listen."""
-        if kind == "a":
+        if kind == "w":
+            self.asked.take(about)  # who asked hears it, too; if it is no end, they ask again
+        elif kind == "a":
             self.asked.add(about)
             # Once: if it has begun again since, who waits would look in vain, ask, and be told, for ever.
             if self.ended_here.take(about) and self.asked.take(about):
@@ -3321,7 +3323,7 @@ class _HintedExecutor(_LivingExecutor):
     def judge(self, run: _Run, claim: int | None, status: str) -> None:
         super().judge(run, claim, status)
         if run.stopped is not None:  # who waits for it here is to look, and to ask whoever runs it now
-            self.hints.arrive("w", run.id)
+            self.hints.rouse("w", run.id)
 
     def _ask_again(self, now: float) -> float:
         """Ask those who have begun to listen; once a second, as after a restart of Postgres all of them do."""
@@ -3336,7 +3338,7 @@ class _HintedExecutor(_LivingExecutor):
             self.next_look = now + _POLL_S
             awaited = self.hints.awaited()
             for key in self.now(_arrived, awaited) if awaited else ():
-                self.hints.arrive(*key)
+                self.hints.rouse(*key)
         return self.next_look
 
     def forget(self, run: _Run) -> None:
@@ -3344,7 +3346,7 @@ class _HintedExecutor(_LivingExecutor):
         if ended:
             self.ended_here.add(run.id)  # first: a question that comes after we look for one below, finds this
         super().forget(run)
-        self.hints.arrive("w", run.id)
+        self.hints.rouse("w", run.id)
         if ended and (self.asked.take(run.id) or self.asked.forgot):  # that may have been about this one
             self.hints.tell("w", run.id)
 
@@ -3358,9 +3360,9 @@ class _HintedExecutor(_LivingExecutor):
         super().announce(conn)
         if self.listens:
             conn.execute(f"listen {_CHANNEL}")
-        self.hints.missed = True  # until now
-        if self.listens and (self.claimed or not self.stopping.is_set()):  # a client never runs anything
-            _notify(conn, self.me["incarnation"], [("h", str(self.me["incarnation"]))])
+            self.hints.missed = True  # until now
+            if self.claimed or not self.stopping.is_set():  # a client never runs anything
+                _notify(conn, self.me["incarnation"], [("h", str(self.me["incarnation"]))])
 
     def hear(self, conn: Conn) -> None:
         if not self.listens:
@@ -3481,7 +3483,7 @@ class _Threads:
     def _start_jobs(self) -> None:
         self.short = False
         while self._jobs and self._free > 0 and not self._closed:
-            # First: interrupted behind this, it may not begin, as its submitter hears; behind a start, it would twice.
+            # Taken out first: interrupted behind this, it may not begin (its submitter hears that), but never twice.
             job, _ = self._jobs.popitem(last=False)
             if self._idle:
                 self._idle.pop().put(job)
@@ -3686,7 +3688,7 @@ class _ThreadedExecutor(_HintedExecutor):
             else:
                 super().spawn(run)
                 if self.threads.short:
-                    self.hints.arrive("w", run.id)  # who waits for it may help
+                    self.hints.rouse("w", run.id)  # who waits for it may help
         except BaseException:  # the next sweep finds the row
             self.forget(run)
             raise
