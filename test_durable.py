@@ -4426,117 +4426,185 @@ def errand(dbos):
 # What many write at the same time is one commit.
 
 
-def test_a_commit_wakes_an_event_loop_once_for_all_of_its_coroutines(dbos, monkeypatch):
-    """To wake a loop costs a system call, from a thread that all of them wait for."""
-    commit, batches, wakes = durable._commit, [], []
+@pytest.fixture
+def records_wait(url, witness):
+    """Keep everybody from recording steps while a block lasts, which gets a function that tells who tries."""
+
+    @contextlib.contextmanager
+    def block():
+        with psycopg.connect(url) as holder:
+            holder.execute("lock table durable.steps in exclusive mode")
+            waiting = "select pid from pg_locks where not granted and relation = 'durable.steps'::regclass"
+            yield lambda: witness.column(waiting)
+
+    return block
+
+
+@pytest.fixture
+def numbers(dbos):
+    """A coroutine workflow of three steps, which has run: by now connections are there for a loop."""
 
     @dbos.step()
     async def step(n):
         return n
 
     @dbos.workflow()
-    async def work(n):
+    async def numbers(n):
         return [await step(n) for _ in range(3)]
 
+    async def warm_up():
+        await asyncio.gather(*(numbers(n) for n in range(2 * durable._HALVES)))
+
+    asyncio.run(warm_up())
+    return numbers
+
+
+def test_an_event_loop_writes_by_itself_what_its_coroutines_gather(dbos, numbers, monkeypatch):
+    """To send a thread to write, and to be woken by it, takes longer than the write."""
+    statement, batches, threads = durable._statement, [], []
+    monkeypatch.setattr(durable, "_statement", lambda batch: batches.append(len(batch)) or statement(batch))
+    monkeypatch.setattr(dbos._executor, "start_thread", lambda *job: threads.append(job))
+
     async def main():
-        loop = asyncio.get_running_loop()
-        call = loop.call_soon_threadsafe
-        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda f, *a, **k: wakes.append(f) or call(f, *a, **k))
-        monkeypatch.setattr(durable, "_commit", lambda cursor, batch: batches.append(batch) or commit(cursor, batch))
-        return await asyncio.gather(*(work(n) for n in range(60)))
+        return await asyncio.gather(*(numbers(n) for n in range(60)))
 
     assert asyncio.run(main()) == [[n] * 3 for n in range(60)]
-    assert sum(map(len, batches)) == 60 * 5
-    assert wakes.count(durable._tell) == len(batches) < 150
+    assert (sum(batches), threads) == (60 * 5, [])
+    assert len(batches) < 60
 
 
-def test_a_coroutine_that_waits_no_longer_for_its_commit_takes_nothing_from_the_others(dbos, gate, monkeypatch):
+def test_a_coroutine_that_waits_no_longer_for_its_commit_takes_nothing_from_the_others(numbers, records_wait):
     """It was cancelled while the batch with its record was written; the others of the batch go on."""
-    commit = durable._commit
-
-    @dbos.step()
-    async def step(n):
-        return n
-
-    @dbos.workflow()
-    async def work(n):
-        return await step(n)
-
-    def commit_later(cursor, batch):
-        if any(entry.write is durable._RECORDS for entry in batch):
-            gate()
-        commit(cursor, batch)
 
     async def main():
-        monkeypatch.setattr(durable, "_commit", commit_later)
-        tasks = [asyncio.create_task(work(n)) for n in range(10)]
-        await asyncio.to_thread(gate.await_body)
-        for task in tasks[:5]:
-            task.cancel()
-        await asyncio.sleep(0)
-        gate.open()
+        with records_wait() as who_tries:
+            tasks = [asyncio.create_task(numbers(n)) for n in range(10)]
+            await until(who_tries)
+            for task in tasks[:5]:
+                task.cancel()
+            await asyncio.sleep(0)
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     outcomes = asyncio.run(main())
-    assert outcomes[5:] == list(range(5, 10))
+    assert outcomes[5:] == [[n] * 3 for n in range(5, 10)]
     assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes[:5])
 
 
-def test_coroutines_whose_thread_is_about_to_begin_write_in_one_commit_and_hold_up_no_thread(dbos, monkeypatch):
-    """The others need no lane of their own: they are taken along, by that thread or by one that comes before it."""
-    commit, start, batches, held = durable._commit, dbos._executor.start_thread, [], []
-
-    @dbos.workflow()
-    async def work(n):
-        return n
+def test_an_event_loop_that_is_busy_while_it_writes_holds_up_nobody_else(dbos, numbers, records_wait, gate):
+    """Not the threads, and not another loop."""
 
     @dbos.workflow()
     def plain():
         return "plain"
 
     async def main():
-        spy = lambda cursor, batch: batches.append(len(batch)) or commit(cursor, batch)
-        monkeypatch.setattr(durable, "_commit", spy)
-        monkeypatch.setattr(dbos._executor, "start_thread", lambda *job: held.append(job))
-        tasks = [asyncio.create_task(work(n)) for n in range(10)]
-        for _ in range(100):  # turns, in which all come to their first write
-            await asyncio.sleep(0)
-        (job,) = held
-        monkeypatch.setattr(dbos._executor, "start_thread", start)
-        assert await asyncio.to_thread(plain) == "plain"
-        start(*job)
+        with records_wait() as who_tries:
+            task = asyncio.create_task(numbers(1))
+            await until(who_tries)
+        gate()  # as if it calculated
+        return await task
+
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(asyncio.run, main())
+        gate.await_body()
+        assert plain() == "plain"
+        assert asyncio.run(numbers(2)) == [2] * 3
+        gate.open()
+        assert busy.result(PATIENCE_S) == [1] * 3
+
+
+def test_what_an_event_loop_was_writing_when_it_ended_is_written_nevertheless(dbos, numbers, records_wait, witness):
+    async def main():
+        who_tries = blocked.enter_context(records_wait())
+        tasks.append(asyncio.create_task(numbers(1)))
+        await until(who_tries)
+
+    before, tasks = witness.one("select count(*) from durable.steps"), []
+    for _ in range(3):  # more often than there are connections for loops
+        with contextlib.ExitStack() as blocked:
+            asyncio.run(main())
+            assert tasks.pop().cancelled()
+    eventually(lambda: witness.one("select count(*) from durable.steps") == before + 3)
+    assert asyncio.run(numbers(2)) == [2] * 3
+
+
+def test_an_event_loop_whose_session_ends_has_a_thread_write_again(numbers, records_wait, witness):
+    before = witness.one("select count(*) from durable.steps")
+
+    async def main():
+        with records_wait() as who_tries:
+            tasks = [asyncio.create_task(numbers(n)) for n in range(40)]
+            for pid in await until(who_tries):
+                witness.run("select pg_terminate_backend(%s)", pid)
         return await asyncio.gather(*tasks)
 
-    assert asyncio.run(main()) == list(range(10))
-    assert (batches[0], sum(batches)) == (1 + 9, 2 * 11)
+    assert asyncio.run(main()) == [[n] * 3 for n in range(40)]
+    assert witness.one("select count(*) from durable.steps") == before + 3 * 40
+
+
+def test_one_row_that_an_event_loop_cannot_write_is_no_fault_of_the_others(dbos, numbers, witness):
+    witness.run("alter table durable.steps add constraint no_7 check (output <> '7') not valid")
+    try:
+
+        async def main():
+            return await asyncio.gather(*(numbers(n) for n in range(10)), return_exceptions=True)
+
+        outcomes = asyncio.run(main())
+    finally:
+        witness.run("alter table durable.steps drop constraint no_7")
+    assert isinstance(outcomes.pop(7), psycopg.errors.CheckViolation)
+    assert outcomes == [[n] * 3 for n in range(10) if n != 7]
+
+
+class Blind(asyncio.SelectorEventLoop):
+    """A loop that watches no sockets for others, as the default one on Windows."""
+
+    def add_reader(self, *_):
+        raise NotImplementedError
+
+    remove_reader = add_writer = remove_writer = add_reader
+
+
+def test_for_an_event_loop_that_cannot_watch_sockets_threads_write(dbos, numbers, monkeypatch):
+    """It is woken once for all of a batch: that costs a system call."""
+    statement, batches, wakes, loop = durable._statement, [], [], Blind()
+    call = loop.call_soon_threadsafe
+    monkeypatch.setattr(durable, "_statement", lambda batch: batches.append(len(batch)) or statement(batch))
+    monkeypatch.setattr(loop, "call_soon_threadsafe", lambda f, *a, **k: wakes.append(f) or call(f, *a, **k))
+
+    async def main():
+        return await asyncio.gather(*(numbers(n) for n in range(60)))
+
+    with contextlib.closing(loop):
+        assert loop.run_until_complete(main()) == [[n] * 3 for n in range(60)]
+    assert sum(batches) == 60 * 5
+    assert len(wakes) == len(batches) < 60
 
 
 @pytest.mark.parametrize("begins", [False, True])
-def test_a_thread_that_may_not_have_begun_keeps_no_coroutine_waiting(dbos, monkeypatch, begins):
+def test_a_thread_that_may_not_have_begun_keeps_no_coroutine_waiting(dbos, numbers, monkeypatch, begins):
     """Ctrl-C came before it did, or behind; in a notebook the loop goes on."""
-    start = dbos._executor.start_thread
-
-    @dbos.workflow()
-    async def work(n):
-        return n
+    start, loop, interrupts = dbos._executor.start_thread, Blind(), []
 
     def interrupted(*job):
-        is_here = threading.current_thread() is threading.main_thread()  # where Ctrl-C is noticed
-        if begins or not is_here:
+        if begins:
             start(*job)
-        if is_here:
-            monkeypatch.setattr(dbos._executor, "start_thread", start)
-            raise KeyboardInterrupt
-
-    async def main():
-        for _ in range(3):  # more often than there are lanes
-            monkeypatch.setattr(dbos._executor, "start_thread", interrupted)
-            with contextlib.suppress(KeyboardInterrupt):
-                await work(0)
         monkeypatch.setattr(dbos._executor, "start_thread", start)
-        return await asyncio.wait_for(asyncio.gather(*(work(n) for n in range(10))), PATIENCE_S)
+        interrupts.append(job)
+        raise KeyboardInterrupt
 
-    assert asyncio.run(main()) == list(range(10))
+    async def main(count):
+        return await asyncio.wait_for(asyncio.gather(*(numbers(n) for n in range(count))), PATIENCE_S)
+
+    with contextlib.closing(loop):
+        for _ in range(3):  # more often than a loop writes at a time
+            monkeypatch.setattr(dbos._executor, "start_thread", interrupted)
+            task = loop.create_task(main(1))
+            with contextlib.suppress(KeyboardInterrupt):
+                loop.run_until_complete(task)
+            assert loop.run_until_complete(task) == [[0] * 3]
+        assert loop.run_until_complete(main(10)) == [[n] * 3 for n in range(10)]
+    assert len(interrupts) == 3
 
 
 # --- Hints --------------------------------------------------------------------------------------------
