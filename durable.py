@@ -395,7 +395,13 @@ class _Inside(AbstractContextManager[None]):
         self.token = _frame.set(_Frame(self.run, self.step))
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        _frame.reset(self.token)
+        _reset(_frame, self.token)
+
+
+def _reset(variable: contextvars.ContextVar[T], token: contextvars.Token[T]) -> None:
+    """Undo a `set`.  Nothing is left of it in another context, where Python ends what nobody runs any more."""
+    with suppress(ValueError):
+        variable.reset(token)
 
 
 def _here() -> _Frame | None:
@@ -620,7 +626,7 @@ class _OptionBlock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        _options.reset(self._tokens.pop())
+        _reset(_options, self._tokens.pop())
 
 
 class _WorkflowID(_OptionBlock):
@@ -634,7 +640,7 @@ async def _begin(executor: _Executor, row: dict[str, Any], parent: _Run | None) 
         return None
     await executor.may_begin(row, parent)
     run = executor.run_type(executor, row)
-    executor.claimed[run.id, run.claim] = run  # before the row is there: nobody may take it for lost
+    executor.claim(run)  # before the row is there: nobody may take it for lost
     try:
         existing = await _insert(executor, row, parent)
     except BaseException:
@@ -1089,9 +1095,14 @@ class _BareExecutor:
             self.spawn(self.enter(self.run_type(cast(_Executor, self), row)))
         return [row["id"] for row in rows]
 
+    def claim(self, run: _Run) -> None:
+        """This run is to be ours alone."""
+        self.claimed[run.id, run.claim] = run
+
     def enter(self, run: _Run) -> _Run:
         """This run is at work from now on."""
-        self.claimed[run.id, run.claim] = self.running[run.id] = run
+        self.claim(run)
+        self.running[run.id] = run
         return run
 
     async def watch(self, run: _Run) -> None:
@@ -1971,7 +1982,7 @@ def _set(variable: contextvars.ContextVar[T], value: T) -> Iterator[None]:
     try:
         yield
     finally:
-        variable.reset(token)
+        _reset(variable, token)
 
 
 # The record of a transaction, in that transaction's last round trip.  Unlike _RECORD it fails where it
@@ -2758,7 +2769,7 @@ class _Journal:
         size = executor.config["sys_db_pool_size"]  # of a small pool, leave others something
         self._lanes = [_Lane() for _ in range(_LANES if size >= 4 else 1)]
         self._gathered: deque[_Entry] = deque()  # while no lane is free
-        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopWriter] = weakref.WeakKeyDictionary()
+        self._loops: dict[asyncio.AbstractEventLoop, _LoopWriter] = {}
         self._spare, self._most_spare = list[_Lane](), min(_LANES, size // 4)  # for the batches of loops
 
     def write(self, write: _Write, *rows: dict[str, Any]) -> _Wait[list[bool]]:
@@ -2793,9 +2804,12 @@ class _Journal:
 
     def _write_on_loop(self, write: _Write, rows: Sequence[dict[str, Any]]) -> asyncio.Future[list[bool]]:
         loop = asyncio.get_running_loop()
-        writer = self._loops.get(loop) or self._loops.setdefault(loop, _LoopWriter(self, self._executor))
+        if loop not in self._loops:
+            for ended in [each for each in tuple(self._loops) if each.is_closed()]:
+                self._loops.pop(ended).give_up()
+            self._loops[loop] = _LoopWriter(self, self._executor)
         entry = _Entry(write, rows, written=loop.create_future())
-        writer.gather(entry)
+        self._loops[loop].gather(entry)
         return cast("asyncio.Future[list[bool]]", entry.written)
 
     def _join(self, entry: _Entry) -> _Lane | None:
@@ -2862,9 +2876,8 @@ class _Journal:
 
         self._executor.patiently(attempt)
 
-    async def write_on_loop(self, batch: list[_Entry]) -> bool:
+    async def write_on_loop(self, lane: _Lane, batch: list[_Entry]) -> bool:
         """Try to write a batch while the event loop waits; False: let a thread do it, which may wait for longer."""
-        lane = self._lend()
         try:
             if lane.conn is None or self._executor.closed.is_set or not _can_watch(lane.conn):
                 return False
@@ -2874,21 +2887,19 @@ class _Journal:
         except Exception as error:
             _log.debug("not written at once, trying again: %r", error)
             return False
-        finally:
-            self._take_back(lane)
 
     def write_on_thread(self, batch: list[_Entry]) -> None:
         """Write what could not be written while an event loop waits."""
-        lane = self._lend()
+        lane = self.lend()
         self._write_or_split(lane, batch)
-        self._take_back(lane)
+        self.take_back(lane)
 
-    def _lend(self) -> _Lane:
+    def lend(self) -> _Lane:
         """Find a lane for a loop's batch: with a connection, if one is idle."""
         with self._lock:
             return self._spare.pop() if self._spare else _Lane()
 
-    def _take_back(self, lane: _Lane) -> None:
+    def take_back(self, lane: _Lane) -> None:
         if lane.conn is None:
             return
         with self._lock:
@@ -2919,8 +2930,7 @@ class _LoopWriter:
     def __init__(self, journal: _Journal, executor: _Executor) -> None:
         self._journal, self._executor = journal, executor
         self._gathered: list[_Entry] = []
-        self._under_way: list[list[_Entry]] = []  # batches
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._under_way: dict[asyncio.Task[None], tuple[_Lane, list[_Entry]]] = {}  # batches, and what writes them
 
     def gather(self, entry: _Entry) -> None:
         """Have rows written, once those coroutines have had their turn that can go on now."""
@@ -2935,39 +2945,48 @@ class _LoopWriter:
             if count >= _HALVES and not self._under_way:
                 count //= 2
             batch, self._gathered[:count] = _apart(*self._gathered[:count])
-            self._under_way.append(batch)
-            task = asyncio.get_running_loop().create_task(self._write(batch))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            lane = self._journal.lend()
+            task = asyncio.get_running_loop().create_task(self._write(lane, batch))
+            self._under_way[task] = lane, batch
 
-    async def _write(self, batch: list[_Entry]) -> None:
-        loop, written = asyncio.get_running_loop(), False
+    async def _write(self, lane: _Lane, batch: list[_Entry]) -> None:
+        task, written = cast("asyncio.Task[None]", asyncio.current_task()), False
         try:
-            written = await self._journal.write_on_loop(batch)
-        finally:  # cancelled, perhaps, as this loop ends; that is no reason not to write
+            written = await self._journal.write_on_loop(lane, batch)
+        finally:
             if written:
-                self._end(batch)
-            else:
-                self._send_thread(loop, batch)
+                self._end(task)
+            elif _running_loop() is task.get_loop():  # also if it was cancelled, as its loop ends
+                self._send_thread(task, batch)
 
-    def _send_thread(self, loop: asyncio.AbstractEventLoop, batch: list[_Entry]) -> None:
+    def _send_thread(self, task: asyncio.Task[None], batch: list[_Entry]) -> None:
+        """Have a thread write, which may wait."""
+
         def write() -> None:
             self._journal.write_on_thread(batch)
             with suppress(RuntimeError):  # the loop has ended, and who waited with it
-                loop.call_soon_threadsafe(self._end, batch)  # for all of them: each time costs a system call
+                task.get_loop().call_soon_threadsafe(self._end, task)  # once for all: it costs a system call
 
         try:
             self._executor.start_thread(write, "durable-call")
         except BaseException:  # Ctrl-C: the thread comes, or not; better two than none
-            loop.call_later(_AGAIN_S, self._send_thread, loop, batch)
+            task.get_loop().call_later(_AGAIN_S, self._send_thread, task, batch)
             raise
 
-    def _end(self, batch: list[_Entry]) -> None:
-        if batch in self._under_way:
-            self._under_way.remove(batch)
+    def _end(self, task: asyncio.Task[None]) -> None:
+        if task in self._under_way:
+            lane, batch = self._under_way.pop(task)
+            self._journal.take_back(lane)
             for entry in batch:
                 entry.tell()
             self._begin()
+
+    def give_up(self) -> None:
+        """The loop was closed: whoever waited is not there any more, and what was sent is written, or not."""
+        for lane, _ in self._under_way.values():
+            if lane.conn is not None:
+                lane.conn.close()
+                self._journal.take_back(lane)
 
 
 class _Entry:
@@ -3683,18 +3702,20 @@ class _ThreadedExecutor(_HintedExecutor):
     def enter(self, run: _Run) -> _Run:
         if "history" in run.row:
             run.learn(run.row.pop("history"))
+        return super().enter(run)
+
+    def claim(self, run: _Run) -> None:
         if run.function.is_async and (loop := _running_loop()) is not None:
             self.loops[run] = loop
-        return super().enter(run)
+        super().claim(run)
 
     def forget(self, run: _Run) -> None:
         super().forget(run)
         self.loops.pop(run, None)
 
     def reconsider(self, runs: Iterable[_Run]) -> None:
-        runs = list(runs)
-        for run in runs:
-            if (loop := self.loops.get(run)) is not None and loop.is_closed():
+        for run, loop in tuple(self.loops.items()):
+            if loop.is_closed():
                 self.forget(run)  # it will never go on: the sweep takes it up
         super().reconsider(runs)
 
@@ -5018,7 +5039,7 @@ def _receive(conn: Conn, rows: list[dict[str, Any]]) -> dict[str, tuple[str | No
 class _Inbox(_Journal):
     """Groups what many runs receive: as the journal does with what they write, but that each hears what it was."""
 
-    async def write_on_loop(self, batch: list[_Entry]) -> bool:
+    async def write_on_loop(self, lane: _Lane, batch: list[_Entry]) -> bool:
         return False
 
     def _write(self, lane: _Lane, batch: list[_Entry]) -> None:

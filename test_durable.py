@@ -4513,7 +4513,13 @@ def test_an_event_loop_that_is_busy_while_it_writes_holds_up_nobody_else(dbos, n
         assert busy.result(PATIENCE_S) == [1] * 3
 
 
-def test_what_an_event_loop_was_writing_when_it_ended_is_written_nevertheless(dbos, numbers, records_wait, witness):
+def run_and_close(main):
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        loop.run_until_complete(main)
+
+
+@pytest.mark.parametrize("run", [asyncio.run, run_and_close])
+def test_what_an_event_loop_was_writing_when_it_ended_is_written_nevertheless(numbers, records_wait, witness, run):
     async def main():
         who_tries = blocked.enter_context(records_wait())
         tasks.append(asyncio.create_task(numbers(1)))
@@ -4522,8 +4528,8 @@ def test_what_an_event_loop_was_writing_when_it_ended_is_written_nevertheless(db
     before, tasks = witness.one("select count(*) from durable.steps"), []
     for _ in range(3):  # more often than there are connections for loops
         with contextlib.ExitStack() as blocked:
-            asyncio.run(main())
-            assert tasks.pop().cancelled()
+            run(main())
+        assert tasks.pop().cancelled() == (run is asyncio.run)
     eventually(lambda: witness.one("select count(*) from durable.steps") == before + 3)
     assert asyncio.run(numbers(2)) == [2] * 3
 
@@ -4953,6 +4959,28 @@ def test_a_loop_that_is_closed_under_a_workflow_loses_nothing(dbos, fast_sweeps)
     workflow_id = loop.run_until_complete(main())
     loop.close()
     assert result_of(dbos, workflow_id) == "done"
+
+
+def test_a_loop_that_is_closed_while_it_writes_the_row_of_a_workflow_loses_nothing(dbos, fast_sweeps, witness, url):
+    """Its task is referred to still, so that Python does not end it."""
+    tasks, loop = [], asyncio.new_event_loop()
+
+    @dbos.workflow()
+    async def work():
+        return "done"
+
+    async def main():
+        with SetWorkflowID("w"):
+            tasks.append(asyncio.create_task(work()))
+        waiting = "select pid from pg_locks where not granted and relation = 'durable.workflows'::regclass"
+        await until(lambda: witness.column(waiting))
+
+    with psycopg.connect(url) as holder:
+        holder.execute("lock table durable.workflows in share mode")
+        loop.run_until_complete(main())
+        loop.close()
+    assert eventually(lambda: witness.column("select id from durable.workflows where status = 'SUCCESS'")) == ["w"]
+    assert not tasks[0].done()
 
 
 # --- Sleep --------------------------------------------------------------------------------------------
@@ -17251,7 +17279,7 @@ MUTANTS = [
     ),
     Mutant(
         "a begin that nobody remembers", "async def _begin",
-        "executor.claimed[run.id, run.claim] = run  #", "#", "a run and its sweeper",
+        "executor.claim(run)  #", "#", "a run and its sweeper",
     ),
     Mutant(
         "a dequeue that a sweep overtakes", "    def _dequeue(self, queue",
