@@ -108,8 +108,7 @@ _log = logging.getLogger("durable")
 # history has a record there, the call is recalled; if not, it is made, and recorded.  That is all a
 # replay is: the same function, the same positions, and memory where there were calls.
 #
-# What is written here as `async def` runs on a plain thread as well: `await` means to wait on the thread or on the
-# event loop, whichever drives us (see Colours).
+# What is written here as `async def` runs on a plain thread, too: `await` waits there, or on a loop (see Colours).
 
 
 async def _recorded(name: str, perform: Callable[[], Awaitable[T]], child: str | None = None) -> T:
@@ -179,7 +178,7 @@ class _Run:
         if record is not None:
             self.same(record, name)
             # Other tasks get their turn here, as when the step ran: else we might take a position that was theirs.
-            await _GIVE_WAY
+            await _Wait(lambda: None, lambda: asyncio.sleep(0))
         return record
 
     async def remember(self) -> None:
@@ -395,13 +394,8 @@ class _Inside(AbstractContextManager[None]):
         self.token = _frame.set(_Frame(self.run, self.step))
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        _reset(_frame, self.token)
-
-
-def _reset(variable: contextvars.ContextVar[T], token: contextvars.Token[T]) -> None:
-    """Undo a `set`.  Nothing is left of it in another context, where Python ends what nobody runs any more."""
-    with suppress(ValueError):
-        variable.reset(token)
+        with suppress(ValueError):  # what nobody runs any more, Python ends in another context
+            _frame.reset(self.token)
 
 
 def _here() -> _Frame | None:
@@ -626,7 +620,8 @@ class _OptionBlock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        _reset(_options, self._tokens.pop())
+        with suppress(ValueError):  # likewise
+            _options.reset(self._tokens.pop())
 
 
 class _WorkflowID(_OptionBlock):
@@ -638,10 +633,9 @@ async def _begin(executor: _Executor, row: dict[str, Any], parent: _Run | None) 
     """Commit the row; return the run, if it is ours: it is at work from now on, so execute it."""
     if await _has_begun(row, parent):
         return None
-    await executor.may_begin(row, parent)
     run = executor.run_type(executor, row)
-    executor.claim(run)  # before the row is there: nobody may take it for lost
     try:
+        await executor.may_begin(run, parent)
         existing = await _insert(executor, row, parent)
     except BaseException:
         executor.forget(run)
@@ -766,9 +760,8 @@ class _Function:
 
 # --- Values -------------------------------------------------------------------------------------------
 #
-# Arguments, results and exceptions are text that a person can read in psql: JSON where the value
-# survives JSON exactly, else a marked pickle.  Unpickling runs what it reads: whoever can write to
-# the database can run code here.
+# Arguments, results and exceptions are text that a person can read in psql: JSON where the value survives JSON
+# exactly, else a marked pickle.  Unpickling runs what it reads: whoever can write to the database can run code here.
 
 
 class _JSONElsePickle:
@@ -869,9 +862,6 @@ class _Wait(Generic[T]):
 
     def __await__(self) -> Generator[Any, Any, T]:
         return cast(T, (yield self))  # the driver does the waiting and sends what came of it
-
-
-_GIVE_WAY: _Wait[None] = _Wait(lambda: None, lambda: asyncio.sleep(0))  # for other tasks, if there are any
 
 
 def _block(body: Coroutine[Any, Any, T]) -> T:
@@ -1063,8 +1053,9 @@ class _BareExecutor:
     def complete(self, row: dict[str, Any], parent: _Run | None) -> None:
         """Complete the row of a workflow that is about to begin: here it is."""
 
-    async def may_begin(self, row: dict[str, Any], parent: _Run | None) -> None:
-        """Raise, if it may not begin here; so far it may."""
+    async def may_begin(self, run: _Run, parent: _Run | None) -> None:
+        """Claim it, before its row is there: nobody may take it for lost.  Raise, if it may not begin here."""
+        self.claimed[run.id, run.claim] = run
 
     async def refused(self, row: dict[str, Any], parent: _Run | None) -> None:
         """A row was not inserted, though its ID is free: raise if this is to stay so."""
@@ -1095,14 +1086,9 @@ class _BareExecutor:
             self.spawn(self.enter(self.run_type(cast(_Executor, self), row)))
         return [row["id"] for row in rows]
 
-    def claim(self, run: _Run) -> None:
-        """This run is to be ours alone."""
-        self.claimed[run.id, run.claim] = run
-
     def enter(self, run: _Run) -> _Run:
         """This run is at work from now on."""
-        self.claim(run)
-        self.running[run.id] = run
+        self.claimed[run.id, run.claim] = self.running[run.id] = run
         return run
 
     async def watch(self, run: _Run) -> None:
@@ -1982,7 +1968,8 @@ def _set(variable: contextvars.ContextVar[T], value: T) -> Iterator[None]:
     try:
         yield
     finally:
-        _reset(variable, token)
+        with suppress(ValueError):  # what nobody runs any more, Python ends in another context
+            variable.reset(token)
 
 
 # The record of a transaction, in that transaction's last round trip.  Unlike _RECORD it fails where it
@@ -2392,13 +2379,13 @@ class _AdministeredExecutor(_LivingExecutor):
             self.admin.stop()
         super().end()
 
-    async def may_begin(self, row: dict[str, Any], parent: _Run | None) -> None:
-        if self.deactivated and parent is None and await self.ask(_find, row["id"]) is None:
+    async def may_begin(self, run: _Run, parent: _Run | None) -> None:
+        if self.deactivated and parent is None and await self.ask(_find, run.id) is None:
             raise DBOSException(
                 f"executor {self.me['executor_id']} is deactivated and starts no new workflows: "
-                f"start {row['name']} on another, or enqueue it"
+                f"start {run.function.name} on another, or enqueue it"
             )
-        await super().may_begin(row, parent)
+        await super().may_begin(run, parent)
 
 
 def _is_loopback(host: str) -> bool:
@@ -3704,10 +3691,10 @@ class _ThreadedExecutor(_HintedExecutor):
             run.learn(run.row.pop("history"))
         return super().enter(run)
 
-    def claim(self, run: _Run) -> None:
+    async def may_begin(self, run: _Run, parent: _Run | None) -> None:
         if run.function.is_async and (loop := _running_loop()) is not None:
             self.loops[run] = loop
-        super().claim(run)
+        await super().may_begin(run, parent)
 
     def forget(self, run: _Run) -> None:
         super().forget(run)
@@ -6602,12 +6589,12 @@ class _InterruptedExecutor(_LivingExecutor):
         self.interrupted -= {key for key in tuple(self.interrupted) if key[0] == run.id}
         return super().enter(run)
 
-    async def may_begin(self, row: dict[str, Any], parent: _Run | None) -> None:
+    async def may_begin(self, run: _Run, parent: _Run | None) -> None:
         """What was interrupted, and is asked for again, goes on."""
         for id, claim in tuple(self.interrupted):
-            if id == row["id"]:
+            if id == run.id:
                 self.take_up(await self.ask(_take, self.me, [{"id": id, "claim": claim}]))
-        await super().may_begin(row, parent)
+        await super().may_begin(run, parent)
 
 
 # --- Foreign settings ---------------------------------------------------------------------------------

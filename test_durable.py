@@ -4961,6 +4961,33 @@ def test_a_loop_that_is_closed_under_a_workflow_loses_nothing(dbos, fast_sweeps)
     assert result_of(dbos, workflow_id) == "done"
 
 
+def test_a_coroutine_that_python_ends_has_nothing_to_say(dbos, fast_sweeps, monkeypatch):
+    """Its loop was closed, and its workflow taken up anew; where Python ends it, another context may be."""
+    entered, said = [], []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: said.append(repr(what.exc_value)))
+
+    @dbos.workflow()
+    async def work():
+        entered.append(1)
+        if len(entered) == 1:
+            await asyncio.Event().wait()
+        return "done"
+
+    async def begin():
+        with SetWorkflowID("w"):
+            task = asyncio.create_task(work())
+        while not entered:
+            await asyncio.sleep(0.01)
+        assert not task.done()
+
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        loop.run_until_complete(begin())
+    del loop
+    assert result_of(dbos, "w") == "done"
+    gc.collect()
+    assert not said
+
+
 def test_a_loop_that_is_closed_while_it_writes_the_row_of_a_workflow_loses_nothing(dbos, fast_sweeps, witness, url):
     """Its task is referred to still, so that Python does not end it."""
     tasks, loop = [], asyncio.new_event_loop()
@@ -17278,8 +17305,8 @@ MUTANTS = [
         "a run and its sweeper",
     ),
     Mutant(
-        "a begin that nobody remembers", "async def _begin",
-        "executor.claim(run)  #", "#", "a run and its sweeper",
+        "a begin that nobody remembers", "async def may_begin",
+        "self.claimed[run.id, run.claim] = run", "pass", "a run and its sweeper",
     ),
     Mutant(
         "a dequeue that a sweep overtakes", "    def _dequeue(self, queue",
