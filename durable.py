@@ -2793,7 +2793,8 @@ class _Journal:
         loop = asyncio.get_running_loop()
         if loop not in self._loops:
             for ended in [each for each in tuple(self._loops) if each.is_closed()]:
-                self._loops.pop(ended).give_up()
+                if (writer := self._loops.pop(ended, None)) is not None:  # other threads look, too
+                    writer.give_up()
             self._loops[loop] = _LoopWriter(self, self._executor)
         entry = _Entry(write, rows, written=loop.create_future())
         self._loops[loop].gather(entry)
@@ -2863,8 +2864,8 @@ class _Journal:
 
         self._executor.patiently(attempt)
 
-    async def write_on_loop(self, lane: _Lane, batch: list[_Entry]) -> bool:
-        """Try to write a batch while the event loop waits; False: let a thread do it, which may wait for longer."""
+    async def commit_on_loop(self, lane: _Lane, batch: list[_Entry]) -> bool:
+        """Try to commit a batch while the event loop goes on; False: let a thread do it, which can wait for longer."""
         try:
             if lane.conn is None or self._executor.closed.is_set or not _can_watch(lane.conn):
                 return False
@@ -2875,8 +2876,8 @@ class _Journal:
             _log.debug("not written at once, trying again: %r", error)
             return False
 
-    def write_on_thread(self, batch: list[_Entry]) -> None:
-        """Write what could not be written while an event loop waits."""
+    def commit_on_thread(self, batch: list[_Entry]) -> None:
+        """Commit what an event loop could not."""
         lane = self.lend()
         self._write_or_split(lane, batch)
         self.take_back(lane)
@@ -2939,7 +2940,7 @@ class _LoopWriter:
     async def _write(self, lane: _Lane, batch: list[_Entry]) -> None:
         task, written = cast("asyncio.Task[None]", asyncio.current_task()), False
         try:
-            written = await self._journal.write_on_loop(lane, batch)
+            written = await self._journal.commit_on_loop(lane, batch)
         finally:
             if written:
                 self._end(task)
@@ -2947,10 +2948,10 @@ class _LoopWriter:
                 self._send_thread(task, batch)
 
     def _send_thread(self, task: asyncio.Task[None], batch: list[_Entry]) -> None:
-        """Have a thread write, which may wait."""
+        """Have a thread do it."""
 
         def write() -> None:
-            self._journal.write_on_thread(batch)
+            self._journal.commit_on_thread(batch)
             with suppress(RuntimeError):  # the loop has ended, and who waited with it
                 task.get_loop().call_soon_threadsafe(self._end, task)  # once for all: it costs a system call
 
@@ -5026,7 +5027,7 @@ def _receive(conn: Conn, rows: list[dict[str, Any]]) -> dict[str, tuple[str | No
 class _Inbox(_Journal):
     """Groups what many runs receive: as the journal does with what they write, but that each hears what it was."""
 
-    async def write_on_loop(self, lane: _Lane, batch: list[_Entry]) -> bool:
+    async def commit_on_loop(self, lane: _Lane, batch: list[_Entry]) -> bool:
         return False
 
     def _write(self, lane: _Lane, batch: list[_Entry]) -> None:
