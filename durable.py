@@ -2743,89 +2743,84 @@ from collections import deque
 
 from psycopg.waiting import wait_async
 
-_LANES = 2  # connections that write the journal; two keep a slow disk busy, more make small batches
-_HALVES = 16  # of so many coroutines, one half goes on while the other half's rows are written
+_LANES = 2  # connections that write for threads, and as many for loops; two keep a slow disk busy, more write little
+_SPLIT_FROM = 16  # what so many coroutines write goes in two batches: those of one go on while the other is written
 
 
 class _Journal:
     """Groups the writes of many runs into few commits."""
 
     def __init__(self, executor: _Executor) -> None:
-        self._executor = executor
+        self.executor = executor
         self._lock = threading.Lock()
         size = executor.config["sys_db_pool_size"]  # of a small pool, leave others something
-        self._lanes = [_Lane() for _ in range(_LANES if size >= 4 else 1)]
-        self._gathered: deque[_Entry] = deque()  # while no lane is free
-        self._loops: dict[asyncio.AbstractEventLoop, _LoopWriter] = {}
-        self._spare, self._most_spare = list[_Lane](), min(_LANES, size // 4)  # for the batches of loops
+        self._lanes = [_Lane(executor) for _ in range(_LANES if size >= 4 else 1)]
+        self._gathered: deque[_Waiter] = deque()  # while no lane is free
+        self.loop_lanes = [_Lane(executor) for _ in range(min(_LANES, size // 4))]  # which no loop uses now
+        self.loops: dict[asyncio.AbstractEventLoop, _LoopWriter] = {}  # which have something to write
 
     def write(self, write: _Write, *rows: dict[str, Any]) -> _Wait[list[bool]]:
         """Commit the rows together; tell for each whether it took effect."""
-        self._executor.here()
-        return _Wait(lambda: self._write_on_thread(write, rows), lambda: self._write_on_loop(write, rows))
+        self.executor.here()
+
+        def block() -> list[bool]:
+            entry = _Entry(write, rows)
+            self.commit([entry])
+            return entry.result()
+
+        return _Wait(block, lambda: self._writer().gather(_Entry(write, rows)))
 
     def write_one(self, write: _Write, row: dict[str, Any]) -> _Wait[bool]:
         """The same for one row."""
-        self._executor.here()
+        wait = self.write(write, row)
 
         async def on_loop() -> bool:
-            return (await self._write_on_loop(write, (row,)))[0]
+            return (await wait.on_loop())[0]
 
-        return _Wait(lambda: self._write_on_thread(write, (row,))[0], on_loop)
+        return _Wait(lambda: wait.block()[0], on_loop)
 
-    def _write_on_thread(self, write: _Write, rows: Sequence[dict[str, Any]]) -> list[bool]:
+    def commit(self, entries: list[_Entry]) -> None:
+        """Write entries on this thread, or have another do so with its own."""
         gate = threading.Lock()  # the cheapest thing to wait at
         gate.acquire()
-        entry = _Entry(write, rows, gate.release)
+        waiter = _Waiter(entries, gate.release)
         try:
-            lane = self._join(entry)
+            lane = self._join(waiter)
             if lane is None:
                 gate.acquire()
-                lane = entry.lane
+                lane = waiter.lane
             if lane is not None:
-                self._lead(lane, entry)
+                self._lead(lane, waiter)
         except BaseException:  # KeyboardInterrupt, nearly anywhere: we leave, perhaps with a lane
-            self._leave(entry)
+            self._leave(waiter)
             raise
-        return entry.result()
 
-    def _write_on_loop(self, write: _Write, rows: Sequence[dict[str, Any]]) -> asyncio.Future[list[bool]]:
-        loop = asyncio.get_running_loop()
-        if loop not in self._loops:
-            for ended in [each for each in tuple(self._loops) if each.is_closed()]:
-                if (writer := self._loops.pop(ended, None)) is not None:  # other threads look, too
-                    writer.give_up()
-            self._loops[loop] = _LoopWriter(self, self._executor)
-        entry = _Entry(write, rows, written=loop.create_future())
-        self._loops[loop].gather(entry)
-        return cast("asyncio.Future[list[bool]]", entry.written)
-
-    def _join(self, entry: _Entry) -> _Lane | None:
+    def _join(self, waiter: _Waiter) -> _Lane | None:
         with self._lock:
             for lane in self._lanes:
                 if lane.holder is None:
-                    lane.holder = entry
+                    lane.holder = waiter
                     return lane
-            self._gathered.append(entry)
+            self._gathered.append(waiter)
             return None
 
-    def _leave(self, entry: _Entry) -> None:
+    def _leave(self, waiter: _Waiter) -> None:
         """Leave nothing behind for which others wait."""
         with self._lock, suppress(ValueError):
-            self._gathered.remove(entry)
+            self._gathered.remove(waiter)
         for lane in self._lanes:
-            if lane.holder is entry:
+            if lane.holder is waiter:
                 self._hand_on(lane)
 
-    def _lead(self, lane: _Lane, own: _Entry) -> None:
-        """Write our own entry and what has gathered by now, then let others lead."""
+    def _lead(self, lane: _Lane, own: _Waiter) -> None:
+        """Write our own entries and what has gathered by now, then let others lead."""
         try:
             with self._lock:
-                batch, rest = _apart(own, *self._gathered)
+                waiters, rest = _apart([own, *self._gathered])
                 self._gathered = deque(rest)
-            self._write_or_split(lane, batch)
-            for entry in batch:
-                entry.wake()
+            self._write_or_split(lane, [entry for waiter in waiters for entry in waiter.entries])
+            for waiter in waiters:
+                waiter.wake()
         finally:
             self._hand_on(lane)
 
@@ -2852,145 +2847,43 @@ class _Journal:
 
     def _write(self, lane: _Lane, batch: list[_Entry]) -> None:
         def attempt() -> None:
-            if lane.conn is None:
-                lane.conn = self._executor.pool.getconn()
-                lane.cursor = lane.conn.cursor()
+            lane.connect()
             try:
                 lane.cursor.execute(*_statement(batch))
                 _note(lane.cursor, batch)
             except BaseException:
-                self._part_with(lane)
+                lane.disconnect()
                 raise
 
-        self._executor.patiently(attempt)
+        self.executor.patiently(attempt)
 
-    async def commit_on_loop(self, lane: _Lane, batch: list[_Entry]) -> bool:
-        """Try to commit a batch while the event loop goes on; False: let a thread do it, which can wait for longer."""
-        try:
-            if lane.conn is None or self._executor.closed.is_set or not _can_watch(lane.conn):
-                return False
-            await lane.conn.execute_on_loop(lane.cursor, *_statement(batch))
-            _note(lane.cursor, batch)
-            return True
-        except Exception as error:
-            _log.debug("not written at once, trying again: %r", error)
-            return False
-
-    def commit_on_thread(self, batch: list[_Entry]) -> None:
-        """Commit what an event loop could not."""
-        lane = self.lend()
-        self._write_or_split(lane, batch)
-        self.take_back(lane)
-
-    def lend(self) -> _Lane:
-        """Find a lane for a loop's batch: with a connection, if one is idle."""
-        with self._lock:
-            return self._spare.pop() if self._spare else _Lane()
-
-    def take_back(self, lane: _Lane) -> None:
-        if lane.conn is None:
-            return
-        with self._lock:
-            if not (lane.conn.closed or self._executor.closed.is_set) and len(self._spare) < self._most_spare:
-                return self._spare.append(lane)
-        self._part_with(lane)
-
-    def _part_with(self, lane: _Lane) -> None:
-        """Give a lane's connection back to the pool, which looks whether it is still good."""
-        if lane.conn is not None:
-            self._executor.pool.putconn(lane.conn)
-            lane.conn = None
+    def _writer(self) -> _LoopWriter:
+        """Find the writer of the running loop."""
+        loop = asyncio.get_running_loop()
+        if loop not in self.loops:
+            for closed in [each for each in tuple(self.loops) if each.is_closed()]:
+                if (writer := self.loops.pop(closed, None)) is not None:  # other threads look, too
+                    writer.give_up()
+            self.loops[loop] = _LoopWriter(self, loop)
+        return self.loops[loop]
 
     def close(self) -> None:
         """Give the idle connections back to the pool."""
         with self._lock:
-            idle, self._spare = [*self._spare, *(lane for lane in self._lanes if lane.holder is None)], []
-        for lane in idle:
-            self._part_with(lane)
-
-
-class _LoopWriter:
-    """Groups what the coroutines of one event loop write; the loop itself waits for the commits.
-
-    Nobody else's rows are in its batches: a loop may be busy, or end, and everybody would wait for it.
-    """
-
-    def __init__(self, journal: _Journal, executor: _Executor) -> None:
-        self._journal, self._executor = journal, executor
-        self._gathered: list[_Entry] = []
-        self._under_way: dict[asyncio.Task[None], tuple[_Lane, list[_Entry]]] = {}  # batches, and what writes them
-
-    def gather(self, entry: _Entry) -> None:
-        """Have rows written, once those coroutines have had their turn that can go on now."""
-        if not self._gathered:
-            asyncio.get_running_loop().call_soon(self._begin, context=contextvars.Context())
-        self._gathered.append(entry)
-
-    def _begin(self) -> None:
-        """Write what has gathered; of much, one half at a time, so that the loop has something to do meanwhile."""
-        while self._gathered and len(self._under_way) < _LANES:
-            count = len(self._gathered)
-            if count >= _HALVES and not self._under_way:
-                count //= 2
-            batch, self._gathered[:count] = _apart(*self._gathered[:count])
-            lane = self._journal.lend()
-            task = asyncio.get_running_loop().create_task(self._write(lane, batch))
-            self._under_way[task] = lane, batch
-
-    async def _write(self, lane: _Lane, batch: list[_Entry]) -> None:
-        task, written = cast("asyncio.Task[None]", asyncio.current_task()), False
-        try:
-            written = await self._journal.commit_on_loop(lane, batch)
-        finally:
-            if written:
-                self._end(task)
-            elif _running_loop() is task.get_loop():  # also if it was cancelled, as its loop ends
-                self._send_thread(task, batch)
-
-    def _send_thread(self, task: asyncio.Task[None], batch: list[_Entry]) -> None:
-        """Have a thread do it."""
-
-        def write() -> None:
-            self._journal.commit_on_thread(batch)
-            with suppress(RuntimeError):  # the loop has ended, and who waited with it
-                task.get_loop().call_soon_threadsafe(self._end, task)  # once for all: it costs a system call
-
-        try:
-            self._executor.start_thread(write, "durable-call")
-        except BaseException:  # Ctrl-C: the thread comes, or not; better two than none
-            task.get_loop().call_later(_AGAIN_S, self._send_thread, task, batch)
-            raise
-
-    def _end(self, task: asyncio.Task[None]) -> None:
-        if task in self._under_way:
-            lane, batch = self._under_way.pop(task)
-            self._journal.take_back(lane)
-            for entry in batch:
-                entry.tell()
-            self._begin()
-
-    def give_up(self) -> None:
-        """The loop was closed: whoever waited is not there any more, and what was sent is written, or not."""
-        for lane, _ in self._under_way.values():
-            if lane.conn is not None:
-                lane.conn.close()
-                self._journal.take_back(lane)
+            idle = [lane for lane in self._lanes if lane.holder is None]
+        for lane in (*idle, *self.loop_lanes):
+            lane.disconnect()
 
 
 class _Entry:
-    """Rows on their way to the database, and whoever waits for them."""
+    """Rows on their way to the database, and what came of it."""
 
-    __slots__ = ("error", "lane", "rows", "taken", "wake", "write", "written")
+    __slots__ = ("error", "rows", "taken", "write")
 
-    def __init__(
-        self, write: _Write, rows: Sequence[dict[str, Any]], wake: Callable[[], None] = lambda: None,
-        written: asyncio.Future[list[bool]] | None = None,
-    ) -> None:
+    def __init__(self, write: _Write, rows: Sequence[dict[str, Any]]) -> None:
         self.write, self.rows = write, rows
-        self.wake, self.written = wake, written  # who waits: a thread, or a coroutine
         self.taken: list[bool] = []  # for each row, whether it took effect
         self.error: BaseException | None = None
-        self.lane: _Lane | None = None  # given to one who is woken to lead
 
     def row_keys(self) -> list[tuple[str, Any, Any]]:
         return [(self.write.name, row["id"], row["position"] if self.write.by_position else 0) for row in self.rows]
@@ -3000,22 +2893,29 @@ class _Entry:
             raise self.error
         return self.taken
 
-    def tell(self) -> None:
-        """Tell the coroutine, on its loop."""
-        if self.written is None or self.written.done():
-            return  # it waits no longer
-        if self.error is None:
-            self.written.set_result(self.taken)
-        else:
-            self.written.set_exception(self.error)
+
+class _Waiter:
+    """A thread that waits for entries."""
+
+    __slots__ = ("entries", "lane", "wake")
+
+    def __init__(self, entries: list[_Entry], wake: Callable[[], None]) -> None:
+        self.entries, self.wake = entries, wake
+        self.lane: _Lane | None = None  # given to one who is woken to lead
+
+    def row_keys(self) -> list[tuple[str, Any, Any]]:
+        return [key for entry in self.entries for key in entry.row_keys()]
 
 
-def _apart(*waiting: _Entry) -> tuple[list[_Entry], list[_Entry]]:
+K = TypeVar("K", _Entry, _Waiter)
+
+
+def _apart(waiting: list[K]) -> tuple[list[K], list[K]]:
     """Take what can be written together: no key twice, as a statement could not tell which of two rows it took."""
-    batch, rest, seen = list[_Entry](), list[_Entry](), set[tuple[str, Any, Any]]()
-    for entry in waiting:
-        keys = entry.row_keys() if len(waiting) > 1 else []
-        (batch if seen.isdisjoint(keys) else rest).append(entry)
+    batch, rest, seen = list[K](), list[K](), set[tuple[str, Any, Any]]()
+    for each in waiting:
+        keys = each.row_keys() if len(waiting) > 1 else []
+        (batch if seen.isdisjoint(keys) else rest).append(each)
         seen.update(keys)
     return batch, rest
 
@@ -3025,16 +2925,165 @@ class _Lane:
 
     conn: _Session | None = None
     cursor: psycopg.Cursor[Any]
-    holder: _Entry | None = None  # who leads with it; None: it is free
+    holder: _Waiter | None = None  # who leads with it; None: it is free, or one of those for loops
+
+    def __init__(self, executor: _Executor) -> None:
+        self._executor = executor
+
+    def connect(self) -> None:
+        if self.conn is not None and self.conn.closed:
+            self.disconnect()
+        if self.conn is None:
+            self.conn = self._executor.pool.getconn()
+            self.cursor = self.conn.cursor()
+
+    def disconnect(self) -> None:
+        """Give the connection back to the pool, which looks whether it is still good."""
+        conn, self.conn = self.conn, None
+        if conn is not None:
+            self._executor.pool.putconn(conn)
 
 
-class _PatientConnection(_Connection):
+class _LoopWriter:
+    """Groups what the coroutines of one event loop write, while the loop itself waits for the commits.
+
+    Nobody else's rows are in its batches: a loop may be busy, or end, and everybody would wait for it.  What does not
+    succeed at once, a thread does again: it can be patient.
+    """
+
+    def __init__(self, journal: _Journal, loop: asyncio.AbstractEventLoop) -> None:
+        self._journal, self._loop = journal, loop
+        self._gathered: dict[_Entry, asyncio.Future[list[bool]]] = {}  # in order, and who waits for each
+        self._under_way: list[_Batch] = []
+        # (The default one on Windows cannot.)
+        self._watches = type(loop).add_reader is not asyncio.AbstractEventLoop.add_reader
+
+    def gather(self, entry: _Entry) -> asyncio.Future[list[bool]]:
+        """Have an entry written, once all coroutines have had their turn that can go on now."""
+        if not self._gathered:
+            self._loop.call_soon(self._start, context=contextvars.Context())
+        written = self._gathered[entry] = self._loop.create_future()
+        return written
+
+    def _start(self) -> None:
+        """Send what has gathered on its way."""
+        with self._again(self._start):
+            while self._gathered and len(self._under_way) < _LANES:
+                lane = self._free_lane()
+                if lane is None and any(batch.lane for batch in self._under_way):
+                    return  # it will be free
+                count = len(self._gathered)
+                if count >= _SPLIT_FROM and lane is not None and self._journal.loop_lanes:
+                    count //= 2
+                entries, _ = _apart(list(self._gathered)[:count])
+                batch = _Batch(lane, {entry: self._gathered[entry] for entry in entries})
+                task = self._loop.create_task(self._write(lane, entries))
+                task.add_done_callback(functools.partial(self._settle, batch))
+                self._under_way.append(batch)
+                for entry in entries:
+                    del self._gathered[entry]
+
+    def _free_lane(self) -> _Lane | None:
+        with suppress(IndexError):
+            return self._journal.loop_lanes.pop() if self._watches else None
+        return None
+
+    async def _write(self, lane: _Lane | None, entries: list[_Entry]) -> bool:
+        """Write, if that succeeds at once; tell whether it did."""
+        if lane is None or lane.conn is None or self._journal.executor.closed.is_set:
+            return False
+        try:
+            await lane.conn.execute_on_loop(lane.cursor, *_statement(entries))
+        except Exception as error:
+            _log.debug("not written at once, trying again: %r", error)
+            return False
+        _note(lane.cursor, entries)
+        return True
+
+    def _settle(self, batch: _Batch, task: asyncio.Task[bool]) -> None:
+        """See to a batch behind the first try, which may have been cancelled, as the loop ends or before it began."""
+        if not task.cancelled() and task.exception() is None and task.result():
+            self._finish(batch)
+        else:
+            self._send_thread(batch)
+
+    def _send_thread(self, batch: _Batch) -> None:
+        with self._again(self._send_thread, batch):  # the thread comes, or not: better two than none
+            self._journal.executor.start_thread(lambda: self._write_on_thread(batch), "durable-call")
+
+    def _write_on_thread(self, batch: _Batch) -> None:
+        if not batch.taken_on.acquire(blocking=False):
+            return
+        self._journal.commit(list(batch.waiting))
+        if batch.lane is not None:  # for the next time
+            with suppress(psycopg.OperationalError):
+                batch.lane.connect()
+        try:
+            self._loop.call_soon_threadsafe(self._finish, batch)  # once for all of them: it costs a system call
+        except RuntimeError:  # the loop was closed, and nobody waits
+            self._give_back(batch)
+
+    def _finish(self, batch: _Batch) -> None:
+        """Tell those who wait for a batch, and go on with the next."""
+        with self._again(self._finish, batch):
+            for entry, written in batch.waiting.items():
+                if written.done():
+                    continue  # it waits no longer
+                if entry.error is None:
+                    written.set_result(entry.taken)
+                else:
+                    written.set_exception(entry.error)
+            self._give_back(batch)
+            self._start()
+            if not (self._gathered or self._under_way):
+                self._journal.loops.pop(self._loop, None)
+
+    def _give_back(self, batch: _Batch) -> None:
+        lane, batch.lane = batch.lane, None
+        if batch in self._under_way:
+            self._under_way.remove(batch)
+        if lane is not None:
+            if self._journal.executor.closed.is_set:
+                lane.disconnect()
+            self._journal.loop_lanes.append(lane)
+
+    def give_up(self) -> None:
+        """The loop was closed: what was sent is written, or not; nobody waits for it."""
+        for batch in tuple(self._under_way):
+            if batch.taken_on.acquire(blocking=False):  # no thread is at it
+                if batch.lane is not None and batch.lane.conn is not None:
+                    batch.lane.conn.close()
+                    batch.lane.disconnect()
+                self._give_back(batch)
+
+    @contextmanager
+    def _again(self, call: Callable[..., None], *args: Any) -> Iterator[None]:
+        """If Ctrl-C comes here, call again: in a notebook, the loop goes on.  If no thread can begin, later."""
+        try:
+            yield
+        except BaseException:
+            self._loop.call_later(_AGAIN_S, call, *args)
+            raise
+
+
+class _Batch:
+    """What a loop writes at a time."""
+
+    __slots__ = ("lane", "taken_on", "waiting")
+
+    def __init__(self, lane: _Lane | None, waiting: dict[_Entry, asyncio.Future[list[bool]]]) -> None:
+        self.lane, self.waiting = lane, waiting
+        self.taken_on = threading.Lock()  # held by the one who sees to it where the loop did not
+
+
+class _DeferringConnection(_Connection):
     """A connection for whose statements an event loop can wait."""
 
     deferred: PQGen[Any] | None = None
     defers = False
 
     def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+        """Run a statement; or leave that to `execute_on_loop`, if it asked for it."""
         if not self.defers:
             return super().wait(gen, *args, **kwargs)
         self.defers, self.deferred = False, gen
@@ -3045,18 +3094,13 @@ class _PatientConnection(_Connection):
         try:
             self.defers = True
             cursor.execute(query, row)
-            await wait_async(cast("PQGen[Any]", self.deferred), self.fileno(), _POLL_S)
-        except BaseException:
-            self.close()  # in the midst of an exchange, perhaps
+            gen, self.deferred = cast("PQGen[Any]", self.deferred), None
+            await wait_async(gen, self.fileno(), _POLL_S)
+        except BaseException as error:
+            answered = not self.closed and self.info.transaction_status == pq.TransactionStatus.IDLE
+            if not answered or isinstance(error, psycopg.errors.ReadOnlySqlTransaction):  # as `wait` does
+                self.close()
             raise
-
-
-def _can_watch(conn: Conn) -> bool:
-    """Whether the running loop can wait for a socket: Windows' default one can't."""
-    try:
-        return not asyncio.get_running_loop().remove_reader(conn.fileno())
-    except NotImplementedError:
-        return False
 
 
 def _statement(batch: list[_Entry]) -> tuple[str, dict[str, Any]]:
@@ -3693,7 +3737,7 @@ class _ThreadedExecutor(_HintedExecutor):
         return super().enter(run)
 
     async def may_begin(self, run: _Run, parent: _Run | None) -> None:
-        if run.function.is_async and (loop := _running_loop()) is not None:
+        if (loop := _running_loop()) is not None:
             self.loops[run] = loop
         await super().may_begin(run, parent)
 
@@ -3789,6 +3833,7 @@ class _ThreadedExecutor(_HintedExecutor):
                 with suppress(RuntimeError):  # it was closed just now: the sweep takes the run up
                     loop.call_soon_threadsafe(self._begin_task, run)
             else:
+                self.loops.pop(run, None)
                 super().spawn(run)
                 if self.threads.short:
                     self.hints.rouse("w", run.id)  # who waits for it may help
@@ -5027,12 +5072,13 @@ def _receive(conn: Conn, rows: list[dict[str, Any]]) -> dict[str, tuple[str | No
 class _Inbox(_Journal):
     """Groups what many runs receive: as the journal does with what they write, but that each hears what it was."""
 
-    async def commit_on_loop(self, lane: _Lane, batch: list[_Entry]) -> bool:
-        return False
+    def __init__(self, executor: _Executor) -> None:
+        super().__init__(executor)
+        self.loop_lanes.clear()  # for coroutines, threads receive
 
     def _write(self, lane: _Lane, batch: list[_Entry]) -> None:
         """Note in each row which message was received, and if none was, whether one may be waited for."""
-        told = self._executor.now(_receive, [row for entry in batch for row in entry.rows])
+        told = self.executor.now(_receive, [row for entry in batch for row in entry.rows])
         for entry in batch:
             for row in entry.rows:
                 row["message"], row["absent"] = told[row["id"]]
@@ -9185,7 +9231,7 @@ class DBOSConfig(
     """What `DBOS(config=...)` takes; the defaults and the environment's part are in README.md."""
 
 
-class _Session(_KeptConnection, _CleanConnection, _PatientConnection, _Connection):
+class _Session(_KeptConnection, _CleanConnection, _DeferringConnection, _Connection):
     """A connection to the database."""
 
 

@@ -4442,7 +4442,7 @@ def records_wait(url, witness):
 
 @pytest.fixture
 def numbers(dbos):
-    """A coroutine workflow of three steps, which has run: by now connections are there for a loop."""
+    """A coroutine workflow of three steps, which has run: by now loops have connections."""
 
     @dbos.step()
     async def step(n):
@@ -4453,8 +4453,10 @@ def numbers(dbos):
         return [await step(n) for _ in range(3)]
 
     async def warm_up():
-        await asyncio.gather(*(numbers(n) for n in range(2 * durable._HALVES)))
+        while not all(lane.conn for lane in lanes):
+            await asyncio.gather(*(numbers(n) for n in range(2 * durable._SPLIT_FROM)))
 
+    lanes = tuple(dbos._executor.journal.loop_lanes)
     asyncio.run(warm_up())
     return numbers
 
@@ -4471,6 +4473,7 @@ def test_an_event_loop_writes_by_itself_what_its_coroutines_gather(dbos, numbers
     assert asyncio.run(main()) == [[n] * 3 for n in range(60)]
     assert (sum(batches), threads) == (60 * 5, [])
     assert len(batches) < 60
+    assert not dbos._executor.journal.loops  # nothing is kept of a loop that has ended
 
 
 def test_a_coroutine_that_waits_no_longer_for_its_commit_takes_nothing_from_the_others(numbers, records_wait):
@@ -4490,48 +4493,98 @@ def test_a_coroutine_that_waits_no_longer_for_its_commit_takes_nothing_from_the_
     assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes[:5])
 
 
-def test_an_event_loop_that_is_busy_while_it_writes_holds_up_nobody_else(dbos, numbers, records_wait, gate):
-    """Not the threads, and not another loop."""
+@pytest.mark.parametrize("size", [2, 4, 20])
+def test_event_loops_that_are_busy_while_they_write_hold_up_nobody_else(executor, gate, size):
+    """Not the threads, and no other loop; not even of a small pool do they keep the last connections."""
+    dbos, stepped, busy = executor(sys_db_pool_size=size), set(), threading.Barrier(5)
+
+    @dbos.step()
+    async def step(n):
+        stepped.add(n)
+        return n
+
+    @dbos.workflow()
+    async def numbers(n):
+        return [await step(n) for _ in range(3)]
+
+    @dbos.transaction()
+    def transaction():
+        return dbos.connection.execute("select 1").fetchone()
 
     @dbos.workflow()
     def plain():
-        return "plain"
+        return transaction()
 
-    async def main():
-        with records_wait() as who_tries:
-            task = asyncio.create_task(numbers(1))
-            await until(who_tries)
+    async def main(n):
+        assert await numbers(10 + n) == [10 + n] * 3
+        task, loops = asyncio.create_task(numbers(n)), dbos._executor.journal.loops
+        while n not in stepped or not (loop := loops.get(asyncio.get_running_loop())) or not loop._under_way:
+            await asyncio.sleep(0)
+        busy.wait(PATIENCE_S)
         gate()  # as if it calculated
         return await task
 
-    with ThreadPoolExecutor(1) as pool:
-        busy = pool.submit(asyncio.run, main())
-        gate.await_body()
-        assert plain() == "plain"
-        assert asyncio.run(numbers(2)) == [2] * 3
+    dbos.launch()
+    with ThreadPoolExecutor(4) as pool:
+        loops = [pool.submit(lambda n: asyncio.run(main(n)), n) for n in range(4)]
+        busy.wait(PATIENCE_S)
+        assert plain() == (1,)
+        assert asyncio.run(numbers(20)) == [20] * 3
         gate.open()
-        assert busy.result(PATIENCE_S) == [1] * 3
+        assert [loop.result(PATIENCE_S) for loop in loops] == [[n] * 3 for n in range(4)]
 
 
-def run_and_close(main):
-    with contextlib.closing(asyncio.new_event_loop()) as loop:
-        loop.run_until_complete(main)
+def test_what_an_event_loop_was_writing_when_it_ended_a_thread_writes(dbos, numbers, records_wait, witness):
+    """The coroutines that waited were cancelled; their steps are done nevertheless."""
+    records = "select count(*) from durable.steps where workflow_id = %s and position = 1"
+
+    async def main(id):
+        with SetWorkflowID(id):
+            task = asyncio.create_task(numbers(1))
+        await until(who_tries)
+        assert not task.done()
+
+    for id in ("a", "b", "c"):  # more than there are connections for loops
+        with records_wait() as who_tries:
+            asyncio.run(main(id))
+            for pid in who_tries():
+                witness.run("select pg_terminate_backend(%s)", pid)
+        eventually(functools.partial(witness.one, records, id))
+    eventually(lambda: all(lane.conn for lane in dbos._executor.journal.loop_lanes))
+    assert len(dbos._executor.journal.loop_lanes) == durable._LANES
 
 
-@pytest.mark.parametrize("run", [asyncio.run, run_and_close])
-def test_what_an_event_loop_was_writing_when_it_ended_is_written_nevertheless(numbers, records_wait, witness, run):
+def test_an_event_loop_that_was_closed_while_it_wrote_keeps_no_connection(dbos, numbers, records_wait):
+    """Nobody had cancelled its tasks; whoever writes next on another loop sees to it."""
+
     async def main():
-        who_tries = blocked.enter_context(records_wait())
         tasks.append(asyncio.create_task(numbers(1)))
         await until(who_tries)
 
-    before, tasks = witness.one("select count(*) from durable.steps"), []
-    for _ in range(3):  # more often than there are connections for loops
-        with contextlib.ExitStack() as blocked:
-            run(main())
-        assert tasks.pop().cancelled() == (run is asyncio.run)
-    eventually(lambda: witness.one("select count(*) from durable.steps") == before + 3)
+    tasks = []
+    for _ in range(3):  # more than there are connections for loops
+        with records_wait() as who_tries, contextlib.closing(asyncio.new_event_loop()) as loop:
+            loop.run_until_complete(main())
+    assert not any(task.done() for task in tasks)
     assert asyncio.run(numbers(2)) == [2] * 3
+    assert len(dbos._executor.journal.loop_lanes) == durable._LANES
+
+
+def test_a_cancel_of_all_the_tasks_of_an_event_loop_keeps_it_from_no_later_write(numbers):
+    """Ours were among them; some had not begun."""
+
+    async def main():
+        for turns in range(20):
+            task = asyncio.create_task(numbers(1))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            for each in asyncio.all_tasks() - {asyncio.current_task()}:
+                each.cancel()
+            await asyncio.wait([task])
+            assert task.cancelled()
+        return await asyncio.wait_for(numbers(2), PATIENCE_S)
+
+    assert asyncio.run(main()) == [2] * 3
 
 
 def test_an_event_loop_whose_session_ends_has_a_thread_write_again(numbers, records_wait, witness):
@@ -4549,6 +4602,8 @@ def test_an_event_loop_whose_session_ends_has_a_thread_write_again(numbers, reco
 
 
 def test_one_row_that_an_event_loop_cannot_write_is_no_fault_of_the_others(dbos, numbers, witness):
+    lanes = tuple(dbos._executor.journal.loop_lanes)
+    conns = {lane.conn for lane in lanes}
     witness.run("alter table durable.steps add constraint no_7 check (output <> '7') not valid")
     try:
 
@@ -4560,15 +4615,13 @@ def test_one_row_that_an_event_loop_cannot_write_is_no_fault_of_the_others(dbos,
         witness.run("alter table durable.steps drop constraint no_7")
     assert isinstance(outcomes.pop(7), psycopg.errors.CheckViolation)
     assert outcomes == [[n] * 3 for n in range(10) if n != 7]
+    assert {lane.conn for lane in lanes} == conns  # an error that Postgres told ends no session
 
 
 class Blind(asyncio.SelectorEventLoop):
     """A loop that watches no sockets for others, as the default one on Windows."""
 
-    def add_reader(self, *_):
-        raise NotImplementedError
-
-    remove_reader = add_writer = remove_writer = add_reader
+    add_reader, remove_reader = asyncio.AbstractEventLoop.add_reader, asyncio.AbstractEventLoop.remove_reader
 
 
 def test_for_an_event_loop_that_cannot_watch_sockets_threads_write(dbos, numbers, monkeypatch):
@@ -4576,7 +4629,7 @@ def test_for_an_event_loop_that_cannot_watch_sockets_threads_write(dbos, numbers
     statement, batches, wakes, loop = durable._statement, [], [], Blind()
     call = loop.call_soon_threadsafe
     monkeypatch.setattr(durable, "_statement", lambda batch: batches.append(len(batch)) or statement(batch))
-    monkeypatch.setattr(loop, "call_soon_threadsafe", lambda f, *a, **k: wakes.append(f) or call(f, *a, **k))
+    monkeypatch.setattr(loop, "call_soon_threadsafe", lambda f, *a, **k: wakes.append(f.__name__) or call(f, *a, **k))
 
     async def main():
         return await asyncio.gather(*(numbers(n) for n in range(60)))
@@ -4584,7 +4637,7 @@ def test_for_an_event_loop_that_cannot_watch_sockets_threads_write(dbos, numbers
     with contextlib.closing(loop):
         assert loop.run_until_complete(main()) == [[n] * 3 for n in range(60)]
     assert sum(batches) == 60 * 5
-    assert len(wakes) == len(batches) < 60
+    assert wakes.count("_finish") == len(batches) < 60
 
 
 @pytest.mark.parametrize("begins", [False, True])
@@ -4978,35 +5031,44 @@ def test_a_coroutine_that_python_ends_has_nothing_to_say(dbos, fast_sweeps, monk
             task = asyncio.create_task(work())
         while not entered:
             await asyncio.sleep(0.01)
-        assert not task.done()
+        return weakref.ref(task)
 
     with contextlib.closing(asyncio.new_event_loop()) as loop:
-        loop.run_until_complete(begin())
+        alive = loop.run_until_complete(begin())
     del loop
     assert result_of(dbos, "w") == "done"
     gc.collect()
-    assert not said
+    assert (alive(), said) == (None, [])
 
 
-def test_a_loop_that_is_closed_while_it_writes_the_row_of_a_workflow_loses_nothing(dbos, fast_sweeps, witness, url):
+@pytest.mark.parametrize("which", ["coroutine", "plain"])
+def test_a_loop_that_is_closed_while_it_writes_the_row_of_a_workflow_loses_nothing(
+    dbos, fast_sweeps, witness, url, which
+):
     """Its task is referred to still, so that Python does not end it."""
     tasks, loop = [], asyncio.new_event_loop()
 
     @dbos.workflow()
-    async def work():
+    async def coroutine():
+        return "done"
+
+    @dbos.workflow()
+    def plain():
         return "done"
 
     async def main():
+        assert await coroutine() == "done"  # by now the loop can write
+        work = {"coroutine": coroutine, "plain": plain}[which]
+        holder.execute("lock table durable.workflows in share mode")
         with SetWorkflowID("w"):
-            tasks.append(asyncio.create_task(work()))
+            tasks.append(asyncio.create_task(dbos.start_workflow_async(work)))
         waiting = "select pid from pg_locks where not granted and relation = 'durable.workflows'::regclass"
         await until(lambda: witness.column(waiting))
 
     with psycopg.connect(url) as holder:
-        holder.execute("lock table durable.workflows in share mode")
         loop.run_until_complete(main())
         loop.close()
-    assert eventually(lambda: witness.column("select id from durable.workflows where status = 'SUCCESS'")) == ["w"]
+    assert eventually(lambda: witness.column("select id from durable.workflows where id = 'w' and status = 'SUCCESS'"))
     assert not tasks[0].done()
 
 
