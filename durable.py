@@ -2861,8 +2861,8 @@ class _Journal:
         """Find the writer of the running loop."""
         loop = asyncio.get_running_loop()
         if loop not in self.loops:
-            for closed in [each for each in tuple(self.loops) if each.is_closed()]:
-                if (writer := self.loops.pop(closed, None)) is not None:  # other threads look, too
+            for other, writer in tuple(self.loops.items()):
+                if other.is_closed():
                     writer.give_up()
             self.loops[loop] = _LoopWriter(self, loop)
         return self.loops[loop]
@@ -2977,9 +2977,12 @@ class _LoopWriter:
                     count //= 2
                 entries, _ = _apart(list(self._gathered)[:count])
                 batch = _Batch(lane, {entry: self._gathered[entry] for entry in entries})
-                task = self._loop.create_task(self._write(lane, entries))
-                task.add_done_callback(functools.partial(self._settle, batch))
                 self._under_way.append(batch)
+                if all(written.done() for written in batch.waiting.values()):
+                    self._send_thread(batch)  # all were cancelled: the loop ends, perhaps, and runs no task of ours
+                else:
+                    task = self._loop.create_task(self._write(lane, entries))
+                    task.add_done_callback(functools.partial(self._settle, batch))
                 for entry in entries:
                     del self._gathered[entry]
 
@@ -3020,8 +3023,9 @@ class _LoopWriter:
                 batch.lane.connect()
         try:
             self._loop.call_soon_threadsafe(self._finish, batch)  # once for all of them: it costs a system call
-        except RuntimeError:  # the loop was closed, and nobody waits
+        except RuntimeError:  # the loop was closed
             self._give_back(batch)
+            self.give_up()
 
     def _finish(self, batch: _Batch) -> None:
         """Tell those who wait for a batch, and go on with the next."""
@@ -3048,13 +3052,19 @@ class _LoopWriter:
             self._journal.loop_lanes.append(lane)
 
     def give_up(self) -> None:
-        """The loop was closed: what was sent is written, or not; nobody waits for it."""
+        """The loop was closed: nobody waits for what it has not written, but that was done."""
+        self._journal.loops.pop(self._loop, None)
+        left = list(self._gathered)
+        self._gathered.clear()
         for batch in tuple(self._under_way):
             if batch.taken_on.acquire(blocking=False):  # no thread is at it
+                left += batch.waiting
                 if batch.lane is not None and batch.lane.conn is not None:
-                    batch.lane.conn.close()
+                    batch.lane.conn.close()  # it was sent, perhaps
                     batch.lane.disconnect()
                 self._give_back(batch)
+        if left:
+            self._journal.executor.start_thread(lambda: self._journal.commit(left), "durable-call")
 
     @contextmanager
     def _again(self, call: Callable[..., None], *args: Any) -> Iterator[None]:

@@ -3239,6 +3239,12 @@ def fast_sweeps(monkeypatch):
     monkeypatch.setattr(durable, "_SWEEP_S", 0.1)
 
 
+@pytest.fixture
+def no_sweeps(monkeypatch):
+    """Let executors take nothing over while somebody looks."""
+    monkeypatch.setattr(durable, "_SWEEP_S", 1e6)
+
+
 @pytest.mark.parametrize("when", ["at launch", "by the sweep"])
 def test_an_executor_recovers_its_own_name_and_version_only(dbos, finished, witness, fast_sweeps, when):
     """At launch and in every sweep: what the dead of this name and version left, no more."""
@@ -4534,7 +4540,7 @@ def test_event_loops_that_are_busy_while_they_write_hold_up_nobody_else(executor
         assert [loop.result(PATIENCE_S) for loop in loops] == [[n] * 3 for n in range(4)]
 
 
-def test_what_an_event_loop_was_writing_when_it_ended_a_thread_writes(dbos, numbers, records_wait, witness):
+def test_what_an_event_loop_was_writing_when_it_ended_a_thread_writes(no_sweeps, dbos, numbers, records_wait, witness):
     """The coroutines that waited were cancelled; their steps are done nevertheless."""
     records = "select count(*) from durable.steps where workflow_id = %s and position = 1"
 
@@ -4552,6 +4558,48 @@ def test_what_an_event_loop_was_writing_when_it_ended_a_thread_writes(dbos, numb
         eventually(functools.partial(witness.one, records, id))
     eventually(lambda: all(lane.conn for lane in dbos._executor.journal.loop_lanes))
     assert len(dbos._executor.journal.loop_lanes) == durable._LANES
+
+
+def run_and_close(main):
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        loop.run_until_complete(main)
+
+
+@pytest.mark.parametrize("run", [asyncio.run, run_and_close])
+def test_a_step_that_is_done_when_its_event_loop_ends_is_on_record(
+    no_sweeps, dbos, numbers, records_wait, witness, run
+):
+    """Not only what was being written: as many as the loop writes at a time were on their way before it."""
+    done, tasks = [], []
+
+    @dbos.step()
+    async def step(id):
+        done.append(id)
+
+    @dbos.workflow()
+    async def work(id):
+        await go[id].wait()
+        await step(id)
+        await asyncio.Event().wait()
+
+    async def main():
+        go.update((id, asyncio.Event()) for id in "abc")
+        for id in "abc":
+            with SetWorkflowID(id):
+                tasks.append(asyncio.create_task(work(id)))
+        await until(lambda: set("abc") <= set(witness.column("select id from durable.workflows")))
+        who_tries = blocked.enter_context(records_wait())
+        for number, id in enumerate("abc"):
+            go[id].set()
+            await until(lambda: len(who_tries()) >= min(number, 1) + 1 and len(done) > number)  # noqa: B023
+
+    with contextlib.ExitStack() as blocked:
+        go = {}
+        run(main())
+    assert done == ["a", "b", "c"]
+    assert asyncio.run(numbers(1)) == [1] * 3
+    records = "select workflow_id from durable.steps where workflow_id in ('a', 'b', 'c') and position = 1"
+    eventually(lambda: len(witness.column(records)) == 3)
 
 
 def test_an_event_loop_that_was_closed_while_it_wrote_keeps_no_connection(dbos, numbers, records_wait):
@@ -11525,12 +11573,6 @@ def test_what_to_listen_to_is_said_before_the_launch(executor, caplog):
     dbos.destroy(destroy_registry=True)
     dbos.launch()
     assert len(warnings_in(caplog, "nowhere", "not declared")) == 1
-
-
-@pytest.fixture
-def no_sweeps(monkeypatch):
-    """Let executors take nothing over while somebody looks."""
-    monkeypatch.setattr(durable, "_SWEEP_S", 1e6)
 
 
 def test_why_no_executor_has_the_version(dbos, line, why):
