@@ -4556,8 +4556,8 @@ def test_what_an_event_loop_was_writing_when_it_ended_a_thread_writes(no_sweeps,
             for pid in who_tries():
                 witness.run("select pg_terminate_backend(%s)", pid)
         eventually(functools.partial(witness.one, records, id))
-    eventually(lambda: all(lane.conn for lane in dbos._executor.journal.loop_lanes))
-    assert len(dbos._executor.journal.loop_lanes) == durable._LANES
+    lanes = dbos._executor.journal.loop_lanes
+    eventually(lambda: [lane.conn is not None for lane in lanes] == [True] * durable._LANES)
 
 
 def run_and_close(main):
@@ -4615,7 +4615,7 @@ def test_an_event_loop_that_was_closed_while_it_wrote_keeps_no_connection(dbos, 
             loop.run_until_complete(main())
     assert not any(task.done() for task in tasks)
     assert asyncio.run(numbers(2)) == [2] * 3
-    assert len(dbos._executor.journal.loop_lanes) == durable._LANES
+    eventually(lambda: len(dbos._executor.journal.loop_lanes) == durable._LANES)
 
 
 def test_a_cancel_of_all_the_tasks_of_an_event_loop_keeps_it_from_no_later_write(numbers):
