@@ -2867,6 +2867,12 @@ class _Journal:
             self.loops[loop] = _LoopWriter(self, loop)
         return self.loops[loop]
 
+    def take_back(self, lane: _Lane) -> None:
+        """A loop needs this lane no longer."""
+        if self.executor.closed.is_set:
+            lane.disconnect()
+        self.loop_lanes.append(lane)
+
     def close(self) -> None:
         """Give the idle connections back to the pool."""
         with self._lock:
@@ -2955,7 +2961,7 @@ class _LoopWriter:
         self._journal, self._loop = journal, loop
         self._gathered: dict[_Entry, asyncio.Future[list[bool]]] = {}  # in order, and who waits for each
         self._under_way: list[_Batch] = []
-        # (The default one on Windows cannot.)
+        # Whether it can wait for a socket: the default one on Windows cannot.
         self._watches = type(loop).add_reader is not asyncio.AbstractEventLoop.add_reader
 
     def gather(self, entry: _Entry) -> asyncio.Future[list[bool]]:
@@ -2977,17 +2983,17 @@ class _LoopWriter:
                     count //= 2
                 entries, _ = _apart(list(self._gathered)[:count])
                 batch = _Batch(lane, {entry: self._gathered[entry] for entry in entries})
-                self._under_way.append(batch)
                 if all(written.done() for written in batch.waiting.values()):
                     self._send_thread(batch)  # all were cancelled: the loop ends, perhaps, and runs no task of ours
                 else:
                     task = self._loop.create_task(self._write(lane, entries))
                     task.add_done_callback(functools.partial(self._settle, batch))
+                self._under_way.append(batch)
                 for entry in entries:
                     del self._gathered[entry]
 
     def _free_lane(self) -> _Lane | None:
-        with suppress(IndexError):
+        with suppress(IndexError):  # another loop may have taken the last one just now
             return self._journal.loop_lanes.pop() if self._watches else None
         return None
 
@@ -3017,15 +3023,16 @@ class _LoopWriter:
     def _write_on_thread(self, batch: _Batch) -> None:
         if not batch.taken_on.acquire(blocking=False):
             return
+        lane, batch.lane = batch.lane, None
         self._journal.commit(list(batch.waiting))
-        if batch.lane is not None:  # for the next time
-            with suppress(psycopg.OperationalError):
-                batch.lane.connect()
         try:
             self._loop.call_soon_threadsafe(self._finish, batch)  # once for all of them: it costs a system call
         except RuntimeError:  # the loop was closed
-            self._give_back(batch)
             self.give_up()
+        if lane is not None:
+            with suppress(psycopg.OperationalError):  # the next batch would find that it has no connection, again
+                lane.connect()
+            self._journal.take_back(lane)
 
     def _finish(self, batch: _Batch) -> None:
         """Tell those who wait for a batch, and go on with the next."""
@@ -3037,6 +3044,8 @@ class _LoopWriter:
                     written.set_result(entry.taken)
                 else:
                     written.set_exception(entry.error)
+            if batch in self._under_way:
+                self._under_way.remove(batch)
             self._give_back(batch)
             self._start()
             if not (self._gathered or self._under_way):
@@ -3044,19 +3053,15 @@ class _LoopWriter:
 
     def _give_back(self, batch: _Batch) -> None:
         lane, batch.lane = batch.lane, None
-        if batch in self._under_way:
-            self._under_way.remove(batch)
         if lane is not None:
-            if self._journal.executor.closed.is_set:
-                lane.disconnect()
-            self._journal.loop_lanes.append(lane)
+            self._journal.take_back(lane)
 
     def give_up(self) -> None:
         """The loop was closed: nobody waits for what it has not written, but that was done."""
         self._journal.loops.pop(self._loop, None)
         left = list(self._gathered)
         self._gathered.clear()
-        for batch in tuple(self._under_way):
+        for batch in self._under_way:
             if batch.taken_on.acquire(blocking=False):  # no thread is at it
                 left += batch.waiting
                 if batch.lane is not None and batch.lane.conn is not None:
@@ -3107,6 +3112,7 @@ class _DeferringConnection(_Connection):
             gen, self.deferred = cast("PQGen[Any]", self.deferred), None
             await wait_async(gen, self.fileno(), _POLL_S)
         except BaseException as error:
+            self.defers, self.deferred = False, None
             answered = not self.closed and self.info.transaction_status == pq.TransactionStatus.IDLE
             if not answered or isinstance(error, psycopg.errors.ReadOnlySqlTransaction):  # as `wait` does
                 self.close()
