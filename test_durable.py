@@ -6488,8 +6488,9 @@ def test_what_is_claimed_while_the_executor_closes_is_left_for_the_next_launch(d
     def late(*args, dequeue=durable._dequeue, executor=dbos._executor):
         claimed = dequeue(*args)
         if not closing:
-            closing.append(threading.Thread(target=dbos.destroy))
-            closing[0].start()
+            thread = threading.Thread(target=dbos.destroy)
+            thread.start()  # first: one that has not begun is not alive, either
+            closing.append(thread)
             eventually(lambda: executor.closed.is_set)
         return claimed
 
