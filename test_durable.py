@@ -97,6 +97,11 @@ def eventually(condition, within=PATIENCE_S):
     return value
 
 
+async def until(condition):
+    """`eventually`, for a test on an event loop, which goes on meanwhile."""
+    return await asyncio.to_thread(eventually, condition)
+
+
 def together(*calls):
     """Make the calls at the same time, each in a thread, and return their results."""
     barrier = threading.Barrier(len(calls))
@@ -4392,6 +4397,7 @@ def _free_port() -> int:
 # needs; where that does not need them all itself, the test names the others, so that it can go with each of them.
 
 import uuid
+import weakref
 
 from durable import DBOSNonExistentWorkflowError
 
@@ -7851,11 +7857,6 @@ def where(executor):
     return types.SimpleNamespace(dbos=dbos, where=where, parent=parent, loops=loops, ticks=ticks)
 
 
-async def until(condition):
-    """`eventually`, for a test on an event loop, which goes on meanwhile."""
-    return await asyncio.to_thread(eventually, condition)
-
-
 def test_our_own_loop_takes_over_when_that_of_the_launch_has_ended(where, fast_sweeps):
     """What ran on it goes on, and what comes later runs, with nobody waiting for a loop that does not run."""
     dbos, entered = where.dbos, []
@@ -8546,7 +8547,6 @@ def test_the_code_below_a_plain_decorator_counts(version_of):
 #
 # `run_step`, in both colours, in loops and among threads.
 
-import weakref
 
 
 def test_a_value_too_large_for_postgres_fails_its_step(dbos, monkeypatch):
