@@ -8548,7 +8548,6 @@ def test_the_code_below_a_plain_decorator_counts(version_of):
 # `run_step`, in both colours, in loops and among threads.
 
 
-
 def test_a_value_too_large_for_postgres_fails_its_step(dbos, monkeypatch):
     """It is refused before it is sent: Postgres would only break the connection."""
     monkeypatch.setattr(durable, "_LARGEST_VALUE", 1000)
