@@ -620,7 +620,7 @@ class _OptionBlock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(ValueError):  # likewise
+        with suppress(ValueError):  # as in `_Inside`: this may be another context
             _options.reset(self._tokens.pop())
 
 
