@@ -2696,6 +2696,10 @@ class _LocalExecutor(_BareExecutor):
         """Whether another executor's histories are in this database."""
         return True
 
+    def in_between(self, statement: Callable[[Conn], object]) -> bool:
+        """Make a small statement on a connection that was in use just now; tell whether there was one."""
+        return False
+
     def open(self) -> None:
         super().open()
         _local_executors.add(cast(_Executor, self))
@@ -2831,6 +2835,22 @@ class _Journal:
             if heir is not None:
                 heir.lane = lane
                 heir.wake()
+
+    def in_between(self, statement: Callable[[Conn], object]) -> bool:
+        """Make a statement between batches, if a lane is free and has been used; tell whether it was made."""
+        nothing = _Waiter([], lambda: None)
+        try:
+            lane = self._join(nothing)
+            if lane is None or lane.conn is None:
+                return False
+            try:
+                statement(lane.conn)
+            except BaseException:
+                lane.disconnect()
+                raise
+            return True
+        finally:
+            self._leave(nothing)
 
     def _write_or_split(self, lane: _Lane, batch: list[_Entry]) -> None:
         """Write a batch; if that fails, each entry by itself: one row's fault must not be everybody's."""
@@ -3134,23 +3154,33 @@ def _statement(batch: list[_Entry]) -> tuple[str, dict[str, Any]]:
 
 
 def _note(cursor: psycopg.Cursor[Any], batch: list[_Entry]) -> None:
-    """Note in the entries which rows were taken."""
+    """Note in the entries which rows were taken, and in the rows what was told of them."""
     if len(batch) == 1 and len(batch[0].rows) == 1:
         batch[0].taken = [cursor.rowcount > 0]
+        if batch[0].write.tells:
+            batch[0].rows[0]["told"] = (cursor.fetchone() or (None,))[-1]
         return
-    taken = set(cursor.fetchall())
+    told = {(name, id, position): text for name, id, position, text in cursor}
     for entry in batch:
-        entry.taken = [key in taken for key in entry.row_keys()]
+        keys = entry.row_keys()
+        entry.taken = [key in told for key in keys]
+        if entry.write.tells:
+            for row, key in zip(entry.rows, keys, strict=True):
+                row["told"] = told.get(key)
 
 
 class _Write:
-    """A statement that the journal makes for one row, or for many at once; {rows} stands for them."""
+    """A statement that the journal makes for one row, or for many at once; {rows} stands for them.
+
+    One that `tells` something of the rows that it took, has that in its last column, `told`.
+    """
 
     def __init__(
         self, name: str, columns: str, sql: str, returning: str = "", before: str = "", by_position: bool = False,
-        one: str = "",
+        one: str = "", tells: bool = False,
     ) -> None:
         self.name, self.by_position = name, by_position  # a workflow's rows are told apart by their positions
+        self.tells = tells
         names = ", ".join(column.split()[0] for column in columns.split(", "))
         typed = ", ".join("%({})s::{}".format(*column.split(" ", 1)) for column in columns.split(", "))
         # Alone, a row comes in plain parameters, and the count of rows says whether it was taken.
@@ -3166,7 +3196,10 @@ class _Write:
 def _together(*writes: _Write) -> str:
     """Write rows of several kinds in one statement: one plan, one round trip, one wait for the GIL."""
     parts = ",\n".join(write.part for write in writes)
-    taken = " union all ".join(f"select '{write.name}', id, position from {write.name}" for write in writes)
+    taken = " union all ".join(
+        f"select '{write.name}', id, position, {'told' if write.tells else 'null'} from {write.name}"
+        for write in writes
+    )
     return f"with {parts}\n{taken}"
 
 
@@ -3242,6 +3275,9 @@ class _GroupingExecutor(_AdministeredExecutor):
     def write(self, statement: str, row: dict[str, Any]) -> _Wait[bool]:
         return self.journal.write_one(_grouped(statement), row)
 
+    def in_between(self, statement: Callable[[Conn], object]) -> bool:
+        return self.journal.in_between(statement)
+
     def end(self) -> None:
         super().end()
         self.journal.close()
@@ -3311,7 +3347,7 @@ class _Hints:
         self._looked_at = 0
         self.missed = False  # while the listening connection was away, hints may have been
         self._outgoing: set[tuple[str, ...]] = set()
-        self._sending = False
+        self._sending, self._pause_until = False, 0.0
 
     @contextmanager
     def expected(self, *key: str, since: int = 0) -> Iterator[_Hint]:
@@ -3393,8 +3429,8 @@ class _Hints:
         self.arrive(*key)
         self.tell(*key)
 
-    def tell(self, *key: str) -> None:
-        """Give a hint elsewhere."""
+    def tell(self, *key: str, here: bool = True) -> None:
+        """Give a hint elsewhere, from this thread if that may be."""
         if not self._executor.tells:
             return
         try:
@@ -3402,22 +3438,39 @@ class _Hints:
                 self._outgoing.add(key)
                 begin = not self._sending
                 self._sending = True
-            if begin:
+            if begin and not (here and self._flush_here()):
                 self._executor.start_thread(self._flush, "durable-call")
         except BaseException:  # KeyboardInterrupt: the thread comes, or not; the next hint sends another
             self._sending = False
             raise
 
+    def _flush_here(self) -> bool:
+        """Send the first hint for a while, sooner than another thread would; False: there is more to send."""
+        if time.monotonic() < self._pause_until or _running_loop() is not None:
+            return False
+        with suppress(psycopg.Error):  # lost: they poll
+            self._executor.in_between(lambda conn: _notify(conn, self._executor.me["incarnation"], self._take()))
+        with self._lock:
+            self._sending = bool(self._outgoing)
+            return not self._sending
+
     def _flush(self) -> None:
+        """Send what gathers, until for a while nothing does."""
         while True:
-            with self._lock:
-                keys, self._outgoing = self._outgoing, set()
-                if not keys:
-                    self._sending = False
-                    return
-            with suppress(psycopg.Error), self._executor.pool.connection() as conn:  # lost: they poll
+            time.sleep(max(0.0, self._pause_until - time.monotonic()))
+            keys = self._take()
+            if not keys:
+                return
+            with suppress(psycopg.Error), self._executor.pool.connection() as conn:
                 _notify(conn, self._executor.me["incarnation"], keys)
-            time.sleep(_HINT_PAUSE_S)
+
+    def _take(self) -> set[tuple[str, ...]]:
+        """Take what has gathered; if that is nothing, nobody sends from now on."""
+        with self._lock:
+            keys, self._outgoing = self._outgoing, set()
+            self._sending = bool(keys)
+            self._pause_until = time.monotonic() + _HINT_PAUSE_S
+            return keys
 
 
 def _notify(conn: Conn, sender: int, keys: Iterable[tuple[str, ...]]) -> None:
@@ -3476,7 +3529,7 @@ class _HintedExecutor(_LivingExecutor):
             self.asked.add(about)
             # Once: if it has begun again since, who waits would look in vain, ask, and be told, for ever.
             if self.ended_here.take(about) and self.asked.take(about):
-                self.hints.send("w", about)
+                self.hints.tell("w", about, here=False)  # this thread is to listen
         elif kind == "h":
             self.newcomers = True
             self.work.set()
@@ -5024,9 +5077,10 @@ async def _receive_message(executor: _Executor, topic: str, timeout_s: float) ->
             with executor.hints.expected("m", run.id, topic) as hint:
                 left = end - time.monotonic()
                 row |= {"nothing": executor.serialize(None) if left <= 0 else None, "took_s": time.monotonic() - began}
-                if await executor.inbox.write_one(_RECEIVE, row):
-                    return run.outcome(_Record(position, name, row["message"], None, None))
-                past = None if row["absent"] else await run.settle(position, name)
+                free = await executor.journal.write_one(_RECEIVE, row)
+                if free and row["told"] is not None:
+                    return run.outcome(_Record(position, name, row["told"], None, None))
+                past = None if free else await run.settle(position, name)
                 if past is not None:
                     return run.outcome(past)
                 # After trouble a former try may have come too late to be seen, and no hint will follow: look again.
@@ -5034,7 +5088,7 @@ async def _receive_message(executor: _Executor, topic: str, timeout_s: float) ->
                 await _pause_run(executor, hint, timeout=min(left, _POLL_S) if troubled else left)
 
 
-# The oldest message of a topic is taken and recorded, in one; told is which, or else whether it may be waited for.
+# The oldest message of a topic is taken and recorded, in one, and told; or null, where one may be waited for.
 # With `nothing`, the text of None, that there is none is put on record.  Our own former try, should it be at work
 # yet, has its message locked: this one waits for it, and fails at the record.  (Where there is nothing to record no
 # row is locked: a look would cost the flush of a commit.  And of an `exists` in that place the planner might make a
@@ -5043,12 +5097,14 @@ _RECEIVE = _Write(
     "receive",
     "id text, claim bigint, position integer, name text, topic text, nothing text, took_s double precision",
     """
-    select new.id, noted.output,
-           exists (select from durable.workflows as w
+    select new.id, 0 as position, noted.output as told
+      from receive_new as new left join receive_noted as noted on noted.id = new.id
+     where noted.id is not null
+        or exists (select from durable.workflows as w
                     where w.id = new.id and w.claim = new.claim and w.status = 'PENDING')
            and not exists (select from durable.steps as s where s.workflow_id = new.id and s.position = new.position)
-      from receive_new as new left join receive_noted as noted on noted.id = new.id
     """,
+    tells=True,
     before="""
      receive_new as (select * from {rows}),
      receive_ours as (select new.* from receive_new as new
@@ -5073,38 +5129,6 @@ _RECEIVE = _Write(
                        where number in (select oldest.number from receive_oldest as oldest
                                           join receive_noted as noted on noted.id = oldest.id))""",
 )
-
-
-def _receive(conn: Conn, rows: list[dict[str, Any]]) -> dict[str, tuple[str | None, bool]]:
-    """Make the statement above for one workflow, or for several in one commit; tell each by its ID."""
-    if len(rows) == 1:
-        told = conn.execute(_RECEIVE.one, rows[0])
-    else:
-        query = f"with {_RECEIVE.part} select * from receive"
-        told = conn.execute(query, {"receive": json.dumps(sorted(rows, key=lambda row: str(row["id"])))})
-    return {id: (message, absent) for id, message, absent in told}
-
-
-class _Inbox(_Journal):
-    """Groups what many runs receive: as the journal does with what they write, but that each hears what it was."""
-
-    def __init__(self, executor: _Executor) -> None:
-        super().__init__(executor)
-        self.loop_lanes.clear()  # for coroutines, threads receive
-
-    def _write(self, lane: _Lane, batch: list[_Entry]) -> None:
-        """Note in each row which message was received, and if none was, whether one may be waited for."""
-        told = self.executor.now(_receive, [row for entry in batch for row in entry.rows])
-        for entry in batch:
-            for row in entry.rows:
-                row["message"], row["absent"] = told[row["id"]]
-            entry.taken = [row["message"] is not None for row in entry.rows]
-
-
-class _MessagingExecutor(_GroupingExecutor):
-    def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
-        super().__init__(registry, config)
-        self.inbox = _Inbox(cast(_Executor, self))
 
 
 async def _send_message(
@@ -7590,7 +7614,7 @@ class _Client(_Management):
 
         Raises DBOSQueueDeduplicatedError, DBOSConflictingWorkflowError.
         """
-        executor, known = self._launched(), get_type_hints(EnqueueOptions)
+        executor, known = self._launched(), EnqueueOptions.__annotations__
         for key in options.keys() - known.keys():
             raise DBOSException(f"unknown enqueue option {key!r}; there are: {', '.join(known)}")
         name = _valid_name("the enqueue option workflow_name", options.get("workflow_name"))
@@ -9254,7 +9278,7 @@ class _Session(_KeptConnection, _CleanConnection, _DeferringConnection, _Connect
 class _Executor(
     _AdoptingExecutor, _RehearsingExecutor, _CountingExecutor, _GuestExecutor, _OfferingExecutor, _InterruptedExecutor,
     _ForkedExecutor, _PlacedExecutor, _ProxiedExecutor, _CleanExecutor, _SerializingExecutor, _SchedulingExecutor,
-    _MessagingExecutor, _QueueingExecutor, _TimedExecutor, _OrderedExecutor, _ClockedExecutor, _ThreadedExecutor,
+    _QueueingExecutor, _TimedExecutor, _OrderedExecutor, _ClockedExecutor, _ThreadedExecutor,
     _HintedExecutor, _GroupingExecutor, _LocalExecutor, _DiscreetExecutor, _UpgradingExecutor, _SettledExecutor,
     _AdministeredExecutor, _TransactingExecutor, _LivingExecutor, _PatientExecutor, _BareExecutor,
 ):

@@ -6938,9 +6938,12 @@ def test_a_look_that_finds_no_message_locks_no_row(dbos, mailbox, witness, url):
     begin(dbos, mailbox, 1)
     eventually(lambda: witness.steps("w"))
     look = {"id": "w", "claim": witness.workflow("w").claim, "position": 1, "name": "DBOS.recv", "topic": "t"}
+    look |= {"nothing": None, "took_s": 0.0}
+    many = durable._together(durable._RECEIVE), {"receive": json.dumps([look])}
     with psycopg.connect(url) as holder, psycopg.connect(url, options="-c lock_timeout=1000") as conn:
         holder.execute("select from durable.workflows where id = 'w' for update")
-        assert durable._receive(conn, [{**look, "nothing": None, "took_s": 0.0}]) == {"w": (None, True)}
+        assert conn.execute(durable._RECEIVE.one, look).fetchall() == [("w", 0, None)]
+        assert conn.execute(*many).fetchall() == [("receive", "w", 0, None)]
     dbos.send("w", 1)
 
 
@@ -15369,16 +15372,15 @@ class SteppedExecutor(durable._Executor):
         self.tells, self.jobs = False, []
         self.launched_at, self.next_sweep = time.monotonic(), time.monotonic() + durable._SWEEP_S
         self.claimed, self.running = Remembered("claimed"), Remembered("running")
-        for group in (self.journal, self.inbox):
-            group.write_one = functools.partial(self.write_one, group, group.write_one)
+        self.journal.write_one = functools.partial(self.write_one, self.journal.write_one)
         self.claiming, self.turns = SteppedLock(), collections.defaultdict(SteppedLock)
 
-    def write_one(self, group, alone, write, row):
+    def write_one(self, alone, write, row):
         """Write a row; on a stage where rows are written together, beside one that will not be taken."""
         if not self.peer.stage.together:
             return alone(write, row)
         other = row if write.name.startswith("start") else {**row, "id": "nobody"}
-        wait = group.write(write, row, other)
+        wait = self.journal.write(write, row, other)
         return durable._Wait(lambda: wait.block()[0], None)
 
     def start_thread(self, job, name="durable-workflow"):
