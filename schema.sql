@@ -280,7 +280,7 @@ create table if not exists durable.messages (
     received_at         timestamptz
 );
 
--- For _receive: the oldest that waits.
+-- For _RECEIVE: the oldest that waits.
 create index if not exists messages_waiting on durable.messages (workflow_id, topic, number)
     where received_at is null;
 

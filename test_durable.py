@@ -4935,6 +4935,100 @@ def test_hints_are_given_after_one_that_was_interrupted(dbos, overheard, monkeyp
     eventually(lambda: sorted(overheard()) == [["first", "word"], ["last", "word"]])
 
 
+@pytest.fixture
+def no_threads(dbos, greet, monkeypatch):
+    """Tells what was handed to other threads, which do not begin; what is written now has a connection."""
+    jobs = []
+    greet("anybody")
+    eventually(lambda: not dbos._executor.hints._sending)
+    monkeypatch.setattr(dbos._executor, "start_thread", lambda job, name: jobs.append(job))
+    return jobs
+
+
+@uses("Group commit")
+def test_the_first_hint_for_a_while_goes_from_the_thread_that_has_it(dbos, no_threads, overheard):
+    """Another takes longer to begin, and its connection longer to answer; those that follow closely travel together."""
+    hints = dbos._executor.hints
+    hints.send("first", "word")
+    assert not no_threads
+    eventually(lambda: overheard() == [["first", "word"]])
+    came_at = time.monotonic()
+    hints._sent_at = came_at + 0.1
+    for number in ("2nd", "3rd"):
+        hints.send(number, "word")
+    [send_the_rest] = no_threads
+    send_the_rest()
+    assert time.monotonic() > came_at + 0.1
+    eventually(lambda: sorted(overheard()) == [["2nd", "word"], ["3rd", "word"], ["first", "word"]])
+
+
+@uses("Group commit")
+def test_a_hint_that_comes_while_another_goes_is_sent_behind_it(dbos, no_threads, overheard, monkeypatch):
+    """Its thread leaves it to the one that is sending."""
+    notify, hints = durable._notify, dbos._executor.hints
+
+    def meanwhile(*args):
+        if not no_threads and not hints._outgoing:
+            hints.send("second", "word")
+        notify(*args)
+
+    monkeypatch.setattr(durable, "_notify", meanwhile)
+    hints.send("first", "word")
+    [send_the_rest] = no_threads
+    send_the_rest()
+    eventually(lambda: overheard() == [["first", "word"], ["second", "word"]])
+
+
+@uses("Group commit")
+@pytest.mark.parametrize("reason", ["an event loop would be blocked", "all are writing", "it listens"])
+def test_a_hint_goes_from_another_thread_where_this_one_has_better_to_do(dbos, greet, no_threads, overheard, reason):
+    hints, journal = dbos._executor.hints, dbos._executor.journal
+
+    async def on_a_loop():
+        hints.send("first", "word")
+
+    if reason == "it listens":
+        dbos._executor.ended_here.add("w")
+        hints.hear('0 ["a", "w"]')
+    elif reason == "all are writing":
+        lanes = [journal._join(durable._Waiter([], lambda: None)) for _ in journal._lanes]
+        hints.send("first", "word")
+        for lane in lanes:
+            journal._hand_on(lane)
+        assert not journal._gathered
+    else:
+        asyncio.run(on_a_loop())
+    [send] = no_threads
+    assert not overheard()
+    send()
+    eventually(lambda: overheard() in ([["first", "word"]], [["w", "w"]]))
+    assert greet("you") == "hello you"  # what is written next has its lane
+
+
+@uses("Group commit")
+def test_a_hint_that_was_lost_or_interrupted_holds_up_nothing(dbos, greet, no_threads, overheard, witness, monkeypatch):
+    """Neither the next write, nor the next hint: Ctrl-C came as it was sent, or the session had ended."""
+    hints = dbos._executor.hints
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(durable, "_notify", interrupted)
+        hints.send("first", "word")
+    assert greet("you")
+    hints._sent_at = 0.0
+    for lane in dbos._executor.journal._lanes:
+        if lane.conn is not None:
+            witness.run("select pg_terminate_backend(%s)", lane.conn.info.backend_pid)
+    hints.send("second", "word")
+    assert greet("you")
+    hints._sent_at = 0.0
+    hints.send("last", "word")
+    eventually(lambda: overheard() == [["last", "word"]])
+    assert not no_threads
+
+
 # --- Threads ------------------------------------------------------------------------------------------
 #
 # Many workflows, a limit of threads, and systems that have none left.
