@@ -3143,7 +3143,7 @@ class _DeferringConnection(_Connection):
 
 def _statement(batch: list[_Entry]) -> tuple[str, dict[str, Any]]:
     """Make the statement that writes a batch, in one transaction and one round trip, and its parameters."""
-    if len(batch) == 1 and len(batch[0].rows) == 1:
+    if len(batch) == 1 and len(batch[0].rows) == 1 and not batch[0].write.tells:
         return batch[0].write.one, batch[0].rows[0]
     kinds: dict[_Write, list[dict[str, Any]]] = {}
     for entry in batch:
@@ -3157,18 +3157,17 @@ def _statement(batch: list[_Entry]) -> tuple[str, dict[str, Any]]:
 
 def _note(cursor: psycopg.Cursor[Any], batch: list[_Entry]) -> None:
     """Note in the entries which rows were taken, and in the rows what was told of them."""
-    if len(batch) == 1 and len(batch[0].rows) == 1:
-        batch[0].taken = [cursor.rowcount > 0]
-        if batch[0].write.tells:
-            batch[0].rows[0]["told"] = (cursor.fetchone() or (None,))[-1]
+    all_of_them = cursor.rowcount == sum(len(entry.rows) for entry in batch)
+    if (all_of_them or cursor.rowcount == 0) and not any(entry.write.tells for entry in batch):
+        for entry in batch:  # nearly always: no need to look which
+            entry.taken = [all_of_them] * len(entry.rows)
         return
     told = {(name, id, position): text for name, id, position, text in cursor}
     for entry in batch:
         keys = entry.row_keys()
         entry.taken = [key in told for key in keys]
-        if entry.write.tells:
-            for row, key in zip(entry.rows, keys, strict=True):
-                row["told"] = told.get(key)
+        for row, key in zip(entry.rows, keys, strict=True):
+            row["told"] = told.get(key)
 
 
 class _Write:
@@ -3762,6 +3761,10 @@ def _begin_thread(thread: threading.Thread) -> bool:
     return True
 
 
+async def _no() -> bool:
+    return False
+
+
 def _read_histories(conn: Conn, ids: list[str]) -> dict[str, list[_Record]]:
     """Read the beginnings of several histories."""
     query = """
@@ -3873,7 +3876,7 @@ class _ThreadedExecutor(_HintedExecutor):
         """Run what we wait for on this thread, if no other can be had."""
         queues = True
         while queues and not (run.done.is_set or run.stop.is_set):
-            queues = await _Wait(lambda: self.threads.help_with(run.job), lambda: asyncio.sleep(0, False))
+            queues = await _Wait(lambda: self.threads.help_with(run.job), _no)
             await _pause_run(cast(_Executor, self), run.done, run.stop, timeout=_POLL_S if queues else None)
 
     def open(self) -> None:
