@@ -2690,14 +2690,14 @@ _local_executors: set[_Executor] = set()  # those that live in this process
 
 
 class _LocalExecutor(_BareExecutor):
-    """Is known to the others of this process."""
+    """Is known to the others of this process; and does what is to be done where a room is missing."""
 
     def hosts(self, other: _Executor) -> bool:
         """Whether another executor's histories are in this database."""
         return True
 
     def in_between(self, statement: Callable[[Conn], object]) -> bool:
-        """Make a small statement on a connection that was in use just now; tell whether there was one."""
+        """Make a small statement on a connection that is open and idle; tell whether there was one."""
         return False
 
     def open(self) -> None:
@@ -2835,22 +2835,25 @@ class _Journal:
             if heir is not None:
                 heir.lane = lane
                 heir.wake()
+            elif self.executor.closed.is_set:
+                lane.disconnect()
 
     def in_between(self, statement: Callable[[Conn], object]) -> bool:
-        """Make a statement between batches, if a lane is free and has been used; tell whether it was made."""
-        nothing = _Waiter([], lambda: None)
+        """Make a statement between batches, if a lane is free and connected; tell whether it was made."""
+        waiter = _Waiter([], lambda: None)
         try:
-            lane = self._join(nothing)
-            if lane is None or lane.conn is None:
-                return False
-            try:
-                statement(lane.conn)
-            except BaseException:
-                lane.disconnect()
-                raise
-            return True
-        finally:
-            self._leave(nothing)
+            with self._lock:
+                free = (lane for lane in self._lanes if lane.holder is None and lane.conn and not lane.conn.closed)
+                lane = next(free, None)
+                if lane is not None:
+                    lane.holder = waiter
+            if lane is not None:
+                lane.make(statement)
+            self._leave(waiter)
+        except BaseException:  # KeyboardInterrupt, as in `commit`
+            self._leave(waiter)
+            raise
+        return lane is not None
 
     def _write_or_split(self, lane: _Lane, batch: list[_Entry]) -> None:
         """Write a batch; if that fails, each entry by itself: one row's fault must not be everybody's."""
@@ -2868,12 +2871,7 @@ class _Journal:
     def _write(self, lane: _Lane, batch: list[_Entry]) -> None:
         def attempt() -> None:
             lane.connect()
-            try:
-                lane.cursor.execute(*_statement(batch))
-                _note(lane.cursor, batch)
-            except BaseException:
-                lane.disconnect()
-                raise
+            lane.make(lambda _: _note(lane.cursor.execute(*_statement(batch)), batch))
 
         self.executor.patiently(attempt)
 
@@ -2896,9 +2894,9 @@ class _Journal:
     def close(self) -> None:
         """Give the idle connections back to the pool."""
         with self._lock:
-            idle = [lane for lane in self._lanes if lane.holder is None]
-        for lane in (*idle, *self.loop_lanes):
-            lane.disconnect()
+            for lane in (*self._lanes, *self.loop_lanes):
+                if lane.holder is None:
+                    lane.disconnect()
 
 
 class _Entry:
@@ -2921,7 +2919,7 @@ class _Entry:
 
 
 class _Waiter:
-    """A thread that waits for entries."""
+    """A thread that wants a lane, for its entries."""
 
     __slots__ = ("entries", "lane", "wake")
 
@@ -2953,7 +2951,7 @@ class _Lane:
 
     conn: _Session | None = None
     cursor: psycopg.Cursor[Any]
-    holder: _Waiter | None = None  # who leads with it; None: it is free, or one of those for loops
+    holder: _Waiter | None = None  # who writes with it; None: it is free, or one of those for loops
 
     def __init__(self, executor: _Executor) -> None:
         self._executor = executor
@@ -2964,6 +2962,14 @@ class _Lane:
         if self.conn is None:
             self.conn = self._executor.pool.getconn()
             self.cursor = self.conn.cursor()
+
+    def make(self, statement: Callable[[Conn], object]) -> None:
+        """Make a statement; what goes wrong costs us the connection."""
+        try:
+            statement(cast(Conn, self.conn))
+        except BaseException:
+            self.disconnect()
+            raise
 
     def disconnect(self) -> None:
         """Give the connection back to the pool, which looks whether it is still good."""
@@ -3026,6 +3032,8 @@ class _LoopWriter:
         try:
             await lane.conn.execute_on_loop(lane.cursor, *_statement(entries))
         except Exception as error:
+            if _may_pass(error):
+                self._journal.executor.pause(0.0, error)  # the trouble is noted: this try may be at work yet
             _log.debug("not written at once, trying again: %r", error)
             return False
         _note(lane.cursor, entries)
@@ -3162,7 +3170,7 @@ def _note(cursor: psycopg.Cursor[Any], batch: list[_Entry]) -> None:
         for entry in batch:  # nearly always: no need to look which
             entry.taken = [all_of_them] * len(entry.rows)
         return
-    told = {(name, id, position): text for name, id, position, text in cursor}
+    told = {(name, id, position): text for name, id, position, text in cursor.fetchall()}
     for entry in batch:
         keys = entry.row_keys()
         entry.taken = [key in told for key in keys]
@@ -3173,7 +3181,8 @@ def _note(cursor: psycopg.Cursor[Any], batch: list[_Entry]) -> None:
 class _Write:
     """A statement that the journal makes for one row, or for many at once; {rows} stands for them.
 
-    One that `tells` something of the rows that it took, has that in its last column, `told`.
+    One that `tells` has an answer in its last column, `told`, which the journal notes in the row.  A row took effect
+    if anything came back for it.
     """
 
     def __init__(
@@ -3442,20 +3451,23 @@ class _Hints:
                 self._sending = True
             if begin and not (here and self._flush_here()):
                 self._executor.start_thread(self._flush, "durable-call")
-        except BaseException:  # KeyboardInterrupt: the thread comes, or not; the next hint sends another
+        except BaseException:  # KeyboardInterrupt: it was sent, or a thread comes, or not; the next hint goes anyway
             self._sending = False
             raise
 
     def _flush_here(self) -> bool:
-        """Send the first hint for a while, 0.3 ms sooner than another thread would; False: there is more to send.
+        """Send the first hint for a while, 0.3 ms sooner than another thread would; False: something is left to send.
 
-        (It takes the time of a short statement from whoever gives it, who has better to do where that is often.)
+        (Whoever gives it waits for a short statement meanwhile: too long where hints are frequent.)
         """
         if time.monotonic() < self._sent_at + _QUIET_S or _running_loop() is not None:
             return False
-        with suppress(psycopg.Error):  # lost: they poll
-            self._executor.in_between(lambda conn: _notify(conn, self._executor.me["incarnation"], self._take()))
+        keys, sent = self._take(), False
+        with suppress(psycopg.Error):
+            sent = self._executor.in_between(lambda conn: self._send(conn, keys))
         with self._lock:
+            if not sent:
+                self._outgoing |= keys
             self._sending = bool(self._outgoing)
             return not self._sending
 
@@ -3466,16 +3478,19 @@ class _Hints:
             keys = self._take()
             if not keys:
                 return
-            with suppress(psycopg.Error), self._executor.pool.connection() as conn:
-                _notify(conn, self._executor.me["incarnation"], keys)
+            with suppress(psycopg.Error), self._executor.pool.connection() as conn:  # lost: they poll
+                self._send(conn, keys)
 
     def _take(self) -> set[tuple[str, ...]]:
-        """Take what has gathered; if that is nothing, nobody sends from now on."""
+        """Take what has gathered; a sender that finds nothing is done."""
         with self._lock:
             keys, self._outgoing = self._outgoing, set()
             self._sending = bool(keys)
-            self._sent_at = time.monotonic()
             return keys
+
+    def _send(self, conn: Conn, keys: set[tuple[str, ...]]) -> None:
+        self._sent_at = time.monotonic()
+        _notify(conn, self._executor.me["incarnation"], keys)
 
 
 def _notify(conn: Conn, sender: int, keys: Iterable[tuple[str, ...]]) -> None:
@@ -5086,10 +5101,10 @@ async def _receive_message(executor: _Executor, topic: str, timeout_s: float) ->
             with executor.hints.expected("m", run.id, topic) as hint:
                 left = end - time.monotonic()
                 row |= {"nothing": executor.serialize(None) if left <= 0 else None, "took_s": time.monotonic() - began}
-                free = await executor.journal.write_one(_RECEIVE, row)
-                if free and row["told"] is not None:
+                answered = await executor.journal.write_one(_RECEIVE, row)
+                if answered and row["told"] is not None:
                     return run.outcome(_Record(position, name, row["told"], None, None))
-                past = None if free else await run.settle(position, name)
+                past = None if answered else await run.settle(position, name)
                 if past is not None:
                     return run.outcome(past)
                 # After trouble a former try may have come too late to be seen, and no hint will follow: look again.
@@ -5100,8 +5115,8 @@ async def _receive_message(executor: _Executor, topic: str, timeout_s: float) ->
 # The oldest message of a topic is taken and recorded, in one, and told; or null, where one may be waited for.
 # With `nothing`, the text of None, that there is none is put on record.  Our own former try, should it be at work
 # yet, has its message locked: this one waits for it, and fails at the record.  (Where there is nothing to record no
-# row is locked: a look would cost the flush of a commit.  And of an `exists` in that place the planner might make a
-# hash of all messages that wait for anybody.)
+# row is locked: a look would cost the flush of a commit.  And of an `exists`, instead of the subquery in `coalesce`,
+# the planner might make a hash of all messages that wait for anybody.)
 _RECEIVE = _Write(
     "receive",
     "id text, claim bigint, position integer, name text, topic text, nothing text, took_s double precision",
