@@ -3888,7 +3888,11 @@ class _ThreadedExecutor(_HintedExecutor):
         return _Wait(block, wait.on_loop)
 
     async def watch(self, run: _Run) -> None:
-        """Run what we wait for on this thread, if no other can be had."""
+        """Run what we wait for on this thread, if no other can be had.
+
+        (To do so whenever it has not begun saves up to a tenth of it; but no cancel, deadline or Ctrl-C would then end
+        the wait before the user's code comes to its next step.)
+        """
         queues = True
         while queues and not (run.done.is_set or run.stop.is_set):
             queues = await _Wait(lambda: self.threads.help_with(run.job), _no)
