@@ -37,7 +37,6 @@ import importlib.util
 import inspect
 import itertools
 import json
-import linecache
 import logging
 import os
 import py_compile
@@ -4397,6 +4396,7 @@ def _free_port() -> int:
 # What each room of durable.py adds, in a section of its name.  A test stands with the last of the rooms that it
 # needs; where that does not need them all itself, the test names the others, so that it can go with each of them.
 
+import linecache
 import uuid
 import weakref
 
