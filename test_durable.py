@@ -16771,11 +16771,14 @@ def journey():
 
 
 def meet_fate(number, fate):
-    """At the statement of this number that this thread makes, die before it, or behind it, or lose its answer."""
+    """At the statement of this number that this thread makes, die before it, or behind it, or lose its answer.
+
+    Hints are not counted: it depends on the time since the last whether they go from this thread.
+    """
     left, me, execute, pid = [number], threading.get_ident(), psycopg.Cursor.execute, os.getpid()
 
     def fated(self, *args, **kwargs):
-        if threading.get_ident() != me:
+        if threading.get_ident() != me or "pg_notify" in str(args[0]):
             return execute(self, *args, **kwargs)
         left[0] -= 1
         if left[0] == 0 and fate == "before":
