@@ -1754,20 +1754,23 @@ class _LivingExecutor(_PatientExecutor):
     def recover(self, listed: Sequence[str] = ()) -> list[str]:
         """Take up what nobody runs, of `listed` executors too, live or not; stop what we run and is no longer ours."""
 
-        def take(conn: Conn) -> list[dict[str, Any]]:
-            """Look first, and compare with memory then: a run of ours is in `claimed` before its row can be read.
-
-            In one attempt, so that after trouble all is looked at anew: who lives, and what an unanswered try took.
-            """
+        def take(conn: Conn) -> tuple[set[Any], list[dict[str, Any]]]:
+            # Look first, and compare with memory then: a run of ours is in `claimed` before its row can be read.  In
+            # one attempt, so that after trouble all is looked at anew: who lives, and what an unanswered try took.
             _note_lost(conn)
+            query = "select id, claim from durable.workflows where status = 'PENDING' and incarnation = %(incarnation)s"
+            ours = set(conn.execute(query, self.me))  # and no more of them: they may be ten thousand
+            lost = [id for id, _ in ours - self.claimed.keys()]
             # (Up to its first sweep, which comes when the grace of a Postgres that has just started, too, is over.)
             newcomer = time.monotonic() < self.launched_at + _RESTART_GRACE_S + _SWEEP_S / 2
-            left = _left_alone(conn, self.me, self.config["failover"], newcomer, list(listed))
-            return self.seize(conn, [row for row in left if (row["id"], row["claim"]) not in self.claimed])
+            left = _left_alone(conn, self.config | self.me, newcomer, lost=lost, listed=list(listed))
+            return ours, self.seize(conn, [row for row in left if (row["id"], row["claim"]) not in self.claimed])
 
         with self.claiming:
-            self.reconsider(tuple(self.running.values()))
-            return self.take_up(self.now(take))
+            running = tuple(self.running.values())
+            ours, taken = self.now(take)
+            self.reconsider(run for run in running if (run.id, run.claim) not in ours)
+            return self.take_up(taken)
 
     def seize(self, conn: Conn, lost: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Take those that are known here; dead-letter those that have taken their process down too often."""
@@ -1808,29 +1811,26 @@ class _LivingExecutor(_PatientExecutor):
                 run.halt(why)
 
 
-def _left_alone(
-    conn: Conn, me: dict[str, Any], failover: bool, newcomer: bool, listed: list[str]
-) -> list[dict[str, Any]]:
-    """Read what is PENDING of this version under our own incarnation, the executors that are listed, and the dead.
+def _left_alone(conn: Conn, me: dict[str, Any], newcomer: bool, **ids: list[str]) -> list[dict[str, Any]]:
+    """Read what is PENDING of this version: what was lost, and what is of the executors that are listed, or dead.
 
     The dead of our own name; with `failover`, of every name.  Dead is who stopped in good order; whose lock was free
     for half a sweep since somebody first saw it so; for a `newcomer` under its name, whose lock is free now; and
     whoever was launched with another version: what it runs is not of this one.
     """
     query = f"""
-        select {", ".join(f"w.{column}" for column in _LOOKED_AT)}
-          from durable.workflows as w
+        select {", ".join(f"w.{column}" for column in _LOOKED_AT)} from durable.workflows as w
           left join durable.executors as e on e.incarnation = w.incarnation and e.application_version = %(version)s
          where w.status = 'PENDING' and w.incarnation is not null and w.application_version = %(version)s
-           and (w.incarnation = %(incarnation)s or w.executor_id = any(%(listed)s)
+           and (w.id = any(%(lost)s) or w.executor_id = any(%(listed)s)
                 or ((w.executor_id = %(executor_id)s or %(failover)s)
                     and (e.incarnation is null or e.stopped_at is not null
                          or e.lost_at < clock_timestamp() - make_interval(secs => %(patience_s)s)
                          or (e.lost_at is not null and %(newcomer)s and w.executor_id = %(executor_id)s))))
          order by w.number
     """
-    asked = {"failover": failover, "newcomer": newcomer, "listed": listed, "patience_s": _SWEEP_S / 2}
-    return conn.cursor(row_factory=dict_row).execute(query, {**me, **asked}).fetchall()
+    asked = {**me, **ids, "newcomer": newcomer, "patience_s": _SWEEP_S / 2}
+    return conn.cursor(row_factory=dict_row).execute(query, asked).fetchall()
 
 
 def _note_lost(conn: Conn) -> None:

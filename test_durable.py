@@ -3361,6 +3361,30 @@ def test_live_work_is_never_taken(dbos, executor, finished, gate, witness, fast_
     assert runs == [1]
 
 
+def test_a_sweep_reads_little_of_what_runs_here(dbos, gate, monkeypatch):
+    """There may be ten thousand of them: that they are there is enough."""
+    read = []
+
+    def watch(conn, *args, made, **ids):
+        found = made(conn, *args, **ids)
+        read.extend(found)
+        return found
+
+    @dbos.workflow()
+    def held():
+        gate()
+
+    for statement in ("_left_alone", "_claims"):
+        monkeypatch.setattr(durable, statement, functools.partial(watch, made=getattr(durable, statement)))
+    handle = dbos.start_workflow(held)
+    gate.await_body()
+    assert dbos._executor.recover() == []
+    assert dbos._executor.running[handle.workflow_id].stopped is None
+    assert read == []
+    gate.open()
+    handle.get_result()
+
+
 @pytest.mark.parametrize("statement", ["_note_lost", "_left_alone"])
 def test_a_workflow_that_begins_while_a_sweep_waits_is_not_taken(dbos, gate, witness, monkeypatch, statement):
     """Whichever of its statements is late (no connection, a restart of Postgres), the sweep leaves alone what runs."""
@@ -3377,10 +3401,10 @@ def test_a_workflow_that_begins_while_a_sweep_waits_is_not_taken(dbos, gate, wit
 
     began, made = [], getattr(durable, statement)
 
-    def late(conn, *args):
+    def late(conn, *args, **ids):
         began.append(dbos.start_workflow(slow))
         gate.await_body()
-        return made(conn, *args)
+        return made(conn, *args, **ids)
 
     monkeypatch.setattr(durable, "_SWEEP_S", 1e6)  # no sweeps but ours
     dbos.destroy()
@@ -17595,15 +17619,22 @@ MUTANTS = [
     Mutant("many children of an ended parent", "def _grouped", "w.status = 'PENDING'", "true", "a parent and a cancel"),
     Mutant("many children without a lock", "def _grouped", " for share of w", "", "a child and its deleted parent"),
     Mutant(  # this was a fault once, and was found by luck
-        "compare, then look", "newcomer = time.monotonic() <",
+        "compare, then look", "def recover(self, listed",
         """
-            left = _left_alone(conn, self.me, self.config["failover"], newcomer, list(listed))
-            return self.seize(conn, [row for row in left if (row["id"], row["claim"]) not in self.claimed])
+            ours = set(conn.execute(query, self.me))  # and no more of them: they may be ten thousand
+            lost = [id for id, _ in ours - self.claimed.keys()]
+            # (Up to its first sweep, which comes when the grace of a Postgres that has just started, too, is over.)
+            newcomer = time.monotonic() < self.launched_at + _RESTART_GRACE_S + _SWEEP_S / 2
+            left = _left_alone(conn, self.config | self.me, newcomer, lost=lost, listed=list(listed))
+            return ours, self.seize(conn, [row for row in left if (row["id"], row["claim"]) not in self.claimed])
 """,
         """
             before = set(self.claimed)
-            left = _left_alone(conn, self.me, self.config["failover"], newcomer, list(listed))
-            return self.seize(conn, [row for row in left if (row["id"], row["claim"]) not in before])
+            ours = set(conn.execute(query, self.me))
+            lost = [id for id, _ in ours - before]
+            newcomer = time.monotonic() < self.launched_at + _RESTART_GRACE_S + _SWEEP_S / 2
+            left = _left_alone(conn, self.config | self.me, newcomer, lost=lost, listed=list(listed))
+            return ours, self.seize(conn, [row for row in left if (row["id"], row["claim"]) not in before])
 """,
         "a run and its sweeper",
     ),
@@ -17616,7 +17647,7 @@ MUTANTS = [
         "with self.claiming:", "with nullcontext():", "a dequeue and its sweeper",
     ),
     Mutant(
-        "a sweep that overtakes a dequeue", "return self.seize(conn, [row",
+        "a sweep that overtakes a dequeue", "return ours, self.seize(conn, [row",
         "with self.claiming:", "with nullcontext():", "a dequeue and its sweeper",
     ),
     Mutant(
