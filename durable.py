@@ -1540,9 +1540,8 @@ _CLIENTS = 256  # connections to the admin server at a time: it must leave open 
 
 # --- Bad times ----------------------------------------------------------------------------------------
 #
-# A database that is away, restarts, is full or read-only for a while is waited for, however long it takes:
-# every statement of ours may be made again, since what it did is seen (the record is there, the claim has
-# moved) and adopted.
+# A database that is away, restarts, is full or read-only for a while is waited for, however long it takes: any
+# statement of ours may be made again, as what it did is seen (the record is there, the claim has moved) and adopted.
 
 
 def _pauses() -> Iterator[float]:
@@ -1754,22 +1753,24 @@ class _LivingExecutor(_PatientExecutor):
     def recover(self, listed: Sequence[str] = ()) -> list[str]:
         """Take up what nobody runs, of `listed` executors too, live or not; stop what we run and is no longer ours."""
 
-        def take(conn: Conn) -> tuple[set[Any], list[dict[str, Any]]]:
+        def take(conn: Conn) -> tuple[dict[str, int], list[dict[str, Any]]]:
             # Look first, and compare with memory then: a run of ours is in `claimed` before its row can be read.  In
             # one attempt, so that after trouble all is looked at anew: who lives, and what an unanswered try took.
             _note_lost(conn)
-            query = "select id, claim from durable.workflows where status = 'PENDING' and incarnation = %(incarnation)s"
-            ours = set(conn.execute(query, self.me))  # and no more of them: they may be ten thousand
-            lost = [id for id, _ in ours - self.claimed.keys()]
+            query = """select json_object_agg(id, claim) from durable.workflows
+                        where status = 'PENDING' and incarnation = %(incarnation)s"""
+            ((found,),) = conn.execute(query, self.me)
+            ours = found or {}  # by ID; one value, as ten thousand rows are work for the garbage collector, too
+            lost = {id: claim for id, claim in ours.items() if (id, claim) not in self.claimed}
             # (Up to its first sweep, which comes when the grace of a Postgres that has just started, too, is over.)
             newcomer = time.monotonic() < self.launched_at + _RESTART_GRACE_S + _SWEEP_S / 2
-            left = _left_alone(conn, self.config | self.me, newcomer, lost=lost, listed=list(listed))
-            return ours, self.seize(conn, [row for row in left if (row["id"], row["claim"]) not in self.claimed])
+            left = _left_alone(conn, self.config | self.me, newcomer, listed=list(listed), lost=json.dumps(lost))
+            return ours, self.seize(conn, left)
 
         with self.claiming:
             running = tuple(self.running.values())
             ours, taken = self.now(take)
-            self.reconsider(run for run in running if (run.id, run.claim) not in ours)
+            self.reconsider(run for run in running if run.claim != ours.get(run.id))
             return self.take_up(taken)
 
     def seize(self, conn: Conn, lost: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -1811,7 +1812,7 @@ class _LivingExecutor(_PatientExecutor):
                 run.halt(why)
 
 
-def _left_alone(conn: Conn, me: dict[str, Any], newcomer: bool, **ids: list[str]) -> list[dict[str, Any]]:
+def _left_alone(conn: Conn, me: dict[str, Any], newcomer: bool, **ids: object) -> list[dict[str, Any]]:
     """Read what is PENDING of this version: what was lost, and what is of the executors that are listed, or dead.
 
     The dead of our own name; with `failover`, of every name.  Dead is who stopped in good order; whose lock was free
@@ -1822,11 +1823,11 @@ def _left_alone(conn: Conn, me: dict[str, Any], newcomer: bool, **ids: list[str]
         select {", ".join(f"w.{column}" for column in _LOOKED_AT)} from durable.workflows as w
           left join durable.executors as e on e.incarnation = w.incarnation and e.application_version = %(version)s
          where w.status = 'PENDING' and w.incarnation is not null and w.application_version = %(version)s
-           and (w.id = any(%(lost)s) or w.executor_id = any(%(listed)s)
-                or ((w.executor_id = %(executor_id)s or %(failover)s)
-                    and (e.incarnation is null or e.stopped_at is not null
-                         or e.lost_at < clock_timestamp() - make_interval(secs => %(patience_s)s)
-                         or (e.lost_at is not null and %(newcomer)s and w.executor_id = %(executor_id)s))))
+           and case when w.incarnation = %(incarnation)s then %(lost)s::jsonb->>w.id = w.claim::text
+                    else w.executor_id = any(%(listed)s) or ((w.executor_id = %(executor_id)s or %(failover)s)
+                         and (e.incarnation is null or e.stopped_at is not null
+                              or e.lost_at < clock_timestamp() - make_interval(secs => %(patience_s)s)
+                              or (e.lost_at is not null and %(newcomer)s and w.executor_id = %(executor_id)s))) end
          order by w.number
     """
     asked = {**me, **ids, "newcomer": newcomer, "patience_s": _SWEEP_S / 2}
@@ -2088,9 +2089,8 @@ class _Transacting(_Engine):
 
 # --- Admin --------------------------------------------------------------------------------------------
 #
-# The HTTP server for operators, load balancers, Prometheus and people.  It listens on loopback unless a
-# token guards it, and believes nothing that a browser sends on a web page's behalf.  One request per
-# connection: whatever else is sent on it is dropped.
+# The HTTP server for operators, load balancers, Prometheus and people.  It listens on loopback unless a token guards
+# it, and believes nothing that a browser sends on a web page's behalf.  One request per connection: more is dropped.
 
 
 class _AdminServer(socketserver.ThreadingTCPServer):

@@ -3419,6 +3419,35 @@ def test_a_workflow_that_begins_while_a_sweep_waits_is_not_taken(dbos, gate, wit
     assert witness.workflow(handle.workflow_id).recovery_attempts == 1
 
 
+def test_what_begins_anew_while_a_sweep_waits_is_not_what_was_lost(dbos, finished, gate, witness, monkeypatch):
+    """It has the ID of what the sweep saw first, and another claim."""
+    made = durable._left_alone
+
+    def late(conn, *args, **ids):
+        assert "w" in ids["lost"]
+        witness.run("delete from durable.workflows")
+        with SetWorkflowID("w"):
+            dbos.start_workflow(anew)
+        gate.await_body()
+        return made(conn, *args, **ids)
+
+    @dbos.workflow()
+    def anew():
+        gate()
+
+    monkeypatch.setattr(durable, "_SWEEP_S", 1e6)  # no sweeps but ours
+    dbos.destroy()
+    dbos.launch()
+    finished("w")
+    witness.run("update durable.workflows set status = 'PENDING', completed_at = null where id = 'w'")
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "_left_alone", late)
+        assert dbos._executor.recover() == []
+    gate.open()
+    assert result_of(dbos, "w") is None
+    assert witness.workflow("w").recovery_attempts == 1
+
+
 def test_a_sweep_whose_answer_is_lost_looks_again(wire, executor, witness, monkeypatch):
     """What it took without knowing is neither running nor forgotten: the same sweep finds it."""
     monkeypatch.setattr(durable, "_SWEEP_S", 1e6)  # no sweeps but ours
@@ -17619,22 +17648,17 @@ MUTANTS = [
     Mutant("many children of an ended parent", "def _grouped", "w.status = 'PENDING'", "true", "a parent and a cancel"),
     Mutant("many children without a lock", "def _grouped", " for share of w", "", "a child and its deleted parent"),
     Mutant(  # this was a fault once, and was found by luck
-        "compare, then look", "def recover(self, listed",
+        "compare, then look", "_note_lost(conn)",
         """
-            ours = set(conn.execute(query, self.me))  # and no more of them: they may be ten thousand
-            lost = [id for id, _ in ours - self.claimed.keys()]
-            # (Up to its first sweep, which comes when the grace of a Postgres that has just started, too, is over.)
-            newcomer = time.monotonic() < self.launched_at + _RESTART_GRACE_S + _SWEEP_S / 2
-            left = _left_alone(conn, self.config | self.me, newcomer, lost=lost, listed=list(listed))
-            return ours, self.seize(conn, [row for row in left if (row["id"], row["claim"]) not in self.claimed])
+            ((found,),) = conn.execute(query, self.me)
+            ours = found or {}  # by ID; one value, as ten thousand rows are work for the garbage collector, too
+            lost = {id: claim for id, claim in ours.items() if (id, claim) not in self.claimed}
 """,
         """
             before = set(self.claimed)
-            ours = set(conn.execute(query, self.me))
-            lost = [id for id, _ in ours - before]
-            newcomer = time.monotonic() < self.launched_at + _RESTART_GRACE_S + _SWEEP_S / 2
-            left = _left_alone(conn, self.config | self.me, newcomer, lost=lost, listed=list(listed))
-            return ours, self.seize(conn, [row for row in left if (row["id"], row["claim"]) not in before])
+            ((found,),) = conn.execute(query, self.me)
+            ours = found or {}
+            lost = {id: claim for id, claim in ours.items() if (id, claim) not in before}
 """,
         "a run and its sweeper",
     ),
@@ -17647,7 +17671,7 @@ MUTANTS = [
         "with self.claiming:", "with nullcontext():", "a dequeue and its sweeper",
     ),
     Mutant(
-        "a sweep that overtakes a dequeue", "return ours, self.seize(conn, [row",
+        "a sweep that overtakes a dequeue", "return ours, self.seize(conn, left)",
         "with self.claiming:", "with nullcontext():", "a dequeue and its sweeper",
     ),
     Mutant(
