@@ -3840,9 +3840,8 @@ class _ThreadedExecutor(_HintedExecutor):
         self.loops.pop(run, None)
 
     def reconsider(self, runs: Iterable[_Run]) -> None:
-        for run, loop in tuple(self.loops.items()):
-            if loop.is_closed():
-                self.forget(run)  # it will never go on: the sweep takes it up
+        for run in [run for run, loop in self.loops.copy().items() if loop.is_closed()]:
+            self.forget(run)  # it will never go on: the sweep takes it up
         super().reconsider(runs)
 
     def room_again(self) -> None:
@@ -4464,8 +4463,8 @@ class _TimedExecutor(_ClockedExecutor, _HintedExecutor):
             self.work.set()
 
     def _look_at_doubted(self, now: float) -> float:
-        doubted = [self.running.get(self.doubted.pop()) for _ in range(len(self.doubted))]
-        self.reconsider(filter(None, doubted))
+        if doubted := [self.running.get(self.doubted.pop()) for _ in range(len(self.doubted))]:
+            self.reconsider(filter(None, doubted))
         return math.inf
 
     def _expire(self, now: float) -> float:

@@ -10860,6 +10860,20 @@ def test_a_cancel_within_a_transaction_tells_when_it_is_committed(no_polling, db
     eventually(lambda: "w" not in dbos._executor.running)
 
 
+def test_a_dispatcher_that_is_woken_looks_at_no_run_that_nobody_doubts(dbos, monkeypatch):
+    """It is woken often, and ten thousand may be at work."""
+    looks = []
+    monkeypatch.setattr(durable, "_SWEEP_S", 1e6)
+    dbos.destroy()
+    dbos.launch()
+    monkeypatch.setattr(durable._Executor, "reconsider", lambda executor, runs: looks.append(list(runs)))
+    executor = dbos._executor
+    executor.work.set()
+    eventually(lambda: not executor.work.is_set())
+    dbos.destroy()
+    assert looks == []
+
+
 @pytest.mark.parametrize("end", ["cancel", "delete"])
 def test_a_child_that_begins_while_its_family_is_ended_is_ended_too(dbos, gate, witness, monkeypatch, end):
     """The family is looked for again until there is nobody new: behind its end, a parent begins no child."""
