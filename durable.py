@@ -3839,10 +3839,11 @@ class _ThreadedExecutor(_HintedExecutor):
         super().forget(run)
         self.loops.pop(run, None)
 
-    def reconsider(self, runs: Iterable[_Run]) -> None:
+    def recover(self, listed: Sequence[str] = ()) -> list[str]:
+        """Take up, too, what ran on an event loop that was closed: there it will never go on."""
         for run in [run for run, loop in self.loops.copy().items() if loop.is_closed()]:
-            self.forget(run)  # it will never go on: the sweep takes it up
-        super().reconsider(runs)
+            self.forget(run)
+        return super().recover(listed)
 
     def room_again(self) -> None:
         """A thread is free."""

@@ -3305,12 +3305,9 @@ def test_the_lock_is_kept_whatever_its_keeper_meets(dbos, monkeypatch):
     assert any(thread.name == "durable-keep" and thread.is_alive() for thread in dbos._executor._own_threads)
 
 
-def test_one_look_is_not_enough_to_call_an_executor_dead(dbos, finished, witness, monkeypatch):
+def test_one_look_is_not_enough_to_call_an_executor_dead(no_sweeps, dbos, finished, witness):
     """A free lock may be a connection that dropped; only at the second look is its work taken up."""
     finished("w")
-    dbos.destroy()
-    monkeypatch.setattr(durable, "_SWEEP_S", 1e6)  # no sweeps but ours
-    dbos.launch()
     orphan(witness, "w")
     dbos._executor.launched_at = float("-inf")  # no newcomer any more
     assert dbos._executor.recover() == dbos._executor.recover() == []
@@ -3386,7 +3383,9 @@ def test_a_sweep_reads_little_of_what_runs_here(dbos, gate, monkeypatch):
 
 
 @pytest.mark.parametrize("statement", ["_note_lost", "_left_alone"])
-def test_a_workflow_that_begins_while_a_sweep_waits_is_not_taken(dbos, gate, witness, monkeypatch, statement):
+def test_a_workflow_that_begins_while_a_sweep_waits_is_not_taken(
+    no_sweeps, dbos, gate, witness, monkeypatch, statement
+):
     """Whichever of its statements is late (no connection, a restart of Postgres), the sweep leaves alone what runs."""
     steps = []
 
@@ -3406,9 +3405,6 @@ def test_a_workflow_that_begins_while_a_sweep_waits_is_not_taken(dbos, gate, wit
         gate.await_body()
         return made(conn, *args, **ids)
 
-    monkeypatch.setattr(durable, "_SWEEP_S", 1e6)  # no sweeps but ours
-    dbos.destroy()
-    dbos.launch()
     with monkeypatch.context() as patch:
         patch.setattr(durable, statement, late)
         assert dbos._executor.recover() == []
@@ -3419,7 +3415,9 @@ def test_a_workflow_that_begins_while_a_sweep_waits_is_not_taken(dbos, gate, wit
     assert witness.workflow(handle.workflow_id).recovery_attempts == 1
 
 
-def test_what_begins_anew_while_a_sweep_waits_is_not_what_was_lost(dbos, finished, gate, witness, monkeypatch):
+def test_what_begins_anew_while_a_sweep_waits_is_not_what_was_lost(
+    no_sweeps, dbos, finished, gate, witness, monkeypatch
+):
     """It has the ID of what the sweep saw first, and another claim."""
     made = durable._left_alone
 
@@ -3435,9 +3433,6 @@ def test_what_begins_anew_while_a_sweep_waits_is_not_what_was_lost(dbos, finishe
     def anew():
         gate()
 
-    monkeypatch.setattr(durable, "_SWEEP_S", 1e6)  # no sweeps but ours
-    dbos.destroy()
-    dbos.launch()
     finished("w")
     witness.run("update durable.workflows set status = 'PENDING', completed_at = null where id = 'w'")
     with monkeypatch.context() as patch:
@@ -3448,9 +3443,8 @@ def test_what_begins_anew_while_a_sweep_waits_is_not_what_was_lost(dbos, finishe
     assert witness.workflow("w").recovery_attempts == 1
 
 
-def test_a_sweep_whose_answer_is_lost_looks_again(wire, executor, witness, monkeypatch):
+def test_a_sweep_whose_answer_is_lost_looks_again(no_sweeps, wire, executor, witness):
     """What it took without knowing is neither running nor forgotten: the same sweep finds it."""
-    monkeypatch.setattr(durable, "_SWEEP_S", 1e6)  # no sweeps but ours
     dbos = executor(system_database_url=wire.url)
     greet = dbos.workflow(name="greet")(lambda name: f"hello {name}")
     dbos.launch()
@@ -5256,8 +5250,8 @@ def test_a_task_that_is_cancelled_before_it_began_holds_nothing(dbos, witness):
     asyncio.run(main())
 
 
-def test_a_loop_that_is_closed_under_a_workflow_loses_nothing(dbos, fast_sweeps):
-    """The sweep takes up what no loop runs any more."""
+def test_a_loop_that_is_closed_under_a_workflow_loses_nothing(no_sweeps, dbos):
+    """The next sweep takes up what no loop runs any more."""
     entered = []
 
     @dbos.workflow()
@@ -5276,6 +5270,7 @@ def test_a_loop_that_is_closed_under_a_workflow_loses_nothing(dbos, fast_sweeps)
     loop = asyncio.new_event_loop()
     workflow_id = loop.run_until_complete(main())
     loop.close()
+    assert dbos._executor.recover() == [workflow_id]
     assert result_of(dbos, workflow_id) == "done"
 
 
@@ -10834,9 +10829,8 @@ def test_a_workflow_that_is_cancelled_while_it_is_claimed_does_not_begin(dbos, q
     assert job.ran == []
 
 
-def test_a_cancel_within_a_transaction_tells_when_it_is_committed(no_polling, dbos, sleeper, monkeypatch):
+def test_a_cancel_within_a_transaction_tells_when_it_is_committed(no_polling, no_sweeps, dbos, sleeper, monkeypatch):
     """Before, nobody could see it, and there would be no second hint."""
-    monkeypatch.setattr(durable, "_SWEEP_S", 1e6)
     heard = []
 
     def hear(executor, runs, look=durable._Executor.reconsider):
@@ -10850,8 +10844,6 @@ def test_a_cancel_within_a_transaction_tells_when_it_is_committed(no_polling, db
         assert not dbos._executor.doubted
         assert not heard
 
-    dbos.destroy()
-    dbos.launch()
     monkeypatch.setattr(durable._Executor, "reconsider", hear)
     handle = begin(dbos, sleeper)
     eventually(lambda: dbos._executor.running["w"].stop.wakers)
@@ -10860,12 +10852,9 @@ def test_a_cancel_within_a_transaction_tells_when_it_is_committed(no_polling, db
     eventually(lambda: "w" not in dbos._executor.running)
 
 
-def test_a_dispatcher_that_is_woken_looks_at_no_run_that_nobody_doubts(dbos, monkeypatch):
+def test_a_dispatcher_that_is_woken_looks_at_no_run_that_nobody_doubts(no_sweeps, dbos, monkeypatch):
     """It is woken often, and ten thousand may be at work."""
     looks = []
-    monkeypatch.setattr(durable, "_SWEEP_S", 1e6)
-    dbos.destroy()
-    dbos.launch()
     monkeypatch.setattr(durable._Executor, "reconsider", lambda executor, runs: looks.append(list(runs)))
     executor = dbos._executor
     executor.work.set()
