@@ -152,7 +152,6 @@ class _Run:
         self.executor, self.row = executor, row
         self.function = cast(_Function, executor.registry._function_for(row))
         self.id, self.claim = str(row["id"]), int(row["claim"])
-        self.job: Callable[[], object] = lambda: _block(executor.background(self))  # for a thread
         self.done = _Signal()  # it has ended: with `result`, or else the database knows how
         self.status, self.result = "PENDING", cast(tuple[Any] | None, None)
         self.stopped: _Stopped | None = None  # set from outside when this run is no longer to go on,
@@ -278,6 +277,9 @@ class _Run:
         """Where the user's code runs: that of the workflow, or of a step."""
         return _Inside(self, step)
 
+    def job(self) -> None:  # for a thread (kept as an attribute, it would refer back to us)
+        _block(self.executor.background(self))
+
     async def execute(self) -> Any:
         """Run the function to its end, write the outcome, and return or raise it."""
         value, error = None, None
@@ -319,9 +321,8 @@ class _Run:
         error = substitute if error is None else error  # a result that cannot be stored
         status = "SUCCESS" if error is None else "ERROR"  # not `if error`: an exception may have a __bool__
         row = {"id": self.id, "claim": self.claim, "status": status, "output": output, "error": problem}
-        while not await self.executor.write(_FINISH, row):
-            if not await self.standing(finished=status):
-                break  # it is written; only the acknowledgement was lost
+        while not await self.executor.write(_FINISH, row) and await self.standing(finished=status):
+            continue  # unless it is written, and only the acknowledgement was lost
         self.status, self.result = status, (value,) if error is None else None
         return error
 
@@ -888,21 +889,20 @@ def _block(body: Coroutine[Any, Any, T]) -> T:
 @types.coroutine
 def _suspend(body: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
     """Run an operation on the event loop; what is not our own wait comes from the user's code: pass it on."""
-    step: Callable[[], Any] = functools.partial(body.send, None)
+    go_on, value = body.send, cast(Any, None)
     while True:
         try:
-            wait = step()
+            wait = go_on(value)
         except StopIteration as end:
             return cast(T, end.value)
         try:
             value = (yield from wait.on_loop().__await__()) if isinstance(wait, _Wait) else (yield wait)
+            go_on = body.send
         except GeneratorExit:  # nobody will drive us any more
             body.close()
             raise
         except BaseException as error:
-            step = functools.partial(body.throw, error)
-        else:
-            step = functools.partial(body.send, value)
+            go_on, value = body.throw, error
 
 
 def _raised(error: Exception) -> Exception:
@@ -3723,7 +3723,9 @@ class _Threads:
             if self._idle:
                 self._idle.pop().put(job)
             else:
-                thread = threading.Thread(target=self._work, args=(job,), daemon=True, name=self._name)
+                inbox: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+                inbox.put(job)  # not as an argument: those a thread keeps, and with them all that the job refers to
+                thread = threading.Thread(target=self._work, args=(inbox,), daemon=True, name=self._name)
                 if not _begin_thread(thread):
                     self.short = True
                     self._jobs[job] = None
@@ -3732,9 +3734,8 @@ class _Threads:
                 self._threads.add(thread)
             self._free -= 1
 
-    def _work(self, job: Callable[[], object] | None) -> None:
-        inbox: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
-        while job is not None:
+    def _work(self, inbox: SimpleQueue[Callable[[], object] | None]) -> None:
+        while (job := inbox.get()) is not None:
             self._here.at_work = True
             try:
                 job()
@@ -3748,7 +3749,6 @@ class _Threads:
                 self._idle.append(inbox)
                 self._start_jobs()
             self._freed()
-            job = inbox.get()
         self._threads.discard(threading.current_thread())
 
     def close(self, patience_s: float = 1.0) -> None:
@@ -4257,24 +4257,23 @@ class _InsideTask(_Inside):
 @types.coroutine
 def _in_turns(body: Coroutine[Any, Any, T], run: _OrderedRun) -> Generator[Any, Any, T]:
     """Run the code of a coroutine workflow, and note when it goes on and when it waits."""
-    step: Callable[[], Any] = functools.partial(body.send, None)
+    go_on, value = body.send, cast(Any, None)
     while True:
         run.take_turn()
         try:
-            wait = step()
+            wait = go_on(value)
         except StopIteration as end:
             return cast(T, end.value)
         if run.turn is not None:
             run.turn.waits = True
         try:
             value = yield wait
+            go_on = body.send
         except GeneratorExit:
             body.close()
             raise
         except BaseException as error:
-            step = functools.partial(body.throw, error)
-        else:
-            step = functools.partial(body.send, value)
+            go_on, value = body.throw, error
 
 
 class _Turn:

@@ -1908,6 +1908,33 @@ def test_an_operation_that_is_thrown_away_with_its_loop_says_nothing(monkeypatch
     assert heard == []
 
 
+@pytest.mark.parametrize("colour", ["blocking", "asynchronous"])
+def test_what_has_ended_leaves_nothing_to_the_garbage_collector(dbos, colour):
+    """Arguments and results may be large: they go at once, with the run that had them."""
+    double = dbos.step(name="double")(lambda n: 2 * n)
+
+    @dbos.workflow()
+    def work(n):
+        return double(double(n))
+
+    @dbos.workflow()
+    async def awork(n):
+        return double(double(n))
+
+    def runs():
+        return [each for each in gc.get_objects() if isinstance(each, durable._Run) and each not in before]
+
+    before = []
+    before = runs()  # other tests'
+    gc.disable()
+    try:
+        assert (work(1) if colour == "blocking" else asyncio.run(awork(1))) == 4
+        assert dbos.start_workflow(work if colour == "blocking" else awork, 2).get_result() == 8
+        eventually(lambda: runs() == [])
+    finally:
+        gc.enable()
+
+
 # --- Waiting ------------------------------------------------------------------------------------------
 #
 # Steps whose result has not arrived yet: a wake-up, a message, an event, the next value of a stream.
