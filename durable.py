@@ -3497,10 +3497,8 @@ class _Hints:
 def _notify(conn: Conn, sender: int, keys: Iterable[tuple[str, ...]]) -> None:
     """Give hints to the other processes.  (What does not fit a notification is found by polling.)"""
     payloads = [payload for key in keys if len(payload := f"{sender} {json.dumps(key)}") < 7900]
-    query = """
-        select set_config('synchronous_commit', 'off', true), pg_notify(%s, payload)
-          from json_array_elements_text(%s) as payload
-    """  # A transaction by itself, which writes no row: no need to wait for the disk.  (JSON is dumped fast.)
+    # A transaction by itself, which writes no row, and so does not wait for the disk.  (JSON is dumped fast.)
+    query = "select pg_notify(%s, payload) from json_array_elements_text(%s) as payload"
     conn.execute(query, (_CHANNEL, json.dumps(payloads)))
 
 
