@@ -277,7 +277,7 @@ class _Run:
         """Where the user's code runs: that of the workflow, or of a step."""
         return _Inside(self, step)
 
-    def job(self) -> None:  # for a thread (kept as an attribute, it would refer back to us)
+    def job(self) -> None:  # for a thread (an attribute that refers to us would leave us to the garbage collector)
         _block(self.executor.background(self))
 
     async def execute(self) -> Any:
