@@ -177,7 +177,7 @@ class _Run:
         if record is not None:
             self.same(record, name)
             # Other tasks get their turn here, as when the step ran: else we might take a position that was theirs.
-            await _Wait(lambda: None, lambda: asyncio.sleep(0))
+            await self.executor.turn
         return record
 
     async def remember(self) -> None:
@@ -867,17 +867,16 @@ class _Wait(Generic[T]):
 
 def _block(body: Coroutine[Any, Any, T]) -> T:
     """Run an operation to its end on this thread."""
+    go_on, value = body.send, cast(Any, None)
     try:
-        wait = body.send(None)
         while True:
+            wait = go_on(value)
             try:
                 if not isinstance(wait, _Wait):
                     raise RuntimeError("a plain function returned an awaitable: make it `async def`, and await it")
-                value = wait.block()
+                go_on, value = body.send, wait.block()
             except BaseException as error:
-                wait = body.throw(error)
-            else:
-                wait = body.send(value)
+                go_on, value = body.throw, error
     except StopIteration as end:
         return cast(T, end.value)
     except RuntimeError as error:
@@ -1004,6 +1003,7 @@ class _BareExecutor:
     run_type: type[_Run] = _Run
     pool: ConnectionPool[Any]  # for everybody's statements
     poll_s: float | None = 0.1  # how often to look for what nobody tells us
+    turn = _Wait[None](lambda: None, lambda: asyncio.sleep(0))  # for other tasks
 
     def __init__(self, registry: Durable, config: dict[str, Any]) -> None:
         self.registry, self.config, self.url = registry, config, str(config["system_database_url"] or "")
@@ -1306,7 +1306,7 @@ class _Engine:
             retries.check(known_as, fn)
 
             async def body(*args: Any, **kwargs: Any) -> Any:
-                if self._executor is not None:
+                if self._executor is not None and _frame.get() is None:
                     self._launched()  # raises where no record would be made, as in a process that was forked
                 return await _step(known_as, retries, functools.partial(fn, *args, **kwargs))
 
