@@ -2066,10 +2066,10 @@ class _Transacting(_Engine):
                 frame = _here()
                 if frame is None:
                     return cast(R, _block(_call(self._launched(), alone, args, kwargs)))
-                if _lending.get() is not None:
-                    return fn(*args, **kwargs)  # a transaction within a transaction is part of it
                 if self._executor is not None:
                     self._executor.join(known_as, frame.run)
+                if _lending.get() is not None:
+                    return fn(*args, **kwargs)  # a transaction within a transaction is part of it
                 return cast(R, _transaction(known_as, isolation_level, functools.partial(fn, *args, **kwargs)))
 
             alone = _Function(f"<temp>.{known_as}", call, fn, 100, "transaction")
@@ -4156,20 +4156,25 @@ class _OrderedRun(_Run):
         Of several tasks that need it, one reads; all go on in the order of their calls, as when the steps ran.
         """
         while self.history_to is not None and position > self.history_to:
-            if self._reading is not None:
-                await _for_any(self._reading)
-                continue
-            self._reading = _Signal()
-            try:
-                self.learn(await self.executor.ask(_read_history, self.id, self.history_to, _HISTORY_CHUNK))
-            finally:
-                self._reading.set()
-                self._reading = None
+            await self._read_on(self.history_to)
 
-    def learn(self, records: list[_Record]) -> None:
-        super().learn(records)
-        if len(records) < _HISTORY_CHUNK:
-            self.history_to = None
+    async def _read_on(self, known: int) -> None:
+        """Read the next part, or wait for the task that does; a plain call reads, too, as it holds up the loop."""
+        read, reading = self.executor.ask(_read_history, self.id, known, _HISTORY_CHUNK), self._reading
+        if reading is not None:
+            return await _Wait(lambda: self.learn(read.block(), known), _for_any(reading).on_loop)
+        self._reading = _Signal()
+        try:
+            self.learn(await read, known)
+        finally:
+            self._reading.set()
+            self._reading = None
+
+    def learn(self, records: list[_Record], known: int = 0) -> None:
+        with self._checking:
+            if self.history_to == known:  # else somebody has read this part meanwhile
+                super().learn(records)
+                self.history_to = self.history_to if len(records) == _HISTORY_CHUNK else None
 
     async def recall(self, position: int, name: str) -> _Record | None:
         if self.cut:
@@ -4866,29 +4871,30 @@ class _QueueingExecutor(_TimedExecutor, _ThreadedExecutor, _HintedExecutor, _Gro
         return self.next_poll
 
     def _take_due(self, now: float) -> float:
-        while self.due:
-            queue = self.registry._queues.get(self.due.pop())
+        for name in tuple(self.due):
+            self.due.discard(name)
+            queue = self.registry._queues.get(name)
             if queue is not None:  # it may have been forgotten meanwhile
                 self._dequeue(queue)
         return math.inf
 
     def _dequeue(self, queue: Queue) -> None:
-        """Take and start what this queue, this process and its threads have room for."""
+        """Take and start a batch of what this queue, this process and its threads have room for."""
 
         def take(conn: Conn) -> tuple[int, list[dict[str, Any]]]:
             room = self._room_for(queue)  # again, now that there is a connection: it may have taken long
             return room, _dequeue(conn, queue, room, self.me) if room > 0 else []
 
-        while True:
-            with self.claiming:
-                self.cramped.add(queue.name)  # before we know: a run that ends now must not be missed
-                if self._room_for(queue) <= 0:
-                    return
-                room, taken = self.now(take)
-                self.take_up(taken)
-                if len(taken) < room:
-                    self.cramped.discard(queue.name)
-                    return
+        with self.claiming:
+            self.cramped.add(queue.name)  # before we know: a run that ends now must not be missed
+            if self._room_for(queue) <= 0:
+                return
+            room, taken = self.now(take)
+            self.take_up(taken)
+        if len(taken) < room:
+            self.cramped.discard(queue.name)
+        else:
+            self.look_at(queue.name)  # after whatever else is due, as there may be no end to it
 
     def _room_for(self, queue: Queue) -> int:
         """How many more workflows of this queue may begin here: none once it is deactivated, or closes."""
@@ -4980,8 +4986,10 @@ def _busy(conn: Conn, queues: list[str]) -> list[str]:
 def _release_delayed(conn: Conn) -> None:
     """Let the workflows whose delay is over be taken, in the place that they had from the start."""
     conn.execute("""
-        update durable.workflows set status = 'ENQUEUED', updated_at = clock_timestamp()
-         where status = 'DELAYED' and delayed_until <= statement_timestamp()
+        with due as (select id from durable.workflows
+                      where status = 'DELAYED' and delayed_until <= statement_timestamp() for update skip locked)
+        update durable.workflows as w set status = 'ENQUEUED', updated_at = clock_timestamp()
+          from due where w.id = due.id
     """)
 
 
@@ -8204,12 +8212,12 @@ class _Rehearsal(_OrderedRun):
     def left(self) -> _Record | None:
         """The first record that no call has recalled."""
         while not self._history and self.history_to is not None:
-            self.learn(self._read(self.id, self.history_to))
+            self.learn(self._read(self.id, self.history_to), self.history_to)
         return min(self._history.values(), default=None)
 
     async def remember(self, position: int = 1) -> None:
         while self.history_to is not None and position > self.history_to:
-            self.learn(self._read(self.id, self.history_to))
+            self.learn(self._read(self.id, self.history_to), self.history_to)
 
     async def recall(self, position: int, name: str) -> _Record | None:
         self.moved_at = time.monotonic()

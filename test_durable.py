@@ -5466,6 +5466,33 @@ def test_tasks_that_read_the_history_at_the_same_time_go_on_in_the_order_of_thei
     assert reads == sorted(set(reads))
 
 
+@pytest.mark.parametrize("kind", ["step", "transaction"])
+def test_a_plain_call_reads_the_history_by_itself_while_another_task_does(dbos, witness, monkeypatch, kind):
+    """It holds up the loop, so whom it waited for would never go on."""
+
+    @dbos.step()
+    async def fetch(number):
+        return number
+
+    @getattr(dbos, kind)()
+    def parse():
+        return "parsed"
+
+    @dbos.workflow()
+    async def work():
+        async def other():
+            return parse()
+
+        return [await fetch(1), *await asyncio.gather(fetch(2), other(), fetch(3))]
+
+    with SetWorkflowID("w"):
+        told = asyncio.run(work())
+    monkeypatch.setattr(durable, "_HISTORY_CHUNK", 1)
+    rewind(dbos, witness, "w", keep=3)
+    eventually(lambda: dbos.get_workflow_status("w").status == "SUCCESS")
+    assert told == result_of(dbos, "w") == [1, 2, "parsed", 3]
+
+
 @tells_who_cancelled
 def test_what_was_recorded_as_its_time_ran_out_is_what_counts(dbos, witness, monkeypatch, fast_sweeps):
     """A timeout between the record and its acknowledgement: the workflow runs again, and sees the record."""
@@ -6327,6 +6354,40 @@ def test_the_same_id_in_another_queue_is_a_warning(dbos, queue, job, caplog):
     with SetWorkflowID("w"):
         assert dbos.register_queue("elsewhere").enqueue(job, "twice").get_result() == "once"
     assert warnings_in(caplog, "w", "elsewhere")
+
+
+def test_a_long_queue_leaves_the_others_their_turn(dbos, monkeypatch):
+    """Coroutines are taken without a limit, a batch at a time: in between comes whatever else is due."""
+    dequeue, looks = durable._dequeue, []
+    monkeypatch.setattr(durable, "_DEQUEUE_BATCH", 2)
+    looking = lambda conn, queue, *rest: looks.append(queue.name) or dequeue(conn, queue, *rest)
+    monkeypatch.setattr(durable, "_dequeue", looking)
+    long, short = dbos.register_queue("long"), dbos.register_queue("short")
+
+    @dbos.workflow()
+    async def job():
+        return "done"
+
+    with dbos._executor.claiming:
+        handles = [long.enqueue(job) for _ in range(20)] + [short.enqueue(job)]
+    assert {handle.get_result() for handle in handles} == {"done"}
+    assert "short" in looks[:3]
+
+
+def test_a_locked_row_holds_up_no_other_delayed_workflow(dbos, queue, job, url, witness):
+    """Somebody's open transaction may cancel or delete it: it is looked at again in a second."""
+    with SetEnqueueOptions(delay_seconds=3600):
+        for id in ("locked", "free"):
+            with SetWorkflowID(id):
+                queue.enqueue(job, id)
+    dbos._executor.deactivated = True  # nothing but this test releases them
+    witness.run("update durable.workflows set delayed_until = now()")
+    with psycopg.connect(url) as other, psycopg.connect(url, autocommit=True) as conn:
+        other.execute("select from durable.workflows where id = 'locked' for update")
+        conn.execute("set lock_timeout = '1s'")
+        durable._release_delayed(conn)
+        statuses = dict(conn.execute("select id, status from durable.workflows").fetchall())
+    assert statuses == {"locked": "DELAYED", "free": "ENQUEUED"}
 
 
 def test_an_idle_queue_hears_of_a_new_job(dbos, executor):
@@ -12235,11 +12296,16 @@ def test_a_transaction_is_of_one_database(dbos, abroad, client_abroad):
 
     @dbos.workflow()
     def work(which):
-        return (ours if which == "ours" else theirs)()
+        return {"ours": ours, "theirs": theirs, "nested": nested}[which]()
+
+    @dbos.transaction()
+    def nested():
+        theirs()
 
     assert theirs() == "done"
-    with pytest.raises(DBOSException, match=r"theirs is for another database.*start_workflow"):
-        work("theirs")
+    for which in ("theirs", "nested"):
+        with pytest.raises(DBOSException, match=r"theirs is for another database.*start_workflow"):
+            work(which)
     with pytest.raises(DBOSException, match=r"is another than that of the DBOS.transaction"):
         work("ours")
 
