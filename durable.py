@@ -41,7 +41,7 @@ The map.  What stands above a banner runs without what stands below it, but for 
     IV.  Operators      management, client, admin API, metrics, page, deploys, command line
 
 Names and behaviour follow the DBOS Python library 2.x: code moves to `dbos` and back by one import line.
-Needs Python 3.10+, psycopg 3 with psycopg_pool, PostgreSQL 13+, and schema.sql beside this file.  MIT licence.
+Needs Python 3.10+, psycopg 3.2+ with psycopg_pool, PostgreSQL 13+, and schema.sql beside this file.  MIT licence.
 """
 
 # ==== I. The engine ===================================================================================
@@ -461,9 +461,9 @@ async def _attempts(run: _Run, position: int, name: str, retries: _Retries, call
             await _pause_run(run.executor, timeout=min(wait_s, _RETRY_CEILING_S))
             wait_s *= retries.backoff_rate
     raise DBOSMaxStepRetriesExceeded(
-        f"step {name} failed at each of its {retries.max_attempts} tries",
+        f"step {name} failed at each of its {retries.max_attempts} tries; the last: {errors[-1]!r}",
         errors=errors, step_name=name, max_retries=retries.max_attempts,
-    )
+    ) from errors[-1]
 
 
 async def _value_of(value: Any) -> Any:
@@ -1272,8 +1272,8 @@ class _Engine:
         """Make a function, plain or async, a workflow: its code must be deterministic (see the top of this file).
 
         Arguments and result are stored; it works on copies of its arguments, as a replay will.  After
-        `max_recovery_attempts` recoveries it is dead-lettered; None: never.  KeyboardInterrupt, SystemExit and
-        the cancelling of its task are no outcome: it stays PENDING, until it is recovered.
+        `max_recovery_attempts` recoveries it is dead-lettered; None: never.  What is no Exception, as KeyboardInterrupt
+        or the cancelling of its task, is no outcome: it stays PENDING, until it is recovered.
         Raises DBOSConflictingRegistrationError if another function has the name.
         """
 
@@ -2518,10 +2518,10 @@ class _SettledExecutor(_TransactingExecutor):
         try:
             super().open()
         except psycopg.Error as error:
-            raise DBOSInitializationError(
-                f"cannot prepare the database: {str(error).strip()}; if this role may not create tables, let another "
-                f"apply schema.sql, and set run_migrations to False"
-            ) from error
+            denied = isinstance(error, psycopg.errors.InsufficientPrivilege)
+            way_out = "; let a role that may apply schema.sql, set run_migrations to False, and grant what README names"
+            what = f"cannot prepare the database: {str(error).strip()}{way_out if denied else ''}"
+            raise DBOSInitializationError(what) from error
 
     def connect(self) -> _Connection:
         """Connect, or say in one sentence why not; later on, a database that is away is waited for."""
@@ -3589,6 +3589,13 @@ class _HintedExecutor(_LivingExecutor):
                 self.hints.send("w", row["id"])
         return super().take_up(rows)
 
+    def open(self) -> None:
+        if tuple(map(int, psycopg.__version__.split(".")[:2])) < (3, 2):  # which has a timeout for notifications
+            raise DBOSInitializationError(
+                f"psycopg is {psycopg.__version__}; it must be 3.2 or later: pip install --upgrade psycopg psycopg-pool"
+            )
+        super().open()
+
     def announce(self, conn: Conn) -> None:
         super().announce(conn)
         if self.listens:
@@ -4643,11 +4650,11 @@ class SetEnqueueOptions(_OptionBlock):
         self, *, deduplication_id: str | None = None, priority: int | None = None,
         app_version: str | None = None, delay_seconds: float | None = None,
     ) -> None:
-        if priority is not None and not 0 <= priority <= 2**31 - 1:
-            raise ValueError(f"priority is {priority}: it must be from 0 (first) to 2147483647")
+        if priority is not None and not (type(priority) is int and 0 <= priority <= 2**31 - 1):
+            raise ValueError(f"priority is {priority!r}: it must be a whole number from 0 (first) to 2147483647")
         if deduplication_id is not None:
             _valid_name("deduplication ID", deduplication_id)
-        if delay_seconds is not None and not 0 <= delay_seconds <= _LONGEST_WAIT_S:
+        if delay_seconds is not None and _checked_seconds("delay_seconds", delay_seconds) < 0:
             raise ValueError(f"delay_seconds is {delay_seconds}: it must be 0 or more")
         super().__init__(
             deduplication_id=deduplication_id, priority=priority, app_version=app_version,
@@ -4656,7 +4663,10 @@ class SetEnqueueOptions(_OptionBlock):
 
 
 class QueueRateLimit(TypedDict):
-    """At most `limit` starts in any `period` of so many seconds, over all executors."""
+    """At most `limit` starts in any `period` of so many seconds, over all executors.
+
+    A workflow counts by its last start: begun again, as after a crash, it gives the place of the former back.
+    """
 
     limit: int
     period: float
@@ -4703,7 +4713,7 @@ class Queue:
             raise ValueError(
                 f'queue {self.name}: limiter is {limiter!r}; it must be {{"limit": from 1, "period": seconds}}'
             )
-        if not polling_interval_sec > 0:
+        if not _checked_seconds(f"queue {self.name}: polling_interval_sec", polling_interval_sec) > 0:
             raise ValueError(f"queue {self.name}: polling_interval_sec is {polling_interval_sec}; it must be above 0")
         self.concurrency, self.worker_concurrency, self.limiter = concurrency, worker_concurrency, limiter
         self.priority_enabled, self.polling_interval_sec = priority_enabled, polling_interval_sec
@@ -6481,7 +6491,7 @@ _UNLOCK = "select pg_advisory_unlock_all()"
 class _PlacedExecutor(_TransactingExecutor):
     """Knows where its database is, and so whose history is in it."""
 
-    address: tuple[Any, ...] = ()  # where the database is, however the URL puts it
+    address: tuple[Any, ...] = ()  # where the database is, as psycopg reads the URL
 
     def connect(self) -> _Connection:
         conn = super().connect()
@@ -6657,8 +6667,9 @@ def _backend(conn: Conn) -> int:
 
 # --- Interrupts ---------------------------------------------------------------------------------------
 #
-# Needs: Order.  What KeyboardInterrupt or SystemExit ended is left alone until the next launch, or until somebody asks
-# for it: it is still PENDING here, and a sweep would have the process that was told to stop begin it again.
+# Needs: Order.  What KeyboardInterrupt, SystemExit or another error that is no Exception ended is left alone until the
+# next launch, or until somebody asks for it: it is still PENDING here, and a sweep would have the process that was told
+# to stop begin it again.
 
 
 class _InterruptedRun(_OrderedRun):
@@ -6670,7 +6681,9 @@ class _InterruptedRun(_OrderedRun):
     def noting(self) -> Iterator[None]:
         try:
             yield
-        except (KeyboardInterrupt, SystemExit):
+        except (Exception, _Stopped, asyncio.CancelledError, GeneratorExit):
+            raise
+        except BaseException:
             self.interrupted = True
             raise
 
@@ -7029,7 +7042,8 @@ class _Management(_Cancelling):
         """Have a workflow go on that was cancelled or dead-lettered, from its last step; with new attempts.
 
         One that has succeeded or failed stays so.  One that still runs is begun anew, and its former run
-        can write no more.  Deadline and deduplication ID are gone.  Raises DBOSNonExistentWorkflowError.
+        can write no more.  Deadline and deduplication ID are gone (a
+        timeout counts anew, once it is taken).  Raises DBOSNonExistentWorkflowError.
         """
         await self._resume_all([workflow_id])
         return workflow_id
@@ -7340,7 +7354,9 @@ _Time = str | float | datetime
 def _epoch_s(what: str, moment: _Time) -> float:
     """Seconds since 1970; a number above 1e11 is milliseconds (as seconds it would be the year 5138)."""
     try:
-        if isinstance(moment, str):
+        if isinstance(moment, str) and re.fullmatch(r"\d{9,}(\.\d+)?", moment.strip()):
+            moment = float(moment)
+        elif isinstance(moment, str):
             moment = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", moment.strip()))
         if isinstance(moment, datetime):
             return moment.timestamp()

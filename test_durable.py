@@ -1143,6 +1143,9 @@ def test_max_attempts_counts_every_try(dbos, max_attempts):
     with pytest.raises(DBOSMaxStepRetriesExceeded) as again:
         result_of(dbos, "work")
     assert [repr(error) for error in again.value.errors] == [repr(error) for error in caught.value.errors]
+    last = f"OSError({max_attempts})"
+    assert last in str(caught.value) and str(again.value) == str(caught.value)
+    assert repr(caught.value.__cause__) == last
 
 
 def test_without_retries_there_is_one_try(dbos):
@@ -2467,6 +2470,40 @@ def test_without_migrations_an_unprepared_database_is_an_error(empty_url, execut
         assert connection.execute("select to_regnamespace('durable')").fetchone() == (None,)
     executor(system_database_url=empty_url).launch()
     executor(system_database_url=empty_url, run_migrations=False).launch()
+
+
+def test_an_older_psycopg_is_refused(executor, monkeypatch):
+    """It has no timeout for notifications, without which nobody would be known to live."""
+    monkeypatch.setattr(psycopg, "__version__", "3.1.20")
+    with pytest.raises(DBOSInitializationError, match=r"3\.1\.20.*3\.2"):
+        executor().launch()
+
+
+def test_a_role_that_may_not_create_tables_needs_the_rights_that_the_readme_names(empty_url, executor):
+    """Without them the launch says so; with them it may do everything."""
+    executor(system_database_url=empty_url).launch()
+    role, parts = f"durable_poor_{os.getpid()}", urlsplit(empty_url)
+    poor = {
+        "system_database_url": parts._replace(netloc=f"{role}@{parts.netloc.split('@')[-1]}").geturl(),
+        "run_migrations": False,
+    }
+    witness = Witness(empty_url)
+    witness.run(f"create role {role} login")
+    try:
+        with pytest.raises(DBOSInitializationError, match="run_migrations to False, and grant what README names"):
+            executor(**poor).launch()
+        witness.run(f"grant usage on schema durable to {role}")
+        witness.run(f"grant select, insert, update, delete on all tables in schema durable to {role}")
+        dbos = executor(**poor)
+        say = dbos.step(name="say")(lambda: "hello")
+        greet = dbos.workflow(name="greet")(lambda: say() + " world")
+        dbos.launch()
+        assert dbos.start_workflow(greet).get_result() == "hello world"
+        dbos.destroy()
+    finally:
+        witness.run(f"drop owned by {role}")
+        witness.run(f"drop role {role}")
+        witness.connection.close()
 
 
 @pytest.mark.parametrize(
@@ -6219,6 +6256,17 @@ def test_a_refused_duplicate_is_part_of_its_parents_history(dbos, queue, job, ga
     assert witness.steps("p") == ["job"]
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("priority", 1.5), ("priority", True), ("priority", "1"), ("priority", -1), ("delay_seconds", "1"),
+     ("delay_seconds", -1)],
+)
+def test_an_enqueue_option_that_makes_no_sense_is_refused(option, value):
+    """By name, before anything is enqueued."""
+    with pytest.raises(ValueError, match=option):
+        SetEnqueueOptions(**{option: value})
+
+
 def test_neither_priority_nor_deduplication_passes_to_children(dbos, queue, job, witness):
     """Options are for the workflow that is enqueued under them."""
     elsewhere = dbos.register_queue("elsewhere")
@@ -9829,7 +9877,11 @@ def test_a_proxy_is_fine_with_the_setting_or_if_it_pools_sessions(bouncer, execu
 # What was told to stop is left to the next launch, or to whoever asks for it.
 
 
-@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+class Abort(BaseException):
+    """No Exception, and so no outcome."""
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit, Abort])
 def test_what_was_interrupted_is_not_swept_up_by_the_process_that_was_told_to_stop(dbos, witness, end):
     """It waits for the next launch, or until somebody asks for it."""
 
@@ -10714,6 +10766,7 @@ def backdate(witness, workflow_id, began, ended=None):
         ({"workflow_id_prefix": "a%"}, "a%2"),
         ({"workflow_id_prefix": ["a_", "fail"]}, "a_1 failed"),
         ({"start_time": "2026-01-01T00:07:00Z"}, "forked stopped"),
+        ({"start_time": "1767226020"}, "forked stopped"),
         ({"start_time": "2026-01-01T01:07:00+01:00"}, "forked stopped"),
         ({"end_time": "2026-01-01T00:01:00+00:00"}, "a_1 a%2"),
         ({"start_time": "2026-01-01T00:02:30Z", "end_time": "2026-01-01T00:03:30Z"}, "failed"),
