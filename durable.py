@@ -6232,16 +6232,27 @@ class _SerializingExecutor(_BareExecutor):
 class _Pickler(pickle.Pickler):
     """Pickles so that what the program's main file defines is found where that file is imported.
 
-    To pickle, such a class is called `__main__.Order`, which in the next process may be another file.
+    To pickle, such a class is called `__main__.Order`, which in the next process may be another file.  And so that
+    exceptions within a value, or a group, come back whatever their constructor looks like.
     """
 
     def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Exception) and not _comes_back(value):
+            return _rebuild, ([type(value), value.args, value.__dict__], _type_name(value))
         main, module = sys.modules["__main__"], getattr(value, "__module__", None)
         if isinstance(value, (type, types.FunctionType)) and module in ("__main__", "__mp_main__") and _main_name():
             with suppress(AttributeError):  # it is local: pickle has words for that
                 if _attribute(main, value.__qualname__) is value:
                     return _of_main, (_main_name(), value.__qualname__)
         return NotImplemented
+
+
+def _comes_back(error: Exception) -> bool:
+    """Whether unpickling could make this exception again."""
+    with suppress(Exception):
+        make, args, *_ = cast(tuple[Any, ...], error.__reduce__())
+        return type(make(*args)) is type(error)
+    return False
 
 
 class _Unpickler(pickle.Unpickler):

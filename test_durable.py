@@ -9314,6 +9314,49 @@ def test_built_in_exceptions_survive_a_serializer_of_json_only(executor):
     assert caught.value.args == ("no", 7)
 
 
+class Holder(Exception):
+    def __init__(self, held):
+        super().__init__("held")
+        self.held = held
+
+
+class HttpError(Exception):
+    """Pickles, but does not unpickle: its arguments are not its constructor's."""
+
+    def __init__(self, code, *, url):
+        super().__init__(f"{code} {url}")
+        self.code = code
+
+
+@pytest.mark.parametrize("where", ["in a list", "in an attribute", "in a group"])
+def test_an_exception_within_a_value_comes_back_whatever_its_constructor_looks_like(dbos, witness, where):
+    """As from `gather(..., return_exceptions=True)`; alone it does as well."""
+    if where == "in a group" and sys.version_info < (3, 11):
+        pytest.skip("there are no groups yet")
+
+    @dbos.step()
+    def ask():
+        error = HttpError(500, url="u")
+        if where == "in a list":
+            return [1, error]
+        if where == "in an attribute":
+            raise Holder(error)
+        raise ExceptionGroup("all", [ValueError(1), error])  # noqa: F821
+
+    @dbos.workflow()
+    def work():
+        try:
+            errors = ask()
+        except Exception as error:
+            errors = [0, error.held] if where == "in an attribute" else error.exceptions
+        return [type(errors[1]).__name__, str(errors[1]), errors[1].code]
+
+    with SetWorkflowID("w"):
+        assert work() == ["HttpError", "500 u", 500]
+    rewind(dbos, witness, "w", keep=1)
+    assert result_of(dbos, "w") == ["HttpError", "500 u", 500]
+
+
 @pytest.mark.parametrize("value", [(1, 2), {1: 2}, float("nan"), Point(1), Loud("x"), b"x"], ids=repr)
 def test_the_json_serializer_refuses_what_json_would_change(executor, value):
     """With JSONSerializer nothing is ever pickled: other values are errors that name the step."""
