@@ -675,9 +675,9 @@ async def _insert(executor: _Executor, row: dict[str, Any], parent: _Run | None)
     return existing
 
 
-# Columns of a workflow (rooms add theirs): which say what is called, which are read as it is taken up, and which are
-# written as it begins, with what each is made of.
-_NAMES = ["name"]
+# Columns of a workflow (rooms add theirs): which say what is called, which are read of one that is there already, which
+# as it is taken up, and which are written as it begins, with what each is made of.
+_NAMES, _FOUND = ["name"], ["w.*"]
 _LOOKED_AT = ["id", "number", "claim", "status", "name", "recovery_attempts"]
 _COLUMNS = {column: f"%({column})s" for column in (
     "id", "name", "inputs", "parent_workflow_id", "status", "claim", "recovery_attempts", "executor_id", "incarnation",
@@ -706,7 +706,7 @@ def _insertion(is_child: bool) -> str:
 
 def _find(conn: Conn, id: str) -> dict[str, Any] | None:
     """Read a workflow's row."""
-    query = "select * from durable.workflows where id = %s"
+    query = f"select {', '.join(_FOUND)} from durable.workflows as w where id = %s"
     return conn.cursor(row_factory=dict_row).execute(query, (id,)).fetchone()
 
 
@@ -7165,6 +7165,19 @@ class _Managing(_Queueing):
             executor.url = _postgres_url(system_database_url or settings["system_database_url"])
             with executor.connect() as conn:
                 _empty(conn)
+
+    def _conflict(self, existing: dict[str, Any], row: dict[str, Any]) -> DBOSConflictingWorkflowError | None:
+        """Refuse, too, to take the child of a deleted workflow for one that its successor under that ID begins."""
+        is_derived = row["id"] == f"{row['parent_workflow_id']}-{row['position']}"
+        if is_derived and existing["number"] < (existing["parent_number"] or 0):
+            return DBOSConflictingWorkflowError(
+                f"workflow ID {row['id']} belongs to a child of a former workflow {row['parent_workflow_id']}, which "
+                f"was deleted without its children: delete that, too, or begin this one under another ID"
+            )
+        return super()._conflict(existing, row)
+
+
+_FOUND += ["(select number from durable.workflows where id = w.parent_workflow_id) as parent_number"]
 
 
 def _empty(conn: Conn) -> None:

@@ -11448,6 +11448,29 @@ def test_delete_leaves_no_row(dbos, rich, witness):
     assert rows_left(witness, "w") == rows_left(witness, "w-1") == {}
 
 
+def test_a_reused_id_does_not_see_the_children_of_the_deleted(dbos, witness):
+    """A child's ID is made of its parent's: what is there from a former life is an error, until it is deleted, too."""
+
+    @dbos.workflow()
+    def price(of):
+        return f"{of} costs 10"
+
+    @dbos.workflow()
+    def work(of):
+        return price(of)
+
+    with SetWorkflowID("w"):
+        assert work("lamp") == "lamp costs 10"
+    dbos.delete_workflow("w")
+    with SetWorkflowID("w"), pytest.raises(DBOSConflictingWorkflowError, match=r"w-1.*child of a former workflow w"):
+        work("chair")
+    dbos.delete_workflow("w", delete_children=True)
+    with SetWorkflowID("w"):
+        assert work("chair") == "chair costs 10"
+    rewind(dbos, witness, "w")  # and a child of its own it takes for what it is
+    assert result_of(dbos, "w") == "chair costs 10"
+
+
 def test_delete_ends_a_run_that_waits(no_polling, dbos, elsewhere, waiting):
     """Wherever it was asked for; whoever waits for the result is told that there is none."""
     handle = begin(dbos, waiting)
