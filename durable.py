@@ -2655,6 +2655,22 @@ def _text_for(what: str, executor: _Executor, value: Any) -> str:
         raise DBOSException(f"the {what}, a {_type_name(value)}, cannot be stored: {cause}") from cause
 
 
+def _value_for(what: str, executor: _Executor, text: str) -> Any:
+    try:
+        return executor.serializer.deserialize(text)
+    except Exception as cause:
+        raise DBOSException(
+            f"the {what} cannot be read here: {cause!r}; that takes the serializer and the classes of who stored it"
+        ) from cause
+
+
+def _result_of(executor: _Executor, row: dict[str, Any]) -> Any:
+    return _value_for(f"result of workflow {row['id']}", executor, row["output"])
+
+
+_ENDINGS["SUCCESS"] = _result_of
+
+
 class _Access:
     """What leads to an executor: an engine, or a client."""
 
@@ -5360,7 +5376,7 @@ async def _event(executor: _Executor, id: str, key: str, timeout_s: float) -> An
                 left = end - time.monotonic()  # before the look: what is set in time is seen, however long that takes
                 value = (await executor.ask(_events_of, id, key)).get(key)
                 if value is not None:
-                    return executor.serializer.deserialize(value)
+                    return _value_for(f"event {key} of workflow {id}", executor, value)
                 if left <= 0:
                     return None
                 await _pause_run(executor, hint, timeout=left)
@@ -5394,7 +5410,8 @@ class _Events(_Access):
 
         async def look() -> dict[str, Any]:
             events = await executor.ask(_events_of, workflow_id)
-            return {key: executor.serializer.deserialize(value) for key, value in events.items()}
+            of = f"of workflow {workflow_id}"
+            return {key: _value_for(f"event {key} {of}", executor, value) for key, value in events.items()}
 
         return await _recorded("DBOS.get_events", look)
 
@@ -5457,7 +5474,7 @@ async def _read_values(executor: _Executor, id: str, key: str, offset: int, most
                 raise DBOSNonExistentWorkflowError(f"there is no workflow {id} whose stream could be read")
             if values or status not in _UNFINISHED:
                 texts = itertools.takewhile(lambda value: value is not None, values)
-                return [executor.serializer.deserialize(cast(str, text)) for text in texts]
+                return [_value_for(f"stream {key} of workflow {id}", executor, cast(str, text)) for text in texts]
             await _pause_run(executor, more, ended)
 
 

@@ -9375,6 +9375,29 @@ def test_the_json_serializer_refuses_what_json_would_change(executor, value):
         making()
 
 
+def test_what_another_process_cannot_read_is_named(dbos, executor, monkeypatch):
+    """Result, events and streams of a workflow, in a process without its classes: here, with another serializer."""
+
+    @dbos.workflow()
+    def work():
+        dbos.set_event("k", Point(1))
+        dbos.write_stream("s", Point(2))
+        return Point(3)
+
+    with SetWorkflowID("w"):
+        work()
+    other = executor(serializer=JSONSerializer(), executor_id="other", application_version="v2")
+    other.launch()
+    for what, look in [
+        ("result", lambda: result_of(other, "w")),
+        ("event k", lambda: other.get_event("w", "k")),
+        ("event k", lambda: other.get_all_events("w")),
+        ("stream s", lambda: list(other.read_stream("w", "s"))),
+    ]:
+        with pytest.raises(DBOSException, match=f"the {what} of workflow w cannot be read here.*serializer and the classes"):
+            look()
+
+
 def test_a_serializer_of_ones_own_is_used_for_everything(executor, witness):
     """A `serializer` from the config writes and reads all values."""
 
