@@ -1912,10 +1912,9 @@ def _transact_at(run: _Run, position: int, name: str, isolation: str, call: Call
                 else:
                     run.executor.pause(pause, error)
                 continue
-            value, raised = None, error
-        if raised is None:
-            return value
-        return _block(run.record(position, name, None, raised, time.monotonic() - began))
+            fenced = isinstance(error, psycopg.errors.NotNullViolation)  # by its own work, as the claim still stands
+            value, raised = None, DBOSException(_PARTED.format("ended its own workflow")) if fenced else error
+        return value if raised is None else _block(run.record(position, name, None, raised, time.monotonic() - began))
 
 
 def _commit_together(

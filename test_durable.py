@@ -5825,6 +5825,25 @@ def test_a_workflow_can_handle_a_cancellation_that_a_step_let_escape(dbos):
 from durable import DBOSAwaitedWorkflowCancelledError, DBOSWorkflowCancelledError, SetWorkflowTimeout
 
 
+def test_a_transaction_that_cancels_its_own_workflow_is_undone_and_says_so(dbos, witness):
+    """It cannot commit together with a record that its workflow may not write any more."""
+    tries = []
+
+    @dbos.transaction()
+    def stop():
+        tries.append(1)
+        dbos.cancel_workflow(dbos.workflow_id)
+
+    @dbos.workflow()
+    def work():
+        stop()
+
+    for end in (work, lambda: result_of(dbos, "w")):
+        with SetWorkflowID("w"), pytest.raises(DBOSException, match="function ended its own workflow"):
+            end()
+    assert (tries, witness.status("w")) == ([1], "ERROR")
+
+
 def test_a_timeout_that_makes_no_sense_is_refused():
     """It must be a positive number of seconds, or None."""
     with pytest.raises(Exception, match="-1"):
@@ -9394,7 +9413,7 @@ def test_what_another_process_cannot_read_is_named(dbos, executor, monkeypatch):
         ("event k", lambda: other.get_all_events("w")),
         ("stream s", lambda: list(other.read_stream("w", "s"))),
     ]:
-        with pytest.raises(DBOSException, match=f"the {what} of workflow w cannot be read here.*serializer and the classes"):
+        with pytest.raises(DBOSException, match=f"the {what} of workflow w cannot be read here.*serializer"):
             look()
 
 
