@@ -5011,10 +5011,10 @@ def _busy(conn: Conn, queues: list[str]) -> list[str]:
 def _release_delayed(conn: Conn) -> None:
     """Let the workflows whose delay is over be taken, in the place that they had from the start."""
     conn.execute("""
-        with due as (select id from durable.workflows
-                      where status = 'DELAYED' and delayed_until <= statement_timestamp() for update skip locked)
-        update durable.workflows as w set status = 'ENQUEUED', updated_at = clock_timestamp()
-          from due where w.id = due.id
+        update durable.workflows set status = 'ENQUEUED', updated_at = clock_timestamp()
+         where id = any(array(select id from durable.workflows
+                               where status = 'DELAYED' and delayed_until <= statement_timestamp()
+                                 for update skip locked))
     """)
 
 
@@ -7068,9 +7068,8 @@ class _Management(_Cancelling):
     async def _resume_workflow(self, workflow_id: str) -> str:
         """Have a workflow go on that was cancelled or dead-lettered, from its last step; with new attempts.
 
-        One that has succeeded or failed stays so.  One that still runs is begun anew, and its former run
-        can write no more.  Deadline and deduplication ID are gone (a
-        timeout counts anew, once it is taken).  Raises DBOSNonExistentWorkflowError.
+        One that has succeeded or failed stays so.  One that still runs is begun anew, and its former run can write
+        no more.  Deadline (a timeout counts anew) and deduplication ID are gone.  Raises DBOSNonExistentWorkflowError.
         """
         await self._resume_all([workflow_id])
         return workflow_id
