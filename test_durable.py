@@ -2472,13 +2472,6 @@ def test_without_migrations_an_unprepared_database_is_an_error(empty_url, execut
     executor(system_database_url=empty_url, run_migrations=False).launch()
 
 
-def test_an_older_psycopg_is_refused(executor, monkeypatch):
-    """It has no timeout for notifications, without which nobody would be known to live."""
-    monkeypatch.setattr(psycopg, "__version__", "3.1.20")
-    with pytest.raises(DBOSInitializationError, match=r"3\.1\.20.*3\.2"):
-        executor().launch()
-
-
 def test_a_role_that_may_not_create_tables_needs_the_rights_that_the_readme_names(empty_url, executor):
     """Without them the launch says so; with them it may do everything."""
     executor(system_database_url=empty_url).launch()
@@ -5031,6 +5024,13 @@ def test_who_waits_where_a_run_was_stopped_that_lingers_asks_whoever_runs_it_now
         elsewhere._executor.hints.tell("w", "w")
         assert result.result(PATIENCE_S) == "done elsewhere"
         gate.open()
+
+
+def test_an_older_psycopg_is_refused(executor, monkeypatch):
+    """It has no timeout for notifications, without which nobody would be known to live."""
+    monkeypatch.setattr(psycopg, "__version__", "3.1.20")
+    with pytest.raises(DBOSInitializationError, match=r"3\.1\.20.*3\.2"):
+        executor().launch()
 
 
 def test_hints_are_given_after_one_that_was_interrupted(dbos, overheard, monkeypatch):
@@ -9394,6 +9394,7 @@ def test_the_json_serializer_refuses_what_json_would_change(executor, value):
         making()
 
 
+@uses("Events", "Streams")
 def test_what_another_process_cannot_read_is_named(dbos, executor, monkeypatch):
     """Result, events and streams of a workflow, in a process without its classes: here, with another serializer."""
 
