@@ -5526,7 +5526,7 @@ def test_a_plain_call_reads_the_history_by_itself_while_another_task_does(dbos, 
         told = asyncio.run(work())
     monkeypatch.setattr(durable, "_HISTORY_CHUNK", 1)
     rewind(dbos, witness, "w", keep=3)
-    eventually(lambda: dbos.get_workflow_status("w").status == "SUCCESS")
+    eventually(lambda: witness.status("w") == "SUCCESS")
     assert told == result_of(dbos, "w") == [1, 2, "parsed", 3]
 
 
