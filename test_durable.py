@@ -13209,6 +13209,122 @@ def test_a_limit_that_makes_no_sense_is_refused(desk, path, body):
     assert desk.ids() == ["w", "w-2"]
 
 
+# --- Metrics ------------------------------------------------------------------------------------------
+#
+# What Prometheus reads.
+
+
+@uses("Admin: workflows")
+@pytest.mark.parametrize("path", ["/", "/metrics", "/dbos-healthz", "/workflows/w", "/workflows/w/steps"])
+def test_head_tells_what_get_would(desk, path):
+    """The same status, type and length, and no body."""
+    desk.run("w", 1)
+    answers = [ask(desk.port, method, path) for method in ("GET", "HEAD")]
+    get, head = ((each.status, each.headers["Content-Type"], each.headers["Content-Length"]) for each in answers)
+    assert get == head
+    assert answers[1].text == ""
+
+
+SESSION_SETTINGS = {"DateStyle": "German", "TimeZone": "Asia/Kathmandu", "search_path": "pg_temp"}
+
+OUR_SETTINGS = {
+    **dict.fromkeys(["statement_timeout", "lock_timeout", "idle_session_timeout", "transaction_timeout"], "10min"),
+    "default_transaction_isolation": "serializable", "extra_float_digits": "-15", "standard_conforming_strings": "off",
+}
+
+
+@uses("Management")
+@pytest.mark.parametrize("listens", [True, False])
+def test_settings_of_the_database_change_nothing(empty_url, executor, witness, listens):
+    """DateStyle, time zone, search_path, timeouts and more, whether hints are listened to or not."""
+    known = witness.column("select name from pg_settings")
+    settings = {**SESSION_SETTINGS, **OUR_SETTINGS}
+    with contextlib.closing(Witness(empty_url).connection) as connection:
+        for name in settings.keys() & set(known):
+            connection.execute(f"alter database {connection.info.dbname} set {name} = '{settings[name]}'")
+    dbos = executor(system_database_url=empty_url, run_admin_server=True, admin_port=0, use_listen_notify=listens)
+    greet = dbos.workflow(name="greet")(lambda: dbos.sleep(0) or "hello")
+    dbos.launch()
+    with SetWorkflowID("w"), SetWorkflowTimeout(60):
+        assert greet() == "hello"
+    assert abs(dbos.get_workflow_status("w").created_at / 1000 - time.time()) < 60
+    with SetEnqueueOptions(delay_seconds=3600):
+        dbos.enqueue_workflow("line", greet)
+    for view in ("why", "versions", "living"):
+        assert len(dbos._executor.now(durable._view, view, [])) == 1
+    assert ask(dbos.admin_port, "GET", "/metrics").status == 200
+    with dbos._executor.pool.connection() as connection:
+        shown = {name: connection.execute(f"show {name}").fetchone() for name in OUR_SETTINGS.keys() & set(known)}
+    assert not [name for name, (value,) in shown.items() if value == OUR_SETTINGS[name]]
+
+
+@uses("Admin: workflows")
+def test_a_database_that_is_away_is_said_at_once(wire, executor):
+    """Every endpoint that needs it answers 503 with the reason, and does not wait for it to come back."""
+    dbos = executor(run_admin_server=True, admin_port=0, system_database_url=wire.url)
+    dbos.launch()
+    wire.cut()
+    paths = ["/workflows/w", "/workflows/w/steps", "/metrics"]
+    for answer in together(*[functools.partial(ask, dbos.admin_port, "GET", path) for path in paths]):
+        assert (answer.status, list(answer.json)) == (503, ["error"])
+    assert ask(dbos.admin_port, "GET", "/deactivate").status == 200  # it needs none
+    wire.mend()
+    eventually(lambda: is_healthy(dbos))
+
+
+def metrics_of(port):
+    """The metrics, as Prometheus's own parser reads them: {(name, *label values): value}."""
+    parser = pytest.importorskip("prometheus_client.parser", reason="the package prometheus-client is not there")
+    answer = ask(port, "GET", "/metrics")
+    assert (answer.status, answer.headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    families = list(parser.text_string_to_metric_families(answer.text))
+    assert all(family.documentation and family.type in ("gauge", "counter") for family in families)
+    return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+
+
+def test_metrics_are_what_prometheus_reads(served, gate, witness):
+    """Workflows by status, name and queue; depth and age of queues; who lives; whatever the names hold."""
+    odd = 'say "hi" \\ to\nyou {é}'
+    queue = Queue(odd, durable=served, concurrency=1)
+    held, fails = served.workflow(name=odd)(gate.__call__), served.workflow(name="fails")(lambda: 1 / 0)
+    for _ in range(3):
+        queue.enqueue(held)
+    gate.await_body()
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            fails()
+    witness.run("update durable.workflows set updated_at = now() - interval '1 hour' where status = 'ENQUEUED'")
+    metrics = metrics_of(served.admin_port)
+    age = metrics.pop(("durable_queue_oldest_seconds", odd))
+    assert 3600 <= age < 3600 + LONGEST_TEST_S
+    assert metrics == {
+        ("durable_workflows", "PENDING", odd, odd): 1,
+        ("durable_workflows", "ENQUEUED", odd, odd): 2,
+        ("durable_workflows_finished_total", "ERROR", "fails", ""): 2,
+        ("durable_queue_depth", "_dbos_internal_queue"): 0,
+        ("durable_queue_depth", odd): 2,
+        ("durable_queue_oldest_seconds", "_dbos_internal_queue"): 0,
+        ("durable_executors", "durable", "local", "v1"): 1,
+    }
+
+
+def test_what_finishes_is_counted_from_the_launch_on(served, gate):
+    """Each executor counts its own, in memory: reading does not cost more as the table grows."""
+    work = served.workflow(name="work")(lambda: 1)
+    queue = Queue("line", durable=served)
+    together(*[work] * 20)
+    queue.enqueue(work).get_result()
+    finished = lambda queue: metrics_of(served.admin_port)["durable_workflows_finished_total", "SUCCESS", "work", queue]
+    assert (finished(""), finished("line")) == (20, 1)
+
+
+# --- Page ---------------------------------------------------------------------------------------------
+#
+# In a browser, where there is one.
+
+import base64
+import hashlib
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 
@@ -13374,123 +13490,6 @@ def test_the_page_fits_a_phone(desk, browser):
         browser.open(browser.page + address, width=390)
         browser.shows("xxx", "ERROR")
         assert browser.run("document.documentElement.scrollWidth") <= 390
-
-
-# --- Metrics ------------------------------------------------------------------------------------------
-#
-# What Prometheus reads.
-
-
-@uses("Admin: workflows")
-@pytest.mark.parametrize("path", ["/", "/metrics", "/dbos-healthz", "/workflows/w", "/workflows/w/steps"])
-def test_head_tells_what_get_would(desk, path):
-    """The same status, type and length, and no body."""
-    desk.run("w", 1)
-    answers = [ask(desk.port, method, path) for method in ("GET", "HEAD")]
-    get, head = ((each.status, each.headers["Content-Type"], each.headers["Content-Length"]) for each in answers)
-    assert get == head
-    assert answers[1].text == ""
-
-
-SESSION_SETTINGS = {"DateStyle": "German", "TimeZone": "Asia/Kathmandu", "search_path": "pg_temp"}
-
-OUR_SETTINGS = {
-    **dict.fromkeys(["statement_timeout", "lock_timeout", "idle_session_timeout", "transaction_timeout"], "10min"),
-    "default_transaction_isolation": "serializable", "extra_float_digits": "-15", "standard_conforming_strings": "off",
-}
-
-
-@uses("Management")
-@pytest.mark.parametrize("listens", [True, False])
-def test_settings_of_the_database_change_nothing(empty_url, executor, witness, listens):
-    """DateStyle, time zone, search_path, timeouts and more, whether hints are listened to or not."""
-    known = witness.column("select name from pg_settings")
-    settings = {**SESSION_SETTINGS, **OUR_SETTINGS}
-    with contextlib.closing(Witness(empty_url).connection) as connection:
-        for name in settings.keys() & set(known):
-            connection.execute(f"alter database {connection.info.dbname} set {name} = '{settings[name]}'")
-    dbos = executor(system_database_url=empty_url, run_admin_server=True, admin_port=0, use_listen_notify=listens)
-    greet = dbos.workflow(name="greet")(lambda: dbos.sleep(0) or "hello")
-    dbos.launch()
-    with SetWorkflowID("w"), SetWorkflowTimeout(60):
-        assert greet() == "hello"
-    assert abs(dbos.get_workflow_status("w").created_at / 1000 - time.time()) < 60
-    with SetEnqueueOptions(delay_seconds=3600):
-        dbos.enqueue_workflow("line", greet)
-    for view in ("why", "versions", "living"):
-        assert len(dbos._executor.now(durable._view, view, [])) == 1
-    assert ask(dbos.admin_port, "GET", "/metrics").status == 200
-    with dbos._executor.pool.connection() as connection:
-        shown = {name: connection.execute(f"show {name}").fetchone() for name in OUR_SETTINGS.keys() & set(known)}
-    assert not [name for name, (value,) in shown.items() if value == OUR_SETTINGS[name]]
-
-
-@uses("Admin: workflows")
-def test_a_database_that_is_away_is_said_at_once(wire, executor):
-    """Every endpoint that needs it answers 503 with the reason, and does not wait for it to come back."""
-    dbos = executor(run_admin_server=True, admin_port=0, system_database_url=wire.url)
-    dbos.launch()
-    wire.cut()
-    paths = ["/workflows/w", "/workflows/w/steps", "/metrics"]
-    for answer in together(*[functools.partial(ask, dbos.admin_port, "GET", path) for path in paths]):
-        assert (answer.status, list(answer.json)) == (503, ["error"])
-    assert ask(dbos.admin_port, "GET", "/deactivate").status == 200  # it needs none
-    wire.mend()
-    eventually(lambda: is_healthy(dbos))
-
-
-def metrics_of(port):
-    """The metrics, as Prometheus's own parser reads them: {(name, *label values): value}."""
-    parser = pytest.importorskip("prometheus_client.parser", reason="the package prometheus-client is not there")
-    answer = ask(port, "GET", "/metrics")
-    assert (answer.status, answer.headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
-    families = list(parser.text_string_to_metric_families(answer.text))
-    assert all(family.documentation and family.type in ("gauge", "counter") for family in families)
-    return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
-
-
-def test_metrics_are_what_prometheus_reads(served, gate, witness):
-    """Workflows by status, name and queue; depth and age of queues; who lives; whatever the names hold."""
-    odd = 'say "hi" \\ to\nyou {é}'
-    queue = Queue(odd, durable=served, concurrency=1)
-    held, fails = served.workflow(name=odd)(gate.__call__), served.workflow(name="fails")(lambda: 1 / 0)
-    for _ in range(3):
-        queue.enqueue(held)
-    gate.await_body()
-    for _ in range(2):
-        with pytest.raises(ZeroDivisionError):
-            fails()
-    witness.run("update durable.workflows set updated_at = now() - interval '1 hour' where status = 'ENQUEUED'")
-    metrics = metrics_of(served.admin_port)
-    age = metrics.pop(("durable_queue_oldest_seconds", odd))
-    assert 3600 <= age < 3600 + LONGEST_TEST_S
-    assert metrics == {
-        ("durable_workflows", "PENDING", odd, odd): 1,
-        ("durable_workflows", "ENQUEUED", odd, odd): 2,
-        ("durable_workflows_finished_total", "ERROR", "fails", ""): 2,
-        ("durable_queue_depth", "_dbos_internal_queue"): 0,
-        ("durable_queue_depth", odd): 2,
-        ("durable_queue_oldest_seconds", "_dbos_internal_queue"): 0,
-        ("durable_executors", "durable", "local", "v1"): 1,
-    }
-
-
-def test_what_finishes_is_counted_from_the_launch_on(served, gate):
-    """Each executor counts its own, in memory: reading does not cost more as the table grows."""
-    work = served.workflow(name="work")(lambda: 1)
-    queue = Queue("line", durable=served)
-    together(*[work] * 20)
-    queue.enqueue(work).get_result()
-    finished = lambda queue: metrics_of(served.admin_port)["durable_workflows_finished_total", "SUCCESS", "work", queue]
-    assert (finished(""), finished("line")) == (20, 1)
-
-
-# --- Page ---------------------------------------------------------------------------------------------
-#
-# In a browser, where there is one.
-
-import base64
-import hashlib
 
 
 @MICROSECONDS
