@@ -2663,11 +2663,7 @@ def _value_for(what: str, executor: _Executor, text: str) -> Any:
         ) from cause
 
 
-def _result_of(executor: _Executor, row: dict[str, Any]) -> Any:
-    return _value_for(f"result of workflow {row['id']}", executor, row["output"])
-
-
-_ENDINGS["SUCCESS"] = _result_of
+_ENDINGS["SUCCESS"] = lambda executor, row: _value_for(f"result of workflow {row['id']}", executor, row["output"])
 
 
 class _Access:
@@ -4184,19 +4180,23 @@ class _OrderedRun(_Run):
         """Read the next part, or wait for the task that does; a plain call reads, too, as it holds up the loop."""
         read, reading = self.executor.ask(_read_history, self.id, known, _HISTORY_CHUNK), self._reading
         if reading is not None:
-            return await _Wait(lambda: self.learn(read.block(), known), _for_any(reading).on_loop)
+            return await _Wait(lambda: self._learn_next(known, read.block()), _for_any(reading).on_loop)
         self._reading = _Signal()
         try:
-            self.learn(await read, known)
+            self._learn_next(known, await read)
         finally:
             self._reading.set()
             self._reading = None
 
-    def learn(self, records: list[_Record], known: int = 0) -> None:
+    def _learn_next(self, known: int, records: list[_Record]) -> None:
         with self._checking:
             if self.history_to == known:  # else somebody has read this part meanwhile
-                super().learn(records)
-                self.history_to = self.history_to if len(records) == _HISTORY_CHUNK else None
+                self.learn(records)
+
+    def learn(self, records: list[_Record]) -> None:
+        super().learn(records)
+        if len(records) < _HISTORY_CHUNK:
+            self.history_to = None
 
     async def recall(self, position: int, name: str) -> _Record | None:
         if self.cut:
@@ -5408,9 +5408,8 @@ class _Events(_Access):
         executor = _executor_for(self, workflow_id)
 
         async def look() -> dict[str, Any]:
-            events = await executor.ask(_events_of, workflow_id)
-            of = f"of workflow {workflow_id}"
-            return {key: _value_for(f"event {key} {of}", executor, value) for key, value in events.items()}
+            texts = await executor.ask(_events_of, workflow_id)
+            return {key: _value_for(f"event {key} of workflow {workflow_id}", executor, texts[key]) for key in texts}
 
         return await _recorded("DBOS.get_events", look)
 
@@ -5473,7 +5472,8 @@ async def _read_values(executor: _Executor, id: str, key: str, offset: int, most
                 raise DBOSNonExistentWorkflowError(f"there is no workflow {id} whose stream could be read")
             if values or status not in _UNFINISHED:
                 texts = itertools.takewhile(lambda value: value is not None, values)
-                return [_value_for(f"stream {key} of workflow {id}", executor, cast(str, text)) for text in texts]
+                what = f"stream {key} of workflow {id}"
+                return [_value_for(what, executor, cast(str, text)) for text in texts]
             await _pause_run(executor, more, ended)
 
 
@@ -7393,10 +7393,9 @@ _Time = str | float | datetime
 def _epoch_s(what: str, moment: _Time) -> float:
     """Seconds since 1970; a number above 1e11 is milliseconds (as seconds it would be the year 5138)."""
     try:
-        if isinstance(moment, str) and re.fullmatch(r"\d{9,}(\.\d+)?", moment.strip()):
-            moment = float(moment)
-        elif isinstance(moment, str):
-            moment = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", moment.strip()))
+        if isinstance(moment, str):
+            text = re.sub("[zZ]$", "+00:00", moment.strip())
+            moment = float(text) if re.fullmatch(r"\d{9,}(\.\d+)?", text) else datetime.fromisoformat(text)
         if isinstance(moment, datetime):
             return moment.timestamp()
         if not isinstance(moment, bool) and abs(moment) < 1e14:
@@ -8267,12 +8266,12 @@ class _Rehearsal(_OrderedRun):
     def left(self) -> _Record | None:
         """The first record that no call has recalled."""
         while not self._history and self.history_to is not None:
-            self.learn(self._read(self.id, self.history_to), self.history_to)
+            self.learn(self._read(self.id, self.history_to))
         return min(self._history.values(), default=None)
 
     async def remember(self, position: int = 1) -> None:
         while self.history_to is not None and position > self.history_to:
-            self.learn(self._read(self.id, self.history_to), self.history_to)
+            self.learn(self._read(self.id, self.history_to))
 
     async def recall(self, position: int, name: str) -> _Record | None:
         self.moved_at = time.monotonic()

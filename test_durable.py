@@ -321,6 +321,12 @@ def rewind(dbos, witness, *workflow_ids, keep=0):
     dbos.launch()
 
 
+def as_role(url, role):
+    """The same database, for another role."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=f"{role}@{parts.netloc.split('@')[-1]}").geturl()
+
+
 def result_of(dbos, workflow_id):
     return WorkflowHandle(dbos, workflow_id).get_result()
 
@@ -2475,11 +2481,8 @@ def test_without_migrations_an_unprepared_database_is_an_error(empty_url, execut
 def test_a_role_that_may_not_create_tables_needs_the_rights_that_the_readme_names(empty_url, executor):
     """Without them the launch says so; with them it may do everything."""
     executor(system_database_url=empty_url).launch()
-    role, parts = f"durable_poor_{os.getpid()}", urlsplit(empty_url)
-    poor = {
-        "system_database_url": parts._replace(netloc=f"{role}@{parts.netloc.split('@')[-1]}").geturl(),
-        "run_migrations": False,
-    }
+    role = f"durable_poor_{os.getpid()}"
+    poor = {"system_database_url": as_role(empty_url, role), "run_migrations": False}
     witness = Witness(empty_url)
     witness.run(f"create role {role} login")
     try:
@@ -9395,7 +9398,7 @@ def test_the_json_serializer_refuses_what_json_would_change(executor, value):
 
 
 @uses("Events", "Streams")
-def test_what_another_process_cannot_read_is_named(dbos, executor, monkeypatch):
+def test_what_another_process_cannot_read_is_named(dbos, executor):
     """Result, events and streams of a workflow, in a process without its classes: here, with another serializer."""
 
     @dbos.workflow()
@@ -13859,8 +13862,7 @@ def test_check_needs_no_more_than_the_right_to_read(stopped, witness, url):
         witness.run(f"grant usage on schema durable to {role}")
         witness.run(f"grant select on all tables in schema durable to {role}")
         witness.run(f"alter role {role} set default_transaction_read_only = on")
-        parts = urlsplit(url)
-        dbos._config["system_database_url"] = parts._replace(netloc=f"{role}@{parts.netloc.split('@')[-1]}").geturl()
+        dbos._config["system_database_url"] = as_role(url, role)
         assert said_of(dbos) == (True, "fits, up to position 2 (ship)")
     finally:
         witness.run(f"drop owned by {role}")
